@@ -1,0 +1,13 @@
+//! What Warren's eBPF programs, guest, daemons and tools must agree on.
+//!
+//! Every type here crosses a boundary that the compiler cannot check: a BPF map, a guest's memory,
+//! a wire. Change one only together with all of its readers.
+#![no_std]
+#![deny(missing_docs)]
+
+#[cfg(feature = "probe")]
+extern crate alloc;
+
+pub mod microvm;
+#[cfg(feature = "probe")]
+pub mod probe;

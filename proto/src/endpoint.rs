@@ -1,0 +1,1 @@
+//! Where a gRPC server listens and a client connects.
