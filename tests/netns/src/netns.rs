@@ -1,0 +1,119 @@
+//! Network namespaces held by a descriptor.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// A network namespace that lives as long as this value, its clones, and the processes in it.
+#[derive(Clone, Debug)]
+pub struct Namespace {
+    name: String,
+    fd: Arc<OwnedFd>,
+}
+
+impl Namespace {
+    /// Makes an empty namespace with its loopback interface up.
+    ///
+    /// The name is for messages only.
+    pub fn new(name: &str) -> Result<Self> {
+        let fd = std::thread::spawn(|| -> Result<OwnedFd> {
+            unshare(CloneFlags::CLONE_NEWNET)
+                .context("cannot make a network namespace: this needs root (CAP_SYS_ADMIN)")?;
+            Ok(File::open("/proc/thread-self/ns/net")?.into())
+        })
+        .join()
+        .expect("the thread does not panic")?;
+        let namespace = Self { name: name.to_owned(), fd: Arc::new(fd) };
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// The name it was made with.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A path other processes of this user can open as long as this process lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.fd.as_raw_fd())
+    }
+
+    /// Runs `f` in the namespace, on a thread of its own: sockets it opens stay in the namespace.
+    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET)
+                        .expect("a namespace that was made here can be entered");
+                    f()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Spawns a thread that stays in the namespace.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> std::thread::JoinHandle<T> {
+        let fd = self.fd.clone();
+        std::thread::spawn(move || {
+            setns(fd.as_fd(), CloneFlags::CLONE_NEWNET)
+                .expect("a namespace that was made here can be entered");
+            drop(fd);
+            f()
+        })
+    }
+
+    /// A command that will run in the namespace.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        let fd = self.fd.clone();
+        // SAFETY: setns is a single system call: safe between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                setns(fd.as_fd(), CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)
+            });
+        }
+        command
+    }
+
+    /// Runs `ip` with these words in the namespace.
+    pub fn ip(&self, words: &str) -> Result<()> {
+        let output = self
+            .command("ip")
+            .args(words.split_whitespace())
+            .output()
+            .context("cannot run `ip` (package iproute2)")?;
+        if !output.status.success() {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            bail!("`ip {words}` in {}: {}", self.name, stderr.trim());
+        }
+        Ok(())
+    }
+
+    /// Runs `ip -o` with these words and returns its lines.
+    pub fn ip_lines(&self, words: &str) -> Result<Vec<String>> {
+        let output = self.command("ip").arg("-o").args(words.split_whitespace()).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+    }
+}
+
+/// Connects two namespaces by a veth pair and brings both ends up, without IPv6 on them.
+pub fn veth(a: &Namespace, a_name: &str, b: &Namespace, b_name: &str) -> Result<()> {
+    a.ip(&format!("link add {a_name} type veth peer name {b_name} netns {}", b.path()))?;
+    for (namespace, name) in [(a, a_name), (b, b_name)] {
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+        // A kernel without IPv6 has no such file, and needs none.
+        namespace.run(|| std::fs::write(path, "1")).ok();
+        namespace.ip(&format!("link set {name} up"))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! A directory for sockets, state and pins that goes away with its owner.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A temporary directory with a BPF file system mounted at `bpf` in it.
+#[derive(Debug)]
+pub struct RunDir {
+    dir: tempfile::TempDir,
+}
+
+impl RunDir {
+    /// Makes the directory and mounts the BPF file system.
+    pub fn new() -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("warren-").tempdir()?;
+        let bpf = dir.path().join("bpf");
+        std::fs::create_dir(&bpf)?;
+        mount(Some("bpf"), &bpf, Some("bpf"), MsFlags::empty(), None::<&str>)
+            .context("cannot mount a BPF file system: this needs root and CONFIG_BPF_SYSCALL")?;
+        Ok(Self { dir })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The mounted BPF file system.
+    pub fn bpf(&self) -> PathBuf {
+        self.dir.path().join("bpf")
+    }
+
+    /// Everything that is pinned now.
+    pub fn pins(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut open = vec![self.bpf()];
+        while let Some(dir) = open.pop() {
+            for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() { open.push(path) } else { found.push(path) }
+            }
+        }
+        found
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if let Err(error) = umount2(&self.bpf(), MntFlags::MNT_DETACH) {
+            tracing::warn!("cannot unmount {}: {error}", self.bpf().display());
+        }
+    }
+}

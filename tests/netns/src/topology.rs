@@ -1,0 +1,73 @@
+//! One underlay, one host, one proxy node, and two tenants' VPCs with the same CIDR.
+//!
+//! ```text
+//!            192.0.2.0/24 (underlay, a bridge)
+//!   host .1 ──┬── proxy .2 ── vpc-a ── server 10.0.0.10   (10.0.0.0/24)
+//!   rogue .9 ─┘             └ vpc-b ── server 10.0.0.10, 10.0.0.20
+//! ```
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+
+use crate::netns::{Namespace, veth};
+
+/// Underlay interface of the host, the proxy and the rogue.
+pub const UNDERLAY: &str = "under0";
+/// Underlay address of the host.
+pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// Underlay address of the proxy.
+pub const PROXY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+/// Underlay address of a machine that is neither.
+pub const ROGUE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
+/// CIDR of both VPCs.
+pub const CIDR: &str = "10.0.0.0/24";
+/// Shared address, in both VPCs.
+pub const SHARED: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 100);
+/// The server that both VPCs have, at the same address.
+pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 10);
+/// A second address of the second VPC's server: the first VPC has nothing there.
+pub const ONLY_IN_B: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 20);
+/// Interfaces of the proxy in the VPCs.
+pub const VPC_INTERFACES: [&str; 2] = ["vpc-a", "vpc-b"];
+/// The MTU of the underlay and of the VPCs, in bytes.
+pub const MTU: u32 = 1500;
+
+/// The namespaces, connected.
+#[derive(Debug)]
+pub struct Topology {
+    /// Where `warrend --role host` runs.
+    pub host: Namespace,
+    /// Where `warrend --role proxy` runs.
+    pub proxy: Namespace,
+    /// A machine on the underlay that holds no port block.
+    pub rogue: Namespace,
+    /// The tenants' servers, one namespace each.
+    pub vpcs: [Namespace; 2],
+    _fabric: Namespace,
+}
+
+impl Topology {
+    /// Makes and connects everything.
+    pub fn new() -> Result<Self> {
+        let fabric = Namespace::new("fabric")?;
+        fabric.ip("link add br0 type bridge stp_state 0 forward_delay 0")?;
+        fabric.ip("link set br0 up")?;
+        let mut machines = Vec::new();
+        for (name, address) in [("host", HOST), ("proxy", PROXY), ("rogue", ROGUE)] {
+            let machine = Namespace::new(name)?;
+            veth(&fabric, name, &machine, UNDERLAY)?;
+            fabric.ip(&format!("link set {name} master br0"))?;
+            machine.ip(&format!("addr add {address}/24 dev {UNDERLAY}"))?;
+            machines.push(machine);
+        }
+        let [host, proxy, rogue] = machines.try_into().expect("three were made");
+        let vpcs = [Namespace::new("vpc-a")?, Namespace::new("vpc-b")?];
+        for (vpc, interface) in vpcs.iter().zip(VPC_INTERFACES) {
+            veth(&proxy, interface, vpc, "eth0")?;
+            vpc.ip(&format!("addr add {SERVER}/24 dev eth0"))?;
+        }
+        vpcs[1].ip(&format!("addr add {ONLY_IN_B}/24 dev eth0"))?;
+        Ok(Self { host, proxy, rogue, vpcs, _fabric: fabric })
+    }
+}
