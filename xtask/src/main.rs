@@ -1,1 +1,57 @@
-fn main() {}
+//! `cargo xtask`: everything a developer runs.
+
+mod build;
+mod run;
+mod setup;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Sets up, builds, shows, tests and measures Warren")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing, or list the commands that would
+    Setup,
+    /// Build the eBPF programs, the guest and all binaries into target/release
+    Build,
+    /// Set up, build, and clone microVMs into two tenants' VPCs on this machine
+    Demo {
+        /// Also write the figures to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// Set up, build, and run every test
+    Test {
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Check formatting and lints
+    Lint,
+    /// Set up, build, and run a benchmark
+    Bench {
+        /// Which; without one they are listed
+        name: Option<String>,
+        /// Also write the figures to this file
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().task {
+        Task::Setup => setup::all(),
+        Task::Build => build::all(),
+        Task::Demo { json } => run::demo(json),
+        Task::Test { filter } => run::test(filter),
+        Task::Lint => run::lint(),
+        Task::Bench { name, json } => run::bench(name, json),
+    }
+}

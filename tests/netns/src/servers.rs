@@ -127,7 +127,7 @@ pub fn udp(namespace: &Namespace, port: u16) -> Result<UdpSocket> {
 pub fn udp_echo(namespace: &Namespace, port: u16) -> Result<Server> {
     let socket = udp(namespace, port)?;
     Ok(Server::start(namespace, move |stop, count| {
-        let mut buffer = [0; 65536];
+        let mut buffer = vec![0; 65536];
         while !stop.load(Ordering::SeqCst) {
             if let Ok((length, from)) = socket.recv_from(&mut buffer) {
                 count.fetch_add(1, Ordering::SeqCst);
@@ -208,7 +208,7 @@ pub fn bulk_sink(namespace: &Namespace, port: u16) -> Result<Server> {
     Ok(Server::start(namespace, move |stop, count| {
         accept_loop(&listener, stop, |mut stream| {
             stream.set_read_timeout(Some(TICK))?;
-            let (mut buffer, mut expected) = ([0; 65536], [0; 65536]);
+            let (mut buffer, mut expected) = (vec![0; 65536], vec![0; 65536]);
             let mut received = 0;
             while !stop.load(Ordering::SeqCst) {
                 match std::io::Read::read(&mut stream, &mut buffer) {

@@ -1,0 +1,96 @@
+//! `cargo xtask build`: three targets, one folder of results.
+//!
+//! The eBPF programs and the guest are `no_std` for targets of their own. Debian's `rustc-web`
+//! builds both where it is installed; elsewhere a rustup nightly with `rust-src` does.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::run::{run, step};
+
+/// Present where Debian's compiler has a core library for eBPF.
+const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none";
+
+/// The workspace's folder.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").into()
+}
+
+/// The folder of all build results.
+pub fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// Where the binaries, the eBPF object and the guests end up.
+pub fn results() -> PathBuf {
+    target().join("release")
+}
+
+/// Builds everything.
+pub fn all() -> Result<()> {
+    ebpf()?;
+    guest()?;
+    step("build", "warrend, warren-vmm, warren-control, warren");
+    run(Command::new("cargo").current_dir(root()).args(["build", "--release", "--quiet"]))
+}
+
+fn ebpf() -> Result<()> {
+    step("build", "eBPF programs");
+    let mut command = no_std_cargo("ebpf");
+    command.args(["--package", "warren-ebpf", "--target", "bpfel-unknown-none"]);
+    if !Path::new(DEBIAN_BPF).exists() {
+        command.arg("-Zbuild-std=core");
+    }
+    let flags = ["-Cdebuginfo=2", "-Clink-arg=--btf", "--cfg=bpf_target_arch=\"x86_64\""];
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    run(&mut command)?;
+    keep("ebpf/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf.o")
+}
+
+fn guest() -> Result<()> {
+    step("build", "guest");
+    let mut command = no_std_cargo("guest");
+    command.args(["--package", "warren-guest", "--target", "guest/x86_64-unknown-none.json"]);
+    command.args(["-Zjson-target-spec", "-Zbuild-std=core,alloc"]);
+    command.arg("-Zbuild-std-features=compiler-builtins-mem");
+    run(&mut command)?;
+    for name in ["warren-guest", "warren-guest-hostile"] {
+        keep(&format!("guest/x86_64-unknown-none/release/{name}"), &format!("{name}.elf"))?;
+    }
+    Ok(())
+}
+
+/// `cargo build` by the compiler that can build for bare targets, in a target folder of its own:
+/// two compilers in one folder would rebuild each other's results.
+fn no_std_cargo(folder: &str) -> Command {
+    let mut command = if Path::new(DEBIAN_BPF).exists() {
+        let mut command = Command::new("/usr/bin/cargo");
+        command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");
+        command
+    } else {
+        let mut command = Command::new("cargo");
+        command.arg("+nightly");
+        command
+    };
+    // What the outer cargo set for xtask itself would choose its toolchain again.
+    for name in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTDOC", "RUSTFLAGS"] {
+        command.env_remove(name);
+    }
+    command.args(["build", "--release", "--quiet", "--target-dir"]).arg(target().join(folder));
+    command.current_dir(root());
+    command
+}
+
+/// Copies a result beside the binaries, if it changed.
+fn keep(from: &str, name: &str) -> Result<()> {
+    let from = target().join(from);
+    let to = results().join(name);
+    let new = std::fs::read(&from).with_context(|| format!("no {}", from.display()))?;
+    if std::fs::read(&to).is_ok_and(|old| old == new) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(results())?;
+    std::fs::write(&to, new).with_context(|| format!("cannot write {}", to.display()))
+}

@@ -1,0 +1,103 @@
+//! `cargo xtask setup`: finds what is missing and installs it.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::run::{output, run, step};
+
+/// Debian packages, and what each is for.
+const PACKAGES: &[(&str, &str)] = &[
+    ("gcc", "links the guest and SQLite"),
+    ("libc6-dev", "links the guest and SQLite"),
+    ("rustc-web", "compiles the eBPF programs and the guest"),
+    ("cargo-web", "compiles the eBPF programs and the guest"),
+    ("libstd-rust-web-dev-bpf", "core for the eBPF target"),
+    ("rust-web-src", "core and alloc for the guest's target"),
+    ("llvm-22-dev", "bpf-linker"),
+    ("libpolly-22-dev", "bpf-linker"),
+    ("zlib1g-dev", "bpf-linker"),
+    ("libzstd-dev", "bpf-linker"),
+    ("libxml2-dev", "bpf-linker"),
+    ("iproute2", "namespaces of the tests and the demo"),
+    ("redis-server", "a real server in a tenant's VPC"),
+    ("redis-tools", "its client"),
+    ("nginx-light", "a real server in a tenant's VPC"),
+];
+
+/// Installs what is missing. Where it may not, it lists the commands and fails.
+pub fn all() -> Result<()> {
+    let commands = missing()?;
+    if commands.is_empty() {
+        step("setup", "nothing is missing");
+        return Ok(());
+    }
+    let listed = commands.iter().map(|c| format!("    {c}")).collect::<Vec<_>>().join("\n");
+    if !nix::unistd::geteuid().is_root() {
+        bail!("something is missing and this is not root; run:\n{listed}");
+    }
+    step("setup", &format!("something is missing; running:\n{listed}"));
+    for command in &commands {
+        run(Command::new("sh").args(["-c", command]).env("DEBIAN_FRONTEND", "noninteractive"))?;
+    }
+    Ok(())
+}
+
+/// Shell commands that install what is missing, in order.
+fn missing() -> Result<Vec<String>> {
+    let mut commands = Vec::new();
+    let debian = Path::new("/usr/bin/dpkg-query").exists();
+    if debian {
+        let packages = missing_packages();
+        if !packages.is_empty() {
+            for (name, purpose) in PACKAGES.iter().filter(|(name, _)| packages.contains(name)) {
+                step("setup", &format!("missing: {name} ({purpose})"));
+            }
+            commands.push("apt-get update -qq".to_owned());
+            commands.push(format!(
+                "apt-get install -qq -y --no-install-recommends {}",
+                packages.join(" ")
+            ));
+        }
+    } else {
+        for program in ["cc", "ip", "redis-server", "redis-cli", "nginx"] {
+            if !on_path(program) {
+                bail!("`{program}` is missing: install it with your package manager");
+            }
+        }
+        if output(Command::new("rustc").args(["+nightly", "--version"])).is_err() {
+            commands.push("rustup toolchain install nightly --component rust-src".to_owned());
+        }
+    }
+    if !on_path("bpf-linker") {
+        step("setup", "missing: bpf-linker (links the eBPF programs; about a minute)");
+        commands.push(if debian {
+            "LLVM_PREFIX=/usr/lib/llvm-22 cargo install --quiet --locked bpf-linker \
+             --no-default-features --features llvm-22"
+                .to_owned()
+        } else {
+            "cargo install --locked bpf-linker".to_owned()
+        });
+    }
+    Ok(commands)
+}
+
+fn missing_packages() -> Vec<&'static str> {
+    let names = PACKAGES.iter().map(|(name, _)| *name);
+    let mut query = Command::new("dpkg-query");
+    query.args(["-W", "-f", "${Package} ${db:Status-Status}\n"]).args(names.clone());
+    // It exits 1 if any package is unknown, and still lists the others.
+    let listed = query.output().map(|o| o.stdout).unwrap_or_default();
+    let listed = String::from_utf8_lossy(&listed).into_owned();
+    names.filter(|name| !listed.lines().any(|line| line == format!("{name} installed"))).collect()
+}
+
+fn on_path(program: &str) -> bool {
+    let cargo_bin = std::env::var_os("CARGO_HOME").map(|home| Path::new(&home).join("bin"));
+    std::env::var_os("PATH")
+        .iter()
+        .flat_map(std::env::split_paths)
+        .chain(cargo_bin)
+        .any(|dir| dir.join(program).is_file())
+}
