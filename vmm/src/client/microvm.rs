@@ -1,0 +1,182 @@
+//! A microVM, seen over its control connection.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::ClientError;
+use crate::control::{
+    CONTROL_LINE, EndReason, Ready, ReleaseRequest, Reply, Request, Status, encode_frame,
+    socket_path, socket_slot, take_frame,
+};
+
+/// How long [`discover`] waits for a microVM to say who it is.
+const DISCOVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A control connection to a microVM. Several may exist at a time, also from several processes.
+///
+/// Dropping it leaves the microVM as it is. Only [`MicroVm::ended`] may be cancelled (dropped
+/// before it is done) and the connection used further.
+#[derive(Debug)]
+pub struct MicroVm {
+    slot: u32,
+    pid: i32,
+    path: PathBuf,
+    stream: UnixStream,
+    received: Vec<u8>,
+}
+
+impl MicroVm {
+    /// Connects to the microVM in a slot and waits until it stands at its barrier, or beyond.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`] if there is none; [`ClientError::Ended`] if it could not be made.
+    pub async fn connect(run_dir: &Path, slot: u32) -> Result<Self, ClientError> {
+        Ok(Self::connect_with_status(run_dir, slot).await?.0)
+    }
+
+    /// [`MicroVm::connect`], together with what the microVM said of itself.
+    pub async fn connect_with_status(
+        run_dir: &Path,
+        slot: u32,
+    ) -> Result<(Self, Status), ClientError> {
+        let path = socket_path(run_dir, slot);
+        let mut stream = UnixStream::connect(&path)
+            .await
+            .map_err(|source| ClientError::Connect { path: path.clone(), source })?;
+        let mut greeting = CONTROL_LINE.to_vec();
+        greeting.extend(encode_frame(&Request::Status));
+        stream.write_all(&greeting).await.map_err(|_| ClientError::Ended(EndReason::Lost))?;
+        let mut microvm = Self { slot, pid: 0, path, stream, received: Vec::new() };
+        match microvm.reply().await? {
+            Reply::Status(status) => {
+                microvm.pid = status.pid;
+                Ok((microvm, status))
+            }
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// The slot it was forked into.
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Its socket, for [`super::invoke`].
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Asks how far it is, and who.
+    pub async fn status(&mut self) -> Result<Status, ClientError> {
+        match self.ask(&Request::Status).await? {
+            Reply::Status(status) => Ok(status),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Gives it its identity and lets it run; returns when the guest has acknowledged.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if it was released before or the identity is out of range.
+    pub async fn release(&mut self, request: &ReleaseRequest) -> Result<Ready, ClientError> {
+        match self.ask(&Request::Release(request.clone())).await? {
+            Reply::Ready(ready) => Ok(ready),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Ends it; returns why it ended, which is [`EndReason::Stopped`] unless it was faster.
+    pub async fn stop(&mut self) -> Result<EndReason, ClientError> {
+        match self.ask(&Request::Stop).await {
+            Ok(other) => Err(unexpected(other)),
+            Err(ClientError::Ended(reason)) => Ok(reason),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&mut self) -> EndReason {
+        loop {
+            match self.reply().await {
+                Err(ClientError::Ended(reason)) => return reason,
+                Err(_) => return EndReason::Lost,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    async fn ask(&mut self, request: &Request) -> Result<Reply, ClientError> {
+        // A microVM that ended may have left its reason for us to read.
+        let written = self.stream.write_all(&encode_frame(request)).await;
+        match self.reply().await {
+            Err(ClientError::Ended(EndReason::Lost)) => {
+                written?;
+                Err(ClientError::Ended(EndReason::Lost))
+            }
+            other => other,
+        }
+    }
+
+    /// The next message. Whatever was read stays in `received` if this future is dropped.
+    async fn reply(&mut self) -> Result<Reply, ClientError> {
+        loop {
+            match take_frame(&mut self.received).map_err(|_| ClientError::Malformed)? {
+                Some(Reply::Ended(reason)) => return Err(ClientError::Ended(reason)),
+                Some(Reply::Refused(refusal)) => return Err(refusal.into()),
+                Some(reply) => return Ok(reply),
+                None => {}
+            }
+            match self.stream.read_buf(&mut self.received).await {
+                Ok(0) => return Err(ClientError::Ended(EndReason::Lost)),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(ClientError::Ended(EndReason::Lost));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn unexpected(_: Reply) -> ClientError {
+    ClientError::Malformed
+}
+
+/// Finds the microVMs that live in a directory, such as after a restart of `warrend`, with their
+/// state. Sockets that nobody listens on any more are removed; one that does not answer within two
+/// seconds is left alone and reported in the log.
+///
+/// # Errors
+/// [`ClientError::Io`] if the directory cannot be read.
+pub async fn discover(run_dir: &Path) -> Result<Vec<(MicroVm, Status)>, ClientError> {
+    let mut found = Vec::new();
+    let mut entries = tokio::fs::read_dir(run_dir).await?;
+    while let Some(entry) = entries.next_entry().await? {
+        let path = entry.path();
+        let Some(slot) = socket_slot(&path) else { continue };
+        match timeout(DISCOVER_TIMEOUT, MicroVm::connect_with_status(run_dir, slot)).await {
+            Ok(Ok(microvm)) => found.push(microvm),
+            Ok(Err(ClientError::Connect { source, .. }))
+                if source.kind() == io::ErrorKind::ConnectionRefused =>
+            {
+                tokio::fs::remove_file(&path).await?;
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(slot, %error, "a microVM was found but cannot be used");
+            }
+            Err(_) => tracing::warn!(slot, "a microVM was found but does not answer"),
+        }
+    }
+    found.sort_by_key(|(microvm, _)| microvm.slot);
+    Ok(found)
+}

@@ -1,0 +1,128 @@
+//! The process that forks microVMs.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
+
+use super::ClientError;
+use crate::control::{MESSAGE_MAX, ZygoteReply, ZygoteRequest, decode, encode};
+
+/// What a zygote is started with.
+#[derive(Clone, Debug)]
+pub struct ZygoteConfig {
+    /// The `warren-vmm` program.
+    pub binary: PathBuf,
+    /// A template that `warren-vmm template` made.
+    pub template: PathBuf,
+    /// Directory of the microVMs' sockets; must exist.
+    pub run_dir: PathBuf,
+}
+
+/// A running zygote. When this is dropped the zygote exits; its microVMs live on.
+#[derive(Debug)]
+pub struct Zygote {
+    control: Mutex<AsyncFd<OwnedFd>>,
+    child: Child,
+    memory_bytes: u64,
+}
+
+impl Zygote {
+    /// Starts a zygote and waits until it has verified and loaded the template.
+    ///
+    /// # Errors
+    /// [`ClientError::Spawn`], or [`ClientError::Zygote`] with what is wrong with the template.
+    pub async fn spawn(config: &ZygoteConfig) -> Result<Self, ClientError> {
+        let spawn_error = |source| ClientError::Spawn { binary: config.binary.clone(), source };
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        )
+        .map_err(|errno| spawn_error(errno.into()))?;
+        // The control socket is the child's standard input: a descriptor that needs no unsafe code
+        // between fork and exec to be inherited.
+        let child = Command::new(&config.binary)
+            .arg("zygote")
+            .arg("--template")
+            .arg(&config.template)
+            .arg("--run-dir")
+            .arg(&config.run_dir)
+            .args(["--control-fd", "0"])
+            .stdin(Stdio::from(theirs))
+            .spawn()
+            .map_err(spawn_error)?;
+        let control = AsyncFd::register(ours).map_err(spawn_error)?;
+        match receive(&control).await? {
+            ZygoteReply::Loaded { memory_bytes } => {
+                Ok(Self { control: Mutex::new(control), child, memory_bytes })
+            }
+            ZygoteReply::Failed { error } => Err(ClientError::Zygote(error)),
+            ZygoteReply::Forked { .. } => Err(ClientError::Malformed),
+        }
+    }
+
+    /// The zygote's process; `None` once it was waited for.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Guest memory of each microVM, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Forks a microVM into a slot and returns its process. It takes connections at once, and
+    /// answers them when it stands at its barrier.
+    ///
+    /// The TAP must be what [`ZygoteRequest::Fork`] says.
+    ///
+    /// # Errors
+    /// [`ClientError::Zygote`] if a microVM lives in that slot, or the process cannot be made;
+    /// [`ClientError::ZygoteEnded`].
+    pub async fn fork(&self, slot: u32, tap: OwnedFd) -> Result<i32, ClientError> {
+        let control = self.control.lock().await;
+        let message = encode(&ZygoteRequest::Fork { slot });
+        control
+            .async_io(Interest::WRITABLE, |socket| {
+                sendmsg::<()>(
+                    socket.as_raw_fd(),
+                    &[IoSlice::new(&message)],
+                    &[ControlMessage::ScmRights(&[tap.as_raw_fd()])],
+                    MsgFlags::MSG_NOSIGNAL,
+                    None,
+                )
+                .map_err(io::Error::from)
+            })
+            .await
+            .map_err(|_| ClientError::ZygoteEnded)?;
+        match receive(&control).await? {
+            ZygoteReply::Forked { pid, slot: forked } if forked == slot => Ok(pid),
+            ZygoteReply::Failed { error } => Err(ClientError::Zygote(error)),
+            _ => Err(ClientError::Malformed),
+        }
+    }
+}
+
+async fn receive(control: &AsyncFd<OwnedFd>) -> Result<ZygoteReply, ClientError> {
+    let mut buffer = vec![0; MESSAGE_MAX];
+    let length = control
+        .async_io(Interest::READABLE, |socket| {
+            recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).map_err(io::Error::from)
+        })
+        .await
+        .map_err(|_| ClientError::ZygoteEnded)?;
+    if length == 0 {
+        return Err(ClientError::ZygoteEnded);
+    }
+    decode(&buffer[..length]).map_err(|_| ClientError::Malformed)
+}

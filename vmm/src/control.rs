@@ -1,0 +1,346 @@
+//! The messages between the client and `warren-vmm`'s processes, and how they are framed.
+//!
+//! To the zygote: one postcard message per `SOCK_SEQPACKET` packet ([`ZygoteRequest`] with the TAP
+//! descriptor attached as `SCM_RIGHTS`, [`ZygoteReply`]).
+//!
+//! To a microVM: a stream socket at [`socket_path`]. The first line of a connection decides what it
+//! is: [`CONTROL_LINE`], followed by frames (a little-endian `u32` length and that many bytes of
+//! postcard, [`Request`] one way and [`Reply`] the other), or `CONNECT <port>\n`, answered by
+//! `OK <port>\n` and followed by the raw bytes of a vsock stream (Firecracker's convention).
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// What a client sends first on a control connection.
+pub const CONTROL_LINE: &[u8] = b"CONTROL\n";
+
+/// The longest control message, in bytes.
+pub const MESSAGE_MAX: usize = 16 * 1024;
+
+/// The longest [`ReleaseRequest::tag`], in bytes.
+pub const TAG_MAX: usize = 4096;
+
+/// Where the microVM in a slot listens.
+pub fn socket_path(run_dir: &Path, slot: u32) -> PathBuf {
+    run_dir.join(format!("vm-{slot}.sock"))
+}
+
+/// The slot whose microVM listens at this path; `None` if it is not the path of a microVM.
+pub fn socket_slot(path: &Path) -> Option<u32> {
+    path.file_name()?.to_str()?.strip_prefix("vm-")?.strip_suffix(".sock")?.parse().ok()
+}
+
+/// What the zygote is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ZygoteRequest {
+    /// Fork a microVM into this slot. Its TAP is attached: `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`,
+    /// header of 12 bytes (`TUNSETVNETHDRSZ`), non-blocking, no offloads.
+    Fork {
+        /// Slot number; names the socket.
+        slot: u32,
+    },
+}
+
+/// What the zygote answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ZygoteReply {
+    /// Once, when it starts: the template is verified and loaded.
+    Loaded {
+        /// Guest memory of each microVM, in bytes.
+        memory_bytes: u64,
+    },
+    /// The microVM's process exists and its socket takes connections.
+    Forked {
+        /// Slot number.
+        slot: u32,
+        /// Process.
+        pid: i32,
+    },
+    /// It could not be done; the zygote goes on, unless this is its first message.
+    Failed {
+        /// Why, and what to do.
+        error: String,
+    },
+}
+
+/// What a microVM is asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Who are you? Answered by [`Reply::Status`].
+    Status,
+    /// Take this identity and run. Answered by [`Reply::Ready`] or [`Reply::Refused`].
+    Release(ReleaseRequest),
+    /// End. Answered by [`Reply::Ended`].
+    Stop,
+}
+
+/// What a microVM answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To [`Request::Status`].
+    Status(Status),
+    /// To [`Request::Release`]: the guest acknowledged its identity.
+    Ready(Ready),
+    /// To a request that cannot be granted; nothing changed.
+    Refused(Refusal),
+    /// The microVM has ended. Sent unasked to every control connection; the last message.
+    Ended(EndReason),
+}
+
+/// The identity a clone is to take.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseRequest {
+    /// The public part of the identity. Entropy and clock are added by the VMM.
+    pub identity: PublicIdentity,
+    /// Opaque to the VMM, returned by [`Status::tag`]; at most [`TAG_MAX`] bytes.
+    pub tag: Vec<u8>,
+}
+
+/// What may be known of a clone's identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublicIdentity {
+    /// Instance identifier, a version 4 UUID (RFC 9562).
+    pub instance_id: [u8; 16],
+    /// Host name, at most 64 bytes, without zero bytes.
+    pub hostname: String,
+    /// MAC address, unicast.
+    pub mac: [u8; 6],
+    /// Address of the guest's interface, a /32.
+    pub ipv4: [u8; 4],
+    /// Default gateway, reached on-link.
+    pub gateway: [u8; 4],
+    /// Largest IP packet, in bytes; 576 to 1500.
+    pub mtu: u16,
+}
+
+/// How far a microVM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// At the release barrier.
+    Parked,
+    /// Released: it has an identity.
+    Running,
+}
+
+/// A microVM as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Slot number.
+    pub slot: u32,
+    /// Process.
+    pub pid: i32,
+    /// How far it is.
+    pub state: State,
+    /// Who it is, once it was released.
+    pub identity: Option<PublicIdentity>,
+    /// [`ReleaseRequest::tag`]; empty before.
+    pub tag: Vec<u8>,
+}
+
+/// When a release happened, in nanoseconds on `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// The VMM read the request.
+    pub received_ns: u64,
+    /// The guest was let go: [0 on its own clock](warren_abi::microvm::Identity::tsc).
+    pub released_ns: u64,
+    /// The guest's acknowledgement arrived.
+    pub ready_ns: u64,
+}
+
+/// Why a request changed nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// [`Request::Release`] came a second time.
+    #[error("the microVM was released before: fork another one")]
+    AlreadyReleased,
+    /// A field of the identity is out of its range.
+    #[error("identity refused: {0}")]
+    Identity(String),
+    /// The message is not one of this version.
+    #[error("not a control message of this version: client and microVM must be of one release")]
+    Malformed,
+}
+
+/// Why a microVM ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EndReason {
+    /// [`Request::Stop`].
+    Stopped,
+    /// The guest raised an exception, which nothing in it handles (Intel SDM volume 3, 6.15).
+    Exception {
+        /// Vector, 0 to 31.
+        vector: u8,
+        /// Error code, where the vector has one.
+        error_code: Option<u64>,
+        /// Address of the instruction.
+        rip: u64,
+        /// Address whose access faulted, for a page fault.
+        address: Option<u64>,
+    },
+    /// The guest's panic message, control characters escaped.
+    Panic {
+        /// Message with its place.
+        message: String,
+    },
+    /// The guest faulted beyond its own handlers.
+    TripleFault {
+        /// Address of the instruction.
+        rip: u64,
+    },
+    /// The guest ran without an exit for longer than it may.
+    Watchdog {
+        /// Where it was.
+        rip: u64,
+        /// What it may, in milliseconds.
+        budget_ms: u64,
+    },
+    /// The guest wrote something into a virtqueue which virtio does not allow.
+    Queue {
+        /// Device and queue, such as `net tx`.
+        queue: String,
+        /// What is wrong.
+        error: String,
+    },
+    /// The guest used a port or register that there is not, or out of order.
+    Protocol {
+        /// What it did.
+        error: String,
+    },
+    /// It could not be made.
+    Setup {
+        /// Why, and what to do.
+        error: String,
+    },
+    /// KVM or the host failed it.
+    Host {
+        /// Why.
+        error: String,
+    },
+    /// Its process vanished without a word: killed from outside.
+    Lost,
+}
+
+impl EndReason {
+    /// The exit status of the microVM's process, one for each kind.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Stopped => 0,
+            Self::Exception { .. } => 10,
+            Self::Panic { .. } => 11,
+            Self::TripleFault { .. } => 12,
+            Self::Watchdog { .. } => 13,
+            Self::Queue { .. } => 14,
+            Self::Protocol { .. } => 15,
+            Self::Setup { .. } => 16,
+            Self::Host { .. } => 17,
+            Self::Lost => 18,
+        }
+    }
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("stopped"),
+            Self::Exception { vector, error_code, rip, address } => {
+                write!(f, "exception {vector} ({}) at {rip:#x}", exception_name(*vector))?;
+                if let Some(code) = error_code {
+                    write!(f, ", error code {code:#x}")?;
+                }
+                if let Some(address) = address {
+                    write!(f, ", address {address:#x}")?;
+                }
+                Ok(())
+            }
+            Self::Panic { message } => write!(f, "guest panic: {message}"),
+            Self::TripleFault { rip } => write!(f, "triple fault at {rip:#x}"),
+            Self::Watchdog { rip, budget_ms } => {
+                write!(f, "watchdog: ran {budget_ms} ms without an exit, at {rip:#x}")
+            }
+            Self::Queue { queue, error } => write!(f, "virtqueue {queue}: {error}"),
+            Self::Protocol { error } => write!(f, "guest broke the protocol: {error}"),
+            Self::Setup { error } => write!(f, "setup failed: {error}"),
+            Self::Host { error } => write!(f, "host failure: {error}"),
+            Self::Lost => f.write_str("its process vanished"),
+        }
+    }
+}
+
+/// Name of an x86 exception vector (Intel SDM volume 3, table 6-1).
+pub fn exception_name(vector: u8) -> &'static str {
+    match vector {
+        0 => "#DE divide error",
+        1 => "#DB debug",
+        2 => "NMI",
+        3 => "#BP breakpoint",
+        4 => "#OF overflow",
+        5 => "#BR bound range",
+        6 => "#UD invalid opcode",
+        7 => "#NM device not available",
+        8 => "#DF double fault",
+        10 => "#TS invalid TSS",
+        11 => "#NP segment not present",
+        12 => "#SS stack fault",
+        13 => "#GP general protection",
+        14 => "#PF page fault",
+        16 => "#MF x87 error",
+        17 => "#AC alignment check",
+        18 => "#MC machine check",
+        19 => "#XM SIMD error",
+        20 => "#VE virtualisation",
+        21 => "#CP control protection",
+        _ => "reserved",
+    }
+}
+
+/// Encodes a message without a frame, as the zygote's socket carries it.
+pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    // A Vec takes any length and these types cannot fail to serialise.
+    postcard::to_allocvec(message).unwrap_or_default()
+}
+
+/// Encodes a message with its length before it, as a microVM's socket carries it.
+pub fn encode_frame<T: Serialize>(message: &T) -> Vec<u8> {
+    let body = encode(message);
+    let mut frame = Vec::with_capacity(4 + body.len());
+    frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    frame.extend_from_slice(&body);
+    frame
+}
+
+/// A frame that is longer than [`MESSAGE_MAX`], or whose content is no message of this version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a control message of this version")]
+pub struct Malformed;
+
+/// Takes the first whole frame out of what was received.
+///
+/// # Errors
+/// [`Malformed`]; the connection cannot be used any more.
+pub fn take_frame<T: for<'a> Deserialize<'a>>(
+    buffer: &mut Vec<u8>,
+) -> Result<Option<T>, Malformed> {
+    let Some(header) = buffer.first_chunk::<4>() else { return Ok(None) };
+    let length = u32::from_le_bytes(*header) as usize;
+    if length > MESSAGE_MAX {
+        return Err(Malformed);
+    }
+    let Some(body) = buffer.get(4..4 + length) else { return Ok(None) };
+    let message = decode(body)?;
+    buffer.drain(..4 + length);
+    Ok(Some(message))
+}
+
+/// Decodes what [`encode`] made.
+///
+/// # Errors
+/// [`Malformed`], also if bytes are left over.
+pub fn decode<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Result<T, Malformed> {
+    match postcard::take_from_bytes(bytes) {
+        Ok((message, [])) => Ok(message),
+        _ => Err(Malformed),
+    }
+}
