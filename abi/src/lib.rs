@@ -8,6 +8,11 @@
 #[cfg(feature = "probe")]
 extern crate alloc;
 
+pub mod drop;
+pub mod flow;
+pub mod maps;
 pub mod microvm;
+pub mod nat;
 #[cfg(feature = "probe")]
 pub mod probe;
+pub mod wire;

@@ -1,0 +1,94 @@
+//! Why the data path dropped a packet.
+
+/// Declares [`Drop`] together with its names, so that neither can lack an entry.
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)+) => {
+        /// Why a packet was dropped. The discriminant is the index of its counter.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Drop {
+            $($(#[$doc])* $variant,)+
+        }
+
+        impl Drop {
+            /// Every reason, in the order of the discriminants.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+
+            /// The name that people and programs know it by, such as `spoofed-address`.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// A helper of the kernel failed: out of memory, mostly.
+    Internal = "internal",
+    /// Shorter than its headers say.
+    Truncated = "truncated",
+    /// Neither IPv4 nor ARP.
+    NotIpv4 = "not-ipv4",
+    /// The IPv4 header's version or length is wrong, or it carries options.
+    BadHeader = "bad-header",
+    /// A fragment.
+    Fragment = "fragment",
+    /// Neither TCP, UDP nor an ICMP echo message or error.
+    UnsupportedProtocol = "unsupported-protocol",
+    /// An ICMP error, which is not translated.
+    IcmpError = "icmp-error",
+    /// The source MAC address is not the slot's.
+    SpoofedMac = "spoofed-mac",
+    /// The source address is not the slot's, nor, in the tunnel, the VPC's shared address.
+    SpoofedAddress = "spoofed-address",
+    /// An ARP message whose sender is not the slot.
+    SpoofedArp = "spoofed-arp",
+    /// An ARP message that is neither a request that is answered nor a reply that is awaited.
+    UnexpectedArp = "unexpected-arp",
+    /// The slot is in no VPC.
+    Detached = "detached",
+    /// The VPC of the slot or of the tunnel's VNI is not known here.
+    UnknownVpc = "unknown-vpc",
+    /// The destination is not a unicast address that a VPC could have.
+    BadDestination = "bad-destination",
+    /// The time to live ended here.
+    TtlExceeded = "ttl-exceeded",
+    /// It does not fit into the underlay's MTU.
+    TooBig = "too-big",
+    /// It belongs to no flow, and cannot begin one.
+    NoFlow = "no-flow",
+    /// It belongs to a flow of a former tenant of the slot.
+    StaleFlow = "stale-flow",
+    /// No port was found for a new flow.
+    PortsExhausted = "ports-exhausted",
+    /// The table of flows is full.
+    FlowsExhausted = "flows-exhausted",
+    /// It came through the tunnel from another than the VPC's proxy.
+    NotFromProxy = "not-from-proxy",
+    /// It came through the tunnel from a host that does not hold the port block.
+    NotBlockHolder = "not-block-holder",
+    /// No host holds the port block.
+    NoBlockHolder = "no-block-holder",
+    /// Outside the VPC's CIDR, and the VPC has no gateway.
+    NoRoute = "no-route",
+    /// Came from the VPC, but not for its shared address.
+    NotSharedAddress = "not-shared-address",
+}
+
+impl Drop {
+    /// How many reasons there are: counters per scope.
+    pub const COUNT: u32 = Self::ALL.len() as u32;
+
+    /// The reason with this discriminant.
+    pub fn from_index(index: u32) -> Option<Self> {
+        Self::ALL.get(index as usize).copied()
+    }
+}
+
+impl core::fmt::Display for Drop {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,260 @@
+//! Keys and values of the BPF maps, without padding: a key's every byte counts.
+//!
+//! Pinned maps outlive the program that made them. A change of a layout here needs a new name in
+//! [`names`], or the maps of running hosts no longer fit.
+
+use crate::flow::{FlowState, Timers};
+use crate::wire::{Be16, Ipv4};
+
+/// Names of the maps.
+pub mod names {
+    /// Host: index of a TAP -> [`Slot`](super::Slot).
+    pub const SLOTS: &str = "SLOTS";
+    /// Host: VNI -> [`HostVpc`](super::HostVpc).
+    pub const HOST_VPCS: &str = "HOST_VPCS";
+    /// Host: [`OutKey`](super::OutKey) -> [`Flow`](super::Flow).
+    pub const CT_OUT: &str = "CT_OUT";
+    /// Host: [`InKey`](super::InKey) -> [`InFlow`](super::InFlow).
+    pub const CT_IN: &str = "CT_IN";
+    /// Proxy: VNI -> [`ProxyVpc`](super::ProxyVpc).
+    pub const PROXY_VPCS: &str = "PROXY_VPCS";
+    /// Proxy: index of an interface in a VPC -> [`ProxyVpc`](super::ProxyVpc).
+    pub const INTERFACES: &str = "INTERFACES";
+    /// Proxy: [`BlockKey`](super::BlockKey) -> underlay address of the host that holds the block.
+    pub const BLOCKS: &str = "BLOCKS";
+    /// Both: packets dropped, per CPU, at scope * [`Drop::COUNT`](crate::drop::Drop::COUNT) +
+    /// reason. The scope is a slot's number, or [`ProxyVpc::scope`](super::ProxyVpc::scope);
+    /// 0 is nobody's.
+    pub const DROPS: &str = "DROPS";
+}
+
+/// Names of the programs.
+pub mod programs {
+    /// tcx ingress on a slot's TAP.
+    pub const TAP: &str = "tap";
+    /// tcx ingress on a host's VXLAN device.
+    pub const TUNNEL_HOST: &str = "tunnel_host";
+    /// tcx ingress on a proxy's VXLAN device.
+    pub const TUNNEL_PROXY: &str = "tunnel_proxy";
+    /// tcx ingress on a proxy's interface in a VPC.
+    pub const VPC: &str = "vpc";
+    /// Collects flows that ended; run by the daemon on a [`Sweep`](super::Sweep).
+    pub const SWEEP: &str = "sweep";
+}
+
+/// The end of a tunnel here: the same for all programs of a host or proxy, in their read-only
+/// data under the name `UNDERLAY`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Underlay {
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// Own address.
+    pub address: Ipv4,
+    /// Largest IP packet, in bytes.
+    pub mtu: u32,
+}
+
+/// A slot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// What it is attached to: read as one word.
+    pub attachment: Attachment,
+    /// Index of its TAP: the key once more. A reader that finds another met an entry that was
+    /// recycled under its hands.
+    pub ifindex: u32,
+    /// Number.
+    pub number: u32,
+    /// Address of the guest.
+    pub address: Ipv4,
+    /// MAC address of the guest.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub reserved: [u8; 6],
+}
+
+/// VNI and generation, in one word that is read and written whole.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attachment(pub u64);
+
+impl Attachment {
+    /// Attached to a VPC, or detached (VNI 0).
+    #[inline(always)]
+    pub const fn new(vni: u32, generation: u32) -> Self {
+        Self((generation as u64) << 32 | vni as u64)
+    }
+
+    /// The VPC; 0 while detached.
+    #[inline(always)]
+    pub const fn vni(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// Counts the slot's attachments; a flow carries the one it began under.
+    #[inline(always)]
+    pub const fn generation(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// A VPC on a host.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostVpc {
+    /// Address in the VPC that guests appear as.
+    pub shared_address: Ipv4,
+    /// Underlay address of the proxy that owns it.
+    pub proxy_address: Ipv4,
+    /// First port of this host.
+    pub port_base: u32,
+    /// How many ports, at least 1.
+    pub port_count: u32,
+}
+
+/// A flow, as its guest sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutKey {
+    /// Index of the slot's TAP.
+    pub ifindex: u32,
+    /// The attachment under which it began.
+    pub generation: u32,
+    /// Address of the peer.
+    pub peer: Ipv4,
+    /// The guest's port, or its ICMP echo identifier.
+    pub guest_port: Be16,
+    /// The peer's port; 0 for ICMP.
+    pub peer_port: Be16,
+    /// IP protocol.
+    pub protocol: u32,
+}
+
+/// What is known of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    /// Changed by compare-and-exchange only.
+    pub state: FlowState,
+    /// The VPC.
+    pub vni: u32,
+    /// The port that stands for the guest's on the shared address.
+    pub port: Be16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// A flow, as its peer sees it. Inserting it claims the port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InKey {
+    /// The VPC.
+    pub vni: u32,
+    /// Address of the peer.
+    pub peer: Ipv4,
+    /// The peer's port; 0 for ICMP.
+    pub peer_port: Be16,
+    /// The port on the shared address, or the ICMP echo identifier.
+    pub port: Be16,
+    /// IP protocol.
+    pub protocol: u32,
+}
+
+/// Where a reply goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlow {
+    /// Index of the slot's TAP.
+    pub ifindex: u32,
+    /// The attachment under which the flow began.
+    pub generation: u32,
+    /// The tick in which a reply last refreshed the flow.
+    pub refreshed: u32,
+    /// The guest's port, or its ICMP echo identifier.
+    pub guest_port: Be16,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// A VPC on a proxy.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProxyVpc {
+    /// VNI.
+    pub vni: u32,
+    /// Index of the interface in the VPC.
+    pub ifindex: u32,
+    /// Address in the VPC that guests appear as.
+    pub shared_address: Ipv4,
+    /// The VPC's CIDR: its address.
+    pub network: Ipv4,
+    /// The VPC's CIDR: its mask.
+    pub mask: Ipv4,
+    /// Next hop outside the CIDR; 0.0.0.0: none.
+    pub gateway: Ipv4,
+    /// Index of its counters in `DROPS`, from 1.
+    pub scope: u32,
+}
+
+/// A block of ports.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockKey {
+    /// The VPC.
+    pub vni: u32,
+    /// The shared address.
+    pub shared_address: Ipv4,
+    /// [`nat::block_of`](crate::nat::block_of) its ports.
+    pub block: u32,
+}
+
+/// What the sweep is told and what it tells: the packet that it runs on.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sweep {
+    /// The kernel wants an Ethernet header; zeroes.
+    pub ethernet: [u8; 14],
+    /// How long flows may be idle.
+    pub timers: Timers,
+    /// Out: flows that live on.
+    pub live: u32,
+    /// Out: flows that ended and were removed.
+    pub expired: u32,
+    /// Out: flows of former attachments, removed.
+    pub stale: u32,
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    macro_rules! pod {
+        ($($name:ident),+) => {
+            $(
+                // SAFETY: `repr(C)`, integers only, no padding (checked below): every byte of a
+                // value is initialised, and any bytes are a value.
+                unsafe impl aya::Pod for super::$name {}
+            )+
+        };
+    }
+    pod!(Slot, HostVpc, OutKey, Flow, InKey, InFlow, ProxyVpc, BlockKey, Underlay, Ipv4);
+    use super::Ipv4;
+}
+
+/// Fails to compile if a type has another size than its fields together.
+macro_rules! without_padding {
+    ($($name:ident = $size:literal),+) => {
+        $(const _: () = assert!(size_of::<$name>() == $size);)+
+    };
+}
+without_padding!(
+    Underlay = 12,
+    Slot = 32,
+    HostVpc = 16,
+    OutKey = 20,
+    Flow = 16,
+    InKey = 16,
+    InFlow = 16,
+    ProxyVpc = 28,
+    BlockKey = 12,
+    Sweep = 46
+);

@@ -1,0 +1,239 @@
+//! What is on the wire: headers, numbers in network byte order, well-known addresses.
+//!
+//! Headers are 2-byte aligned, since an Ethernet header of 14 bytes precedes them; they are read
+//! and written in place.
+
+use core::net::Ipv4Addr;
+
+/// An IPv4 address, its octets in memory as on the wire.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ipv4(pub u32);
+
+impl Ipv4 {
+    /// From octets.
+    #[inline(always)]
+    pub const fn new(octets: [u8; 4]) -> Self {
+        Self(u32::from_ne_bytes(octets))
+    }
+
+    /// As a number in the order of the processor: adding 1 yields the next address.
+    #[inline(always)]
+    pub const fn to_bits(self) -> u32 {
+        u32::from_be(self.0)
+    }
+
+    /// Whether it lies in `network`, of which only the bits set in `mask` count.
+    #[inline(always)]
+    pub const fn is_in(self, network: Self, mask: Self) -> bool {
+        (self.0 ^ network.0) & mask.0 == 0
+    }
+}
+
+impl From<Ipv4Addr> for Ipv4 {
+    fn from(address: Ipv4Addr) -> Self {
+        Self::new(address.octets())
+    }
+}
+
+impl From<Ipv4> for Ipv4Addr {
+    fn from(address: Ipv4) -> Self {
+        address.0.to_ne_bytes().into()
+    }
+}
+
+/// A 16-bit number in network byte order.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Be16(pub u16);
+
+impl Be16 {
+    /// From a number in the order of the processor.
+    #[inline(always)]
+    pub const fn new(value: u16) -> Self {
+        Self(value.to_be())
+    }
+
+    /// The number in the order of the processor.
+    #[inline(always)]
+    pub const fn get(self) -> u16 {
+        u16::from_be(self.0)
+    }
+}
+
+/// MAC address of every slot's gateway.
+pub const GATEWAY_MAC: [u8; 6] = [0x02, b'w', b'r', 0xff, 0xff, 0xff];
+
+/// Every slot's gateway.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+
+/// Source and destination of the inner Ethernet header in the tunnel, which nobody looks at. Not
+/// the address of a VXLAN device: Linux drops frames that carry the address of its own.
+pub const TUNNEL_MAC: [u8; 6] = [0x02, b'w', b'r', 0xff, 0xff, 0xfe];
+
+/// Slots that 169.254.0.0/16 has addresses for: all but 169.254.0.0, the gateway,
+/// 169.254.169.0/24 (link-local services) and 169.254.255.255.
+pub const MAX_SLOTS: u32 = (1 << 16) - 2 - 1 - 256;
+
+/// The address of a slot's guest; none for 0 and beyond [`MAX_SLOTS`].
+pub const fn slot_address(slot: u32) -> Option<Ipv4Addr> {
+    if slot == 0 || slot > MAX_SLOTS {
+        return None;
+    }
+    let mut host = slot;
+    if host >= 0x0101 {
+        host += 1;
+    }
+    if host >= 0xa900 {
+        host += 0x100;
+    }
+    Some(Ipv4Addr::new(169, 254, (host >> 8) as u8, host as u8))
+}
+
+/// The MAC address of a slot's guest: locally administered, unicast.
+pub const fn slot_mac(slot: u32) -> [u8; 6] {
+    let [_, high, middle, low] = slot.to_be_bytes();
+    [0x02, b'w', b'r', high, middle, low]
+}
+
+/// EtherType of IPv4.
+pub const ETHERTYPE_IPV4: Be16 = Be16::new(0x0800);
+/// EtherType of ARP.
+pub const ETHERTYPE_ARP: Be16 = Be16::new(0x0806);
+
+/// IP protocol number of ICMP.
+pub const ICMP: u8 = 1;
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// UDP port of VXLAN (RFC 7348, section 8).
+pub const VXLAN_PORT: u16 = 4789;
+
+/// Bytes that encapsulation adds to an IP packet: IPv4, UDP, VXLAN and Ethernet headers.
+pub const VXLAN_OVERHEAD: u16 = 20 + 8 + 8 + 14;
+
+/// Ethernet header.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Ethernet {
+    /// Destination.
+    pub destination: [u8; 6],
+    /// Source.
+    pub source: [u8; 6],
+    /// EtherType.
+    pub ethertype: Be16,
+}
+
+/// ARP message for Ethernet and IPv4 (RFC 826).
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Arp {
+    /// Hardware type; 1 is Ethernet.
+    pub hardware: Be16,
+    /// Protocol type; an EtherType.
+    pub protocol: Be16,
+    /// Length of a hardware address, 6.
+    pub hardware_length: u8,
+    /// Length of a protocol address, 4.
+    pub protocol_length: u8,
+    /// [`Arp::REQUEST`] or [`Arp::REPLY`].
+    pub operation: Be16,
+    /// Sender's hardware address.
+    pub sender_mac: [u8; 6],
+    /// Sender's protocol address.
+    pub sender: Ipv4,
+    /// Target's hardware address.
+    pub target_mac: [u8; 6],
+    /// Target's protocol address.
+    pub target: Ipv4,
+}
+
+impl Arp {
+    /// Operation: who has the target address?
+    pub const REQUEST: Be16 = Be16::new(1);
+    /// Operation: the sender has the sender address.
+    pub const REPLY: Be16 = Be16::new(2);
+}
+
+/// IPv4 header without options (RFC 791).
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct IpHeader {
+    /// Version 4 and a length of 5 words: [`IpHeader::PLAIN`].
+    pub version_length: u8,
+    /// DSCP, and ECN in the lower two bits.
+    pub tos: u8,
+    /// Length of header and payload.
+    pub total_length: Be16,
+    /// Identification.
+    pub identification: Be16,
+    /// Flags and fragment offset.
+    pub fragment: Be16,
+    /// Time to live.
+    pub ttl: u8,
+    /// Protocol.
+    pub protocol: u8,
+    /// Header checksum.
+    pub checksum: u16,
+    /// Source.
+    pub source: Ipv4,
+    /// Destination.
+    pub destination: Ipv4,
+}
+
+impl IpHeader {
+    /// Version and length of a header without options.
+    pub const PLAIN: u8 = 0x45;
+    /// Flag: do not fragment.
+    pub const DF: Be16 = Be16::new(0x4000);
+    /// In a fragment, one of these bits is set: more fragments follow, or the offset.
+    pub const FRAGMENT: Be16 = Be16::new(0x3fff);
+}
+
+/// VXLAN header (RFC 7348, section 5).
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Vxlan {
+    /// The I flag: the VNI is valid.
+    pub flags: u32,
+    /// VNI in the upper 24 bits, network byte order.
+    pub vni: u32,
+}
+
+impl Vxlan {
+    /// The header for a VNI below 2^24.
+    #[inline(always)]
+    pub const fn new(vni: u32) -> Self {
+        Self { flags: 0x0800_0000u32.to_be(), vni: (vni << 8).to_be() }
+    }
+}
+
+/// UDP header (RFC 768).
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Udp {
+    /// Source port.
+    pub source: Be16,
+    /// Destination port.
+    pub destination: Be16,
+    /// Length of header and payload.
+    pub length: Be16,
+    /// Checksum; 0 is none.
+    pub checksum: u16,
+}
+
+/// What encapsulation puts between the outer Ethernet header and the inner IP packet.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Tunnel {
+    /// Outer IPv4 header.
+    pub ip: IpHeader,
+    /// Outer UDP header.
+    pub udp: Udp,
+    /// VXLAN header.
+    pub vxlan: Vxlan,
+    /// Inner Ethernet header.
+    pub ethernet: Ethernet,
+}

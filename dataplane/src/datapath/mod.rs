@@ -1,0 +1,239 @@
+//! The data path: eBPF programs, their maps, TAP slots and the VXLAN device.
+//!
+//! Everything it makes outlives the process: programs' links and maps are pinned in a BPF file
+//! system, TAPs are persistent. Opening it again adopts what is there and replaces the programs
+//! one by one, atomically, under traffic.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use ipnetwork::Ipv4Network;
+pub use warren_abi::drop::Drop as DropReason;
+
+mod host;
+mod proxy;
+
+pub use host::HostDatapath;
+pub use proxy::ProxyDatapath;
+
+/// How to open a host's data path.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Directory for the pins, on a BPF file system; made if it is missing. One per instance.
+    pub bpffs: PathBuf,
+    /// The object file with the programs (the `warren-ebpf` binary).
+    pub object: Vec<u8>,
+    /// Interface that leads to the proxies.
+    pub underlay_interface: String,
+    /// This host's address on the underlay: the tunnel's source.
+    pub underlay_address: Ipv4Addr,
+    /// How many slots to have, 1 to [`MAX_SLOTS`]. Slots that exist beyond it are left alone.
+    pub slots: u32,
+    /// Beginning of the names of interfaces: `wrn` makes `wrn1`, `wrn2` and so on, and
+    /// `wrn-vxlan`. 1 to 8 bytes.
+    pub interface_prefix: String,
+    /// Most flows at one time, over all slots. Fixed when the maps are made.
+    pub flows: u32,
+}
+
+/// What [`HostOptions::flows`] is best set to: 131,072, which take about 25 MB.
+pub const DEFAULT_FLOWS: u32 = 1 << 17;
+
+/// Most slots of a host: one address of 169.254.0.0/16 each.
+pub const MAX_SLOTS: u32 = warren_abi::wire::MAX_SLOTS;
+
+/// How to open a proxy's data path.
+#[derive(Clone, Debug)]
+pub struct ProxyOptions {
+    /// Directory for the pins, on a BPF file system; made if it is missing. One per instance.
+    pub bpffs: PathBuf,
+    /// The object file with the programs (the `warren-ebpf` binary).
+    pub object: Vec<u8>,
+    /// Interface that leads to the hosts.
+    pub underlay_interface: String,
+    /// This proxy's address on the underlay: the tunnel's source.
+    pub underlay_address: Ipv4Addr,
+    /// Beginning of the name of the VXLAN device, `wrn-vxlan` for `wrn`. 1 to 8 bytes.
+    pub interface_prefix: String,
+}
+
+/// Where a microVM plugs in: a persistent TAP with an address of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Number, from 1.
+    pub number: u32,
+    /// Name of the TAP.
+    pub ifname: String,
+    /// Index of the TAP.
+    pub ifindex: u32,
+    /// The guest's address, a /32; its gateway is [`warren_abi::wire::GATEWAY`].
+    pub address: Ipv4Addr,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+}
+
+/// Ports `[base, base + count)` of a shared address, both multiples of 64, none below 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortRange {
+    /// First port.
+    pub base: u16,
+    /// How many; at most `65536 - base`.
+    pub count: u32,
+}
+
+/// A VPC, as a host knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostVpc {
+    /// VXLAN network identifier, 1 to 2^24-1.
+    pub vni: u32,
+    /// Address in the VPC that guests appear as.
+    pub shared_address: Ipv4Addr,
+    /// This host's ports of it.
+    pub ports: PortRange,
+    /// Underlay address of the proxy that owns the shared address.
+    pub proxy_address: Ipv4Addr,
+}
+
+/// A VPC, as a proxy knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProxyVpc {
+    /// VXLAN network identifier, 1 to 2^24-1.
+    pub vni: u32,
+    /// Interface of the proxy that stands in the VPC.
+    pub interface: String,
+    /// Address in the VPC that guests appear as.
+    pub shared_address: Ipv4Addr,
+    /// What is on-link on the interface.
+    pub cidr: Ipv4Network,
+    /// Next hop for what is not in the CIDR.
+    pub gateway: Option<Ipv4Addr>,
+    /// Who holds which ports: the underlay addresses of hosts.
+    pub holders: Vec<(PortRange, Ipv4Addr)>,
+}
+
+/// That a slot is connected to a VPC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// The VPC's network identifier.
+    pub vni: u32,
+    /// Differs from every other attachment of the slot, before and after.
+    pub generation: u32,
+}
+
+/// How many packets were dropped for a reason, since the maps were made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DropCount {
+    /// Number of the slot on a host, VNI on a proxy; 0 where there is none.
+    pub scope: u32,
+    /// Why.
+    pub reason: DropReason,
+    /// How many packets; a segmented one (GSO) counts once.
+    pub packets: u64,
+}
+
+/// What a sweep of the flow table found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SweepReport {
+    /// Flows that live on.
+    pub live: u32,
+    /// Flows that were idle for too long, or closed, and are gone.
+    pub expired: u32,
+    /// Flows of detached slots, which are gone.
+    pub stale: u32,
+}
+
+/// Why the data path could not be opened or changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The pin directory cannot hold pins.
+    #[error("{path} is not on a BPF file system: mount one there (mount -t bpf bpf {path})")]
+    NotBpffs {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// An option or a VPC's description makes no sense.
+    #[error("{what} is {value}: {remedy}")]
+    Invalid {
+        /// Which field.
+        what: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it must hold.
+        remedy: &'static str,
+    },
+    /// An interface is missing.
+    #[error("interface {name} does not exist here: create it first, or name another")]
+    NoInterface {
+        /// Its name.
+        name: String,
+    },
+    /// An operation of the kernel failed.
+    #[error("{operation} {object}: {source}")]
+    System {
+        /// What was tried, such as `create TAP`.
+        operation: &'static str,
+        /// On what.
+        object: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There is no slot of this number.
+    #[error("there is no slot {0}: slots are numbered from 1 to the configured count")]
+    NoSlot(u32),
+    /// The VPC was never applied, or was removed.
+    #[error("VPC with VNI {0} is not known here: apply it first")]
+    UnknownVpc(u32),
+    /// The VPC cannot be removed while slots are attached to it.
+    #[error("VPC with VNI {vni} is in use by slot {slot}: detach it first")]
+    VpcInUse {
+        /// The VPC.
+        vni: u32,
+        /// One of the slots.
+        slot: u32,
+    },
+    /// The slot is attached already.
+    #[error("slot {slot} is attached to the VPC with VNI {vni}: detach it first")]
+    SlotInUse {
+        /// The slot.
+        slot: u32,
+        /// The VPC that it is in.
+        vni: u32,
+    },
+    /// The object file does not hold the programs or maps of this version.
+    #[error("{name} is missing in the eBPF object: build it from the same source as this program")]
+    MissingInObject {
+        /// Program or map.
+        name: &'static str,
+    },
+    /// A pinned map has another layout than this version's.
+    #[error(
+        "pinned map {path} was made by another version: uninstall the data path, then open it again"
+    )]
+    IncompatibleMap {
+        /// The pin.
+        path: PathBuf,
+    },
+    /// The kernel or the loader rejected the eBPF object.
+    #[error("load the eBPF object: {0}")]
+    Load(#[source] Box<aya::EbpfError>),
+    /// A program could not be loaded or attached.
+    #[error("{operation} {object}: {source}")]
+    Program {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        object: String,
+        /// What the kernel said.
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// A map could not be read or written.
+    #[error("map {name}: {source}")]
+    Map {
+        /// Its name.
+        name: &'static str,
+        /// What the kernel said.
+        source: Box<aya::maps::MapError>,
+    },
+}
