@@ -1,1 +1,15 @@
+//! `warrend`, the daemon of hosts and proxy nodes.
+//!
+//! [`datapath`] is what the kernel runs: programs, maps, slots, the tunnel device. [`host`] and
+//! [`proxy`] are the two roles over it; [`agent`] serves them by gRPC, [`heartbeat`] tells the
+//! control plane of them, [`config`] is what an operator writes.
 #![deny(missing_docs)]
+
+pub mod agent;
+pub mod clock;
+pub mod config;
+pub mod datapath;
+pub mod heartbeat;
+pub mod host;
+pub mod pool;
+pub mod proxy;

@@ -1,0 +1,244 @@
+//! The agent's gRPC service: `warren.v1.AgentService` over a host or a proxy.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+use warren_proto::v1;
+use warren_proto::v1::agent_service_server::AgentService;
+use warren_proto::v1::apply_vpc_request::Role as VpcRole;
+use warren_vmm::client::ClientError;
+
+use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc};
+use crate::host::{Host, HostError, Started};
+use crate::proxy::Proxy;
+
+/// What this agent is.
+#[derive(Clone)]
+pub enum Agent {
+    /// It runs microVMs.
+    Host(Arc<Host>),
+    /// It stands between hosts and VPCs.
+    Proxy(Arc<Proxy>),
+}
+
+/// What the heartbeat tells of an agent.
+pub struct Report {
+    /// Role.
+    pub role: v1::Role,
+    /// Slots in all; 0 on a proxy.
+    pub slots: u32,
+    /// MicroVMs parked at their barrier; 0 on a proxy.
+    pub parked: u32,
+    /// Instances; none on a proxy.
+    pub instances: Vec<v1::Instance>,
+}
+
+impl Agent {
+    /// How things stand.
+    pub fn report(&self) -> Report {
+        match self {
+            Self::Host(host) => Report {
+                role: v1::Role::Host,
+                slots: host.slots(),
+                parked: host.parked(),
+                instances: host.instances(),
+            },
+            Self::Proxy(_) => {
+                Report { role: v1::Role::Proxy, slots: 0, parked: 0, instances: Vec::new() }
+            }
+        }
+    }
+
+    fn host(&self) -> Result<&Arc<Host>, Status> {
+        match self {
+            Self::Host(host) => Ok(host),
+            Self::Proxy(_) => Err(Status::failed_precondition(
+                "this agent is a proxy and runs no instances: ask an agent with --role host",
+            )),
+        }
+    }
+}
+
+fn address(field: &str, text: &str) -> Result<Ipv4Addr, Status> {
+    text.parse().map_err(|_| {
+        Status::invalid_argument(format!("{field} \"{text}\" is not an IPv4 address"))
+    })
+}
+
+fn vni(value: u32) -> Result<u32, Status> {
+    if (1..1 << 24).contains(&value) {
+        Ok(value)
+    } else {
+        Err(Status::invalid_argument(format!("vni {value} is not between 1 and 16777215")))
+    }
+}
+
+fn ports(field: &str, range: Option<v1::PortRange>) -> Result<PortRange, Status> {
+    let range = range.ok_or_else(|| Status::invalid_argument(format!("{field} is missing")))?;
+    let invalid = || {
+        Status::invalid_argument(format!(
+            "{field} [{}, +{}) is not a range of whole 64-port blocks below 65536",
+            range.base, range.count
+        ))
+    };
+    let whole = range.base % 64 == 0 && range.count % 64 == 0 && range.count > 0;
+    let end = u64::from(range.base) + u64::from(range.count);
+    if !whole || end > 65536 {
+        return Err(invalid());
+    }
+    Ok(PortRange { base: range.base as u16, count: range.count })
+}
+
+fn host_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::HostVpc) -> Result<HostVpc, Status> {
+    Ok(HostVpc {
+        vni: vni(request.vni)?,
+        shared_address: address("shared_address", &request.shared_address)?,
+        ports: ports("host.ports", vpc.ports)?,
+        proxy_address: address("host.proxy_address", &vpc.proxy_address)?,
+    })
+}
+
+fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyVpc, Status> {
+    let holders = vpc.holders.iter().map(|holder| {
+        let range = ports("proxy.holders.ports", holder.ports)?;
+        Ok((range, address("proxy.holders.host_address", &holder.host_address)?))
+    });
+    Ok(ProxyVpc {
+        vni: vni(request.vni)?,
+        interface: vpc.interface.clone(),
+        shared_address: address("shared_address", &request.shared_address)?,
+        cidr: vpc.cidr.parse().map_err(|_| {
+            Status::invalid_argument(format!("proxy.cidr \"{}\" is not an IPv4 CIDR", vpc.cidr))
+        })?,
+        gateway: match vpc.gateway.as_str() {
+            "" => None,
+            text => Some(address("proxy.gateway", text)?),
+        },
+        holders: holders.collect::<Result<_, Status>>()?,
+    })
+}
+
+impl From<HostError> for Status {
+    fn from(error: HostError) -> Self {
+        let text = error.to_string();
+        match error {
+            HostError::UnknownVpc(_) | HostError::VpcInUse { .. } => {
+                Self::failed_precondition(text)
+            }
+            HostError::NoSlot => Self::resource_exhausted(text),
+            HostError::NoInstance(_) => Self::not_found(text),
+            HostError::Hostname(_) => Self::invalid_argument(text),
+            HostError::Ended { .. } => Self::aborted(text),
+            HostError::Datapath(error) => error.into(),
+            HostError::Vmm(ClientError::Timeout(_)) => Self::deadline_exceeded(text),
+            HostError::Vmm(_) | HostError::Record(_) => Self::internal(text),
+        }
+    }
+}
+
+impl From<datapath::Error> for Status {
+    fn from(error: datapath::Error) -> Self {
+        let text = error.to_string();
+        match error {
+            datapath::Error::Invalid { .. } => Self::invalid_argument(text),
+            datapath::Error::NoInterface { .. }
+            | datapath::Error::UnknownVpc(_)
+            | datapath::Error::VpcInUse { .. } => Self::failed_precondition(text),
+            _ => Self::internal(text),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Agent {
+    async fn apply_vpc(
+        &self,
+        request: Request<v1::ApplyVpcRequest>,
+    ) -> Result<Response<v1::ApplyVpcResponse>, Status> {
+        let request = request.into_inner();
+        match (self, &request.role) {
+            (Self::Host(host), Some(VpcRole::Host(vpc))) => {
+                host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?)?;
+            }
+            (Self::Proxy(proxy), Some(VpcRole::Proxy(vpc))) => {
+                proxy.apply_vpc(&proxy_vpc(&request, vpc)?)?;
+            }
+            (Self::Host(_), _) => {
+                return Err(Status::invalid_argument("role: this agent is a host: set `host`"));
+            }
+            (Self::Proxy(_), _) => {
+                return Err(Status::invalid_argument("role: this agent is a proxy: set `proxy`"));
+            }
+        }
+        tracing::info!(vpc = request.vpc, vni = request.vni, "VPC applied");
+        Ok(Response::new(v1::ApplyVpcResponse {}))
+    }
+
+    async fn remove_vpc(
+        &self,
+        request: Request<v1::RemoveVpcRequest>,
+    ) -> Result<Response<v1::RemoveVpcResponse>, Status> {
+        let vni = vni(request.into_inner().vni)?;
+        match self {
+            Self::Host(host) => host.remove_vpc(vni)?,
+            Self::Proxy(proxy) => proxy.remove_vpc(vni)?,
+        }
+        Ok(Response::new(v1::RemoveVpcResponse {}))
+    }
+
+    async fn start_instance(
+        &self,
+        request: Request<v1::StartInstanceRequest>,
+    ) -> Result<Response<v1::StartInstanceResponse>, Status> {
+        let request = request.into_inner();
+        let Started { instance, timings, reply } = self
+            .host()?
+            .start(&request.vpc, &request.hostname, request.invocation.as_deref())
+            .await?;
+        let (instance, timings) = (Some(instance), Some(timings));
+        Ok(Response::new(v1::StartInstanceResponse { instance, timings, reply }))
+    }
+
+    async fn end_instance(
+        &self,
+        request: Request<v1::EndInstanceRequest>,
+    ) -> Result<Response<v1::EndInstanceResponse>, Status> {
+        self.host()?.end(&request.into_inner().id).await?;
+        Ok(Response::new(v1::EndInstanceResponse {}))
+    }
+
+    async fn invoke_instance(
+        &self,
+        request: Request<v1::InvokeInstanceRequest>,
+    ) -> Result<Response<v1::InvokeInstanceResponse>, Status> {
+        let request = request.into_inner();
+        let reply = self.host()?.invoke(&request.id, &request.invocation).await?;
+        Ok(Response::new(v1::InvokeInstanceResponse { reply }))
+    }
+
+    async fn local_instances(
+        &self,
+        _: Request<v1::LocalInstancesRequest>,
+    ) -> Result<Response<v1::LocalInstancesResponse>, Status> {
+        let instances = self.host()?.instances();
+        Ok(Response::new(v1::LocalInstancesResponse { instances }))
+    }
+
+    async fn list_drops(
+        &self,
+        _: Request<v1::ListDropsRequest>,
+    ) -> Result<Response<v1::ListDropsResponse>, Status> {
+        let drops = match self {
+            Self::Host(host) => host.drops()?,
+            Self::Proxy(proxy) => proxy.drops()?,
+        };
+        let count = |DropCount { scope, reason, packets }| v1::DropCount {
+            scope,
+            reason: reason.name().to_owned(),
+            packets,
+        };
+        let drops = drops.into_iter().map(count).collect();
+        Ok(Response::new(v1::ListDropsResponse { drops }))
+    }
+}

@@ -1,0 +1,200 @@
+//! The daemon's TOML file.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use warren_proto::endpoint::Endpoint;
+
+/// What `/etc/warren/warrend.toml` says. Unknown keys are errors.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of this machine in the fleet.
+    pub name: String,
+    /// The control plane; without one the agent only serves its own endpoints.
+    pub control: Option<Endpoint>,
+    /// Where the agent's gRPC listens.
+    #[serde(default = "default_listen")]
+    pub listen: Vec<Endpoint>,
+    /// Where the control plane reaches this agent; by default the first TCP endpoint of `listen`.
+    pub advertise: Option<Endpoint>,
+    /// Directory of sockets and of what a restart needs; kept across restarts, not across reboots.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// Directory on a BPF file system for pinned programs, links and maps.
+    #[serde(default = "default_bpffs")]
+    pub bpffs: PathBuf,
+    /// The eBPF object file.
+    #[serde(default = "default_programs")]
+    pub programs: PathBuf,
+    /// The network between hosts and proxies.
+    pub underlay: Underlay,
+    /// Needed for `--role host`.
+    pub host: Option<HostConfig>,
+}
+
+/// The underlay network.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Underlay {
+    /// Interface.
+    pub interface: String,
+    /// This machine's address on it: the tunnel's end.
+    pub address: Ipv4Addr,
+}
+
+/// What only hosts have.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    /// TAP slots, and so microVMs at once: 1 to 8191.
+    #[serde(default = "default_slots")]
+    pub slots: u32,
+    /// MicroVMs held ready at their barrier; at most `slots`.
+    #[serde(default = "default_parked")]
+    pub parked: u32,
+    /// The microVM program.
+    #[serde(default = "default_vmm")]
+    pub vmm: PathBuf,
+    /// The template that microVMs are cloned from: `warren-vmm template` makes it.
+    pub template: PathBuf,
+}
+
+fn default_listen() -> Vec<Endpoint> {
+    vec![Endpoint::Unix("/run/warren/agent.sock".into())]
+}
+fn default_run_dir() -> PathBuf {
+    "/run/warren".into()
+}
+fn default_bpffs() -> PathBuf {
+    "/sys/fs/bpf/warren".into()
+}
+fn default_programs() -> PathBuf {
+    "/usr/lib/warren/warren-ebpf.o".into()
+}
+fn default_vmm() -> PathBuf {
+    "/usr/lib/warren/warren-vmm".into()
+}
+fn default_slots() -> u32 {
+    128
+}
+fn default_parked() -> u32 {
+    64
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}; name another one with --config")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not TOML, or not of this form.
+    #[error("the configuration {path} is not valid:\n{source}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is out of its range.
+    #[error("the configuration {path} is not valid: {key} {problem}")]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What it must be.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(&text, path)
+    }
+
+    /// Checks the text of a file; `path` is for messages only.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.into(),
+            source: Box::new(source),
+        })?;
+        let wrong = |key, problem: &str| {
+            Err(ConfigError::Value { path: path.into(), key, problem: problem.into() })
+        };
+        if config.name.is_empty() {
+            return wrong("name", "must not be empty");
+        }
+        if config.listen.is_empty() {
+            return wrong("listen", "must hold at least one endpoint");
+        }
+        if config.control.is_some() && config.advertised().is_none() {
+            return wrong(
+                "advertise",
+                "is needed with `control` where `listen` has no TCP endpoint: \
+                 the control plane must reach this agent",
+            );
+        }
+        if let Some(host) = &config.host {
+            if !(1..=8191).contains(&host.slots) {
+                return wrong("host.slots", "must be between 1 and 8191");
+            }
+            if host.parked > host.slots {
+                return wrong("host.parked", "must not be larger than host.slots");
+            }
+        }
+        Ok(config)
+    }
+
+    /// Where the control plane reaches this agent.
+    pub fn advertised(&self) -> Option<&Endpoint> {
+        let tcp = |endpoint: &&Endpoint| matches!(endpoint, Endpoint::Tcp(_));
+        self.advertise.as_ref().or_else(|| self.listen.iter().find(tcp))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMALL: &str = "name = 'h'\nunderlay = { interface = 'eth0', address = '192.0.2.1' }\n";
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("warrend.toml"))
+    }
+
+    #[test]
+    fn a_small_file_gets_defaults() {
+        let config = parse(SMALL).unwrap();
+        assert_eq!(config.run_dir, Path::new("/run/warren"));
+        assert_eq!(config.listen, ["unix:/run/warren/agent.sock".parse().unwrap()]);
+    }
+
+    #[test]
+    fn errors_name_the_file_and_the_key() {
+        let template = "[host]\ntemplate = '/t'\n";
+        for (text, key) in [
+            (format!("{SMALL}{template}slots = 0"), "host.slots"),
+            (format!("{SMALL}{template}slots = 8192"), "host.slots"),
+            (format!("{SMALL}{template}slots = 2\nparked = 3"), "host.parked"),
+            (format!("control = 'http://192.0.2.3:7700'\n{SMALL}"), "advertise"),
+            (format!("listen = []\n{SMALL}"), "listen"),
+            (format!("{SMALL}[host]\ntemplate = '/t'\nslot = 3"), "slot"),
+            ("name = 'h'".to_owned(), "underlay"),
+            (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
+        ] {
+            let error = parse(&text).unwrap_err().to_string();
+            assert!(error.contains("warrend.toml"), "{error}");
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+}

@@ -1,0 +1,551 @@
+//! A host: slots, the pool of parked microVMs, and the instances that run.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+use warren_proto::v1;
+use warren_vmm::client::{self, ClientError, MicroVm, Zygote};
+use warren_vmm::control::{
+    EndReason, PublicIdentity, ReleaseRequest, State as VmState, Status, socket_path,
+};
+
+use crate::clock::Clock;
+use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
+use crate::pool::{Policy, Refill};
+
+/// A microVM that was told to stop is killed after this time.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// The TAP of a microVM that ended is its own until the kernel has closed it.
+const TAP_PATIENCE: Duration = Duration::from_secs(2);
+/// The longest an invocation may take.
+const INVOCATION_LIMIT: Duration = Duration::from_secs(300);
+/// Instances that ended by themselves are shown until so many newer ones did.
+const FAILED_KEPT: usize = 256;
+
+/// Why a host could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The VPC was never applied here.
+    #[error("VPC \"{0}\" is not known on this host: apply it first")]
+    UnknownVpc(String),
+    /// It has instances.
+    #[error("VPC {vni} has {instances} instances on this host: end them first")]
+    VpcInUse {
+        /// Network identifier.
+        vni: u32,
+        /// How many.
+        instances: usize,
+    },
+    /// All slots are taken.
+    #[error("all slots of this host are taken: end instances, or raise host.slots")]
+    NoSlot,
+    /// No such instance.
+    #[error("no instance \"{0}\" on this host")]
+    NoInstance(String),
+    /// A name that cannot be a host name.
+    #[error("hostname \"{0}\" is not valid: up to 63 letters, digits and hyphens (RFC 1123)")]
+    Hostname(String),
+    /// It ended while it was used.
+    #[error("instance {id} ended: {reason}")]
+    Ended {
+        /// Which.
+        id: Uuid,
+        /// Why.
+        reason: String,
+    },
+    /// The data path failed.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The VMM failed.
+    #[error(transparent)]
+    Vmm(#[from] ClientError),
+    /// What a restart needs could not be kept.
+    #[error("cannot keep {0}")]
+    Record(String),
+}
+
+/// What a start yielded.
+pub struct Started {
+    /// The instance.
+    pub instance: v1::Instance,
+    /// How long its stages took.
+    pub timings: v1::StartTimings,
+    /// The reply to its first invocation.
+    pub reply: Option<Vec<u8>>,
+}
+
+/// What is kept of an instance inside its own VMM, for a daemon that restarts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    id: Uuid,
+    vpc: String,
+    vni: u32,
+    hostname: String,
+}
+
+struct Instance {
+    record: Record,
+    slot: Slot,
+    pid: i32,
+    /// Why it ended by itself, if it did.
+    failed: Option<String>,
+    /// Dropping it asks the watcher to stop the microVM.
+    stop: oneshot::Sender<()>,
+    /// Owns the connection to the microVM; done when the slot is free again.
+    watcher: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Slots without a microVM; the one that rested longest first.
+    free: VecDeque<u32>,
+    parked: VecDeque<MicroVm>,
+    instances: HashMap<Uuid, Instance>,
+    failed: VecDeque<Uuid>,
+    vpcs: HashMap<String, u32>,
+    last_start: Option<Instant>,
+}
+
+/// What a host is made from.
+pub struct HostOptions {
+    /// Name of the host.
+    pub name: String,
+    /// Directory of the microVMs' sockets and of what a restart needs.
+    pub run_dir: PathBuf,
+    /// Parked microVMs wanted.
+    pub policy: Policy,
+}
+
+/// A host.
+pub struct Host {
+    options: HostOptions,
+    datapath: HostDatapath,
+    zygote: Zygote,
+    state: Mutex<State>,
+    refill: Notify,
+}
+
+impl Host {
+    /// A host over an open data path and a running zygote. Finds the microVMs that an earlier
+    /// daemon left running, and starts to fill the pool.
+    pub async fn new(
+        options: HostOptions,
+        datapath: HostDatapath,
+        zygote: Zygote,
+    ) -> Result<Arc<Self>, HostError> {
+        let mut state = State { vpcs: load_vpcs(&options)?, ..State::default() };
+        let found = client::discover(&options.run_dir).await?;
+        for slot in datapath.slots() {
+            if !found.iter().any(|(microvm, _)| microvm.slot() == slot.number) {
+                datapath.detach(slot.number)?;
+                state.free.push_back(slot.number);
+            }
+        }
+        let (state, refill) = (Mutex::new(state), Notify::new());
+        let host = Arc::new(Self { options, datapath, zygote, state, refill });
+        for (microvm, status) in found {
+            host.adopt(microvm, &status).await;
+        }
+        tokio::spawn(host.clone().keep_pool());
+        Ok(host)
+    }
+
+    /// Slots in all.
+    pub fn slots(&self) -> u32 {
+        self.datapath.slots().len() as u32
+    }
+
+    /// MicroVMs parked at their barrier.
+    pub fn parked(&self) -> u32 {
+        self.state().parked.len() as u32
+    }
+
+    /// The data path.
+    pub fn datapath(&self) -> &HostDatapath {
+        &self.datapath
+    }
+
+    /// The instances, those that ended by themselves among them.
+    pub fn instances(&self) -> Vec<v1::Instance> {
+        self.state().instances.values().map(|instance| self.describe(instance)).collect()
+    }
+
+    /// Makes a VPC known, or replaces what was known of it.
+    pub fn apply_vpc(&self, name: &str, vpc: &HostVpc) -> Result<(), HostError> {
+        self.datapath.apply_vpc(vpc)?;
+        let mut state = self.state();
+        state.vpcs.retain(|_, vni| *vni != vpc.vni);
+        state.vpcs.insert(name.to_owned(), vpc.vni);
+        save_vpcs(&self.options, &state.vpcs)
+    }
+
+    /// Forgets a VPC without instances.
+    pub fn remove_vpc(&self, vni: u32) -> Result<(), HostError> {
+        let mut state = self.state();
+        let instances =
+            state.instances.values().filter(|i| i.record.vni == vni && i.failed.is_none()).count();
+        if instances > 0 {
+            return Err(HostError::VpcInUse { vni, instances });
+        }
+        self.datapath.remove_vpc(vni)?;
+        state.vpcs.retain(|_, other| *other != vni);
+        save_vpcs(&self.options, &state.vpcs)
+    }
+
+    /// What was dropped, per slot and reason.
+    pub fn drops(&self) -> Result<Vec<DropCount>, HostError> {
+        Ok(self.datapath.drops()?)
+    }
+
+    /// Starts an instance, and invokes it if there is an invocation.
+    ///
+    /// It is carried out to its end even if the caller goes away.
+    pub async fn start(
+        self: &Arc<Self>,
+        vpc: &str,
+        hostname: &str,
+        invocation: Option<&[u8]>,
+    ) -> Result<Started, HostError> {
+        let clock = Clock::start();
+        let id = Uuid::new_v4();
+        let hostname = match hostname {
+            "" => format!("vm-{}", &id.simple().to_string()[..12]),
+            name if is_hostname(name) => name.to_owned(),
+            name => return Err(HostError::Hostname(name.to_owned())),
+        };
+        let vni = self.state().vpcs.get(vpc).copied();
+        let vni = vni.ok_or_else(|| HostError::UnknownVpc(vpc.to_owned()))?;
+        let record = Record { id, vpc: vpc.to_owned(), vni, hostname };
+        let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));
+        let work = tokio::spawn(async move { host.start_to_end(clock, record, invocation).await });
+        work.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    }
+
+    async fn start_to_end(
+        self: Arc<Self>,
+        clock: Clock,
+        record: Record,
+        invocation: Option<Vec<u8>>,
+    ) -> Result<Started, HostError> {
+        let mut timings =
+            v1::StartTimings { requested_unix_ns: clock.unix_ns, ..v1::StartTimings::default() };
+        let (microvm, slot, ready) = loop {
+            let parked = {
+                let mut state = self.state();
+                state.last_start = Some(Instant::now());
+                state.parked.pop_front()
+            };
+            self.refill.notify_one();
+            timings.cold = parked.is_none();
+            let mut microvm = match parked {
+                Some(microvm) => microvm,
+                None => self.park().await?,
+            };
+            timings.cloned_ns = clock.elapsed();
+            timings.attach_start_ns = timings.cloned_ns;
+            let slot = self.slot(microvm.slot());
+            // Connected first: the guest may send as soon as it is released.
+            let released = match self.datapath.attach(slot.number, record.vni) {
+                Ok(_) => {
+                    timings.attach_end_ns = clock.elapsed();
+                    let request = self.release_request(&record, &slot)?;
+                    microvm.release(&request).await.map_err(HostError::from)
+                }
+                Err(error) => Err(error.into()),
+            };
+            match released {
+                Ok(ready) => break (microvm, slot, ready),
+                Err(error) => {
+                    self.discard(microvm).await;
+                    // One that died while it was parked says nothing about the next one.
+                    if timings.cold || !matches!(error, HostError::Vmm(ClientError::Ended(_))) {
+                        return Err(error);
+                    }
+                    tracing::warn!(slot = slot.number, "a parked microVM was dead: {error}");
+                }
+            }
+        };
+        timings.released_ns = clock.since(ready.released_ns);
+        timings.ready_ns = clock.since(ready.ready_ns);
+        let path = microvm.path().to_owned();
+        let described = self.enlist(record, slot, microvm);
+
+        let reply = match invocation {
+            None => None,
+            Some(invocation) => {
+                let reply = client::invoke(&path, &invocation, INVOCATION_LIMIT).await;
+                timings.replied_ns = clock.elapsed();
+                Some(reply?)
+            }
+        };
+        Ok(Started { instance: described, timings, reply })
+    }
+
+    fn release_request(&self, record: &Record, slot: &Slot) -> Result<ReleaseRequest, HostError> {
+        let identity = PublicIdentity {
+            instance_id: *record.id.as_bytes(),
+            hostname: record.hostname.clone(),
+            mac: slot.mac,
+            ipv4: slot.address.octets(),
+            gateway: warren_abi::wire::GATEWAY,
+            mtu: self.datapath.mtu(),
+        };
+        let tag = serde_json::to_vec(record).map_err(|e| HostError::Record(e.to_string()))?;
+        Ok(ReleaseRequest { identity, tag })
+    }
+
+    /// Calls a running instance.
+    pub async fn invoke(&self, id: &str, invocation: &[u8]) -> Result<Vec<u8>, HostError> {
+        let id = self.known(id)?;
+        let slot = match self.state().instances.get(&id) {
+            Some(Instance { failed: Some(reason), .. }) => {
+                return Err(HostError::Ended { id, reason: reason.clone() });
+            }
+            Some(instance) => instance.slot.number,
+            None => return Err(HostError::NoInstance(id.to_string())),
+        };
+        let path = socket_path(&self.options.run_dir, slot);
+        Ok(client::invoke(&path, invocation, INVOCATION_LIMIT).await?)
+    }
+
+    /// Ends an instance. Ending one that is not there is no error.
+    pub async fn end(&self, id: &str) -> Result<(), HostError> {
+        let Ok(id) = self.known(id) else { return Ok(()) };
+        let Some(instance) = self.state().instances.remove(&id) else { return Ok(()) };
+        let Instance { slot, failed, stop, watcher, .. } = instance;
+        if failed.is_none() {
+            // Disconnected first: from here on nothing leaves or reaches the slot.
+            self.datapath.detach(slot.number)?;
+            drop(stop);
+            // It fails only if it panicked, which is in the log then.
+            watcher.await.ok();
+            tracing::info!(%id, slot = slot.number, "instance ended");
+        }
+        Ok(())
+    }
+
+    fn known(&self, id: &str) -> Result<Uuid, HostError> {
+        let unknown = || HostError::NoInstance(id.to_owned());
+        let uuid = Uuid::parse_str(id).map_err(|_| unknown())?;
+        if self.state().instances.contains_key(&uuid) { Ok(uuid) } else { Err(unknown()) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock; if some did, the state is still whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, number: u32) -> Slot {
+        let slot = self.datapath.slots().iter().find(|slot| slot.number == number);
+        slot.expect("microVMs are only forked for slots of this host").clone()
+    }
+
+    fn describe(&self, instance: &Instance) -> v1::Instance {
+        let Instance { record, slot, pid, failed, .. } = instance;
+        let state = match failed {
+            None => v1::InstanceState::Running,
+            Some(_) => v1::InstanceState::Failed,
+        };
+        v1::Instance {
+            id: record.id.to_string(),
+            vpc: record.vpc.clone(),
+            host: self.options.name.clone(),
+            hostname: record.hostname.clone(),
+            address: slot.address.to_string(),
+            mac: slot.mac.map(|byte| format!("{byte:02x}")).join(":"),
+            slot: slot.number,
+            pid: *pid as u32,
+            state: state.into(),
+            reason: failed.clone().unwrap_or_default(),
+        }
+    }
+
+    /// Puts an instance on the list and watches it.
+    fn enlist(self: &Arc<Self>, record: Record, slot: Slot, microvm: MicroVm) -> v1::Instance {
+        let (stop, stopped) = oneshot::channel();
+        let (id, pid) = (record.id, microvm.pid());
+        // The lock is held until the instance is listed: its end must find it there.
+        let mut state = self.state();
+        let watcher = tokio::spawn(self.clone().watch(id, microvm, stopped));
+        let instance = Instance { record, slot, pid, failed: None, stop, watcher };
+        let described = self.describe(&instance);
+        state.instances.insert(id, instance);
+        described
+    }
+
+    /// Owns a running microVM until it ends, by itself or because it is told to.
+    async fn watch(self: Arc<Self>, id: Uuid, mut microvm: MicroVm, stop: oneshot::Receiver<()>) {
+        tokio::select! {
+            reason = microvm.ended() => self.failed(id, microvm.slot(), &reason),
+            _ = stop => self.discard(microvm).await,
+        }
+    }
+
+    /// An instance ended by itself: it stays listed, as failed.
+    fn failed(&self, id: Uuid, slot: u32, reason: &EndReason) {
+        tracing::warn!(%id, slot, %reason, "instance ended by itself");
+        let mut state = self.state();
+        if let Some(instance) = state.instances.get_mut(&id) {
+            instance.failed = Some(reason.to_string());
+            state.failed.push_back(id);
+            if state.failed.len() > FAILED_KEPT
+                && let Some(oldest) = state.failed.pop_front()
+            {
+                state.instances.remove(&oldest);
+            }
+        }
+        drop(state);
+        self.free(slot);
+    }
+
+    /// Ends a microVM and frees its slot.
+    async fn discard(&self, mut microvm: MicroVm) {
+        let (slot, pid) = (microvm.slot(), microvm.pid());
+        if tokio::time::timeout(STOP_PATIENCE, microvm.stop()).await.is_err() {
+            tracing::warn!(slot, pid, "microVM does not stop: killing it");
+            // Its socket is still open, so the process is still this one.
+            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
+                tracing::error!(slot, pid, "cannot kill the microVM: {error}");
+            }
+        }
+        self.free(slot);
+    }
+
+    fn free(&self, slot: u32) {
+        if let Err(error) = self.datapath.detach(slot) {
+            tracing::error!(slot, "{error}");
+        }
+        self.state().free.push_back(slot);
+        self.refill.notify_one();
+    }
+
+    /// Takes a free slot and forks a microVM that parks on it.
+    async fn park(&self) -> Result<MicroVm, HostError> {
+        let slot = self.state().free.pop_front().ok_or(HostError::NoSlot)?;
+        let parked = self.park_on(slot).await;
+        if parked.is_err() {
+            self.state().free.push_back(slot);
+        }
+        parked
+    }
+
+    async fn park_on(&self, slot: u32) -> Result<MicroVm, HostError> {
+        let deadline = Instant::now() + TAP_PATIENCE;
+        let tap = loop {
+            match self.datapath.open_tap(slot) {
+                Ok(tap) => break tap,
+                Err(error) if is_busy(&error) && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        self.zygote.fork(slot, tap).await?;
+        Ok(MicroVm::connect(&self.options.run_dir, slot).await?)
+    }
+
+    /// Keeps the pool full, for ever.
+    async fn keep_pool(self: Arc<Self>) {
+        loop {
+            let (parked, quiet) = {
+                let state = self.state();
+                let quiet = state.last_start.map_or(Duration::MAX, |start| start.elapsed());
+                (state.parked.len() as u32, quiet)
+            };
+            match self.options.policy.refill(parked, quiet) {
+                Refill::Full => self.refill.notified().await,
+                Refill::After(pause) => tokio::time::sleep(pause).await,
+                Refill::Now => match self.park().await {
+                    Ok(microvm) => self.state().parked.push_back(microvm),
+                    Err(HostError::NoSlot) => self.refill.notified().await,
+                    Err(error) => {
+                        tracing::error!("cannot fill the pool: {error}");
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                },
+            }
+        }
+    }
+
+    /// Takes over a microVM of an earlier daemon.
+    async fn adopt(self: &Arc<Self>, mut microvm: MicroVm, status: &Status) {
+        let number = microvm.slot();
+        if !self.datapath.slots().iter().any(|slot| slot.number == number) {
+            tracing::warn!(slot = number, "a microVM on a slot that is no more: ending it");
+            microvm.stop().await.ok();
+            return;
+        }
+        match (status.state, serde_json::from_slice::<Record>(&status.tag)) {
+            (VmState::Parked, _) => self.state().parked.push_back(microvm),
+            (VmState::Running, Ok(record)) => {
+                tracing::info!(id = %record.id, slot = number, "instance found again");
+                self.enlist(record, self.slot(number), microvm);
+            }
+            (VmState::Running, Err(error)) => {
+                tracing::error!(slot = number, "a microVM with an unreadable record: {error}");
+                self.discard(microvm).await;
+            }
+        }
+    }
+}
+
+/// True while another process has the TAP open.
+fn is_busy(error: &datapath::Error) -> bool {
+    matches!(error, datapath::Error::System { source, .. }
+        if source.kind() == std::io::ErrorKind::ResourceBusy)
+}
+
+/// RFC 1123, 2.1, one label.
+fn is_hostname(name: &str) -> bool {
+    let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    (1..=63).contains(&name.len())
+        && name.bytes().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+fn vpcs_file(options: &HostOptions) -> PathBuf {
+    options.run_dir.join("vpcs.json")
+}
+
+fn load_vpcs(options: &HostOptions) -> Result<HashMap<String, u32>, HostError> {
+    let file = vpcs_file(options);
+    match std::fs::read(&file) {
+        Ok(text) => serde_json::from_slice(&text)
+            .map_err(|e| HostError::Record(format!("{}: {e}: remove it", file.display()))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(HashMap::new()),
+        Err(error) => Err(HostError::Record(format!("{}: {error}", file.display()))),
+    }
+}
+
+fn save_vpcs(options: &HostOptions, vpcs: &HashMap<String, u32>) -> Result<(), HostError> {
+    let file = vpcs_file(options);
+    let new = file.with_extension("new");
+    let text = serde_json::to_vec(vpcs).map_err(|e| HostError::Record(e.to_string()))?;
+    std::fs::write(&new, text)
+        .and_then(|()| std::fs::rename(&new, &file))
+        .map_err(|e| HostError::Record(format!("{}: {e}", file.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostnames_are_rfc_1123_labels() {
+        for name in ["a", "web-1", &"x".repeat(63)] {
+            assert!(is_hostname(name), "{name}");
+        }
+        for name in ["", "-a", "a-", "a.b", "a b", "ä", &"x".repeat(64)] {
+            assert!(!is_hostname(name), "{name}");
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! `warrend`: wires the configuration, the data path, the agent and the heartbeat together.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use warren_dataplane::agent::Agent;
+use warren_dataplane::config::Config;
+use warren_dataplane::datapath::{
+    DEFAULT_FLOWS, HostDatapath, HostOptions, ProxyDatapath, ProxyOptions,
+};
+use warren_dataplane::heartbeat;
+use warren_dataplane::host::{Host, HostOptions as RoleOptions};
+use warren_dataplane::pool::Policy;
+use warren_dataplane::proxy::Proxy;
+use warren_proto::server::{Listeners, Services};
+use warren_proto::v1::HeartbeatRequest;
+use warren_proto::v1::agent_service_server::AgentServiceServer;
+use warren_vmm::client::{Zygote, ZygoteConfig};
+
+/// The largest gRPC message: an invocation of 1 MiB and its envelope.
+const MESSAGE_MAX: usize = (1 << 20) + 4096;
+/// TAPs are wrn1, wrn2 and so on, the tunnel device is wrn-vxlan.
+const INTERFACE_PREFIX: &str = "wrn";
+/// Ended flows give their ports back within this time.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The daemon of Warren's hosts and proxy nodes
+#[derive(Parser)]
+#[command(name = "warrend", version)]
+struct Arguments {
+    /// What this machine is
+    #[arg(long)]
+    role: Role,
+    /// Configuration file
+    #[arg(long, value_name = "FILE", default_value = "/etc/warren/warrend.toml")]
+    config: PathBuf,
+    /// Remove programs, pins, TAPs and the tunnel device, and exit
+    #[arg(long)]
+    uninstall: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Role {
+    Host,
+    Proxy,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_env("WARREN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let config = Config::load(&arguments.config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(run(&arguments, config))
+}
+
+async fn run(arguments: &Arguments, config: Config) -> Result<()> {
+    std::fs::create_dir_all(&config.run_dir)
+        .with_context(|| format!("cannot make run_dir {}", config.run_dir.display()))?;
+    let agent = match arguments.role {
+        Role::Host => host(arguments, &config).await?,
+        Role::Proxy => proxy(arguments, &config)?,
+    };
+    let Some(agent) = agent else { return Ok(()) };
+
+    let listeners = Listeners::bind(&config.listen).await?;
+    let service = AgentServiceServer::new(agent.clone())
+        .max_decoding_message_size(MESSAGE_MAX)
+        .max_encoding_message_size(MESSAGE_MAX);
+    if let (Some(control), Some(endpoint)) = (config.control.clone(), config.advertised()) {
+        let endpoint = endpoint.to_string();
+        let (name, underlay) = (config.name.clone(), config.underlay.address.to_string());
+        tokio::spawn(heartbeat::run(control, move || {
+            let report = agent.report();
+            HeartbeatRequest {
+                name: name.clone(),
+                role: report.role.into(),
+                endpoint: endpoint.clone(),
+                underlay_address: underlay.clone(),
+                slots: report.slots,
+                parked: report.parked,
+                instances: report.instances,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            }
+        }));
+    }
+    tokio::spawn(watchdog());
+    tracing::info!(name = config.name, "ready");
+    sd_notify::notify(&[sd_notify::NotifyState::Ready])?;
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let shutdown = async move {
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        tracing::info!("stopping; microVMs and their traffic go on");
+    };
+    listeners.serve(Services::default().with(service), shutdown).await?;
+    Ok(())
+}
+
+async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
+    let section = config.host.as_ref();
+    let section = section.context("--role host needs a [host] section in the configuration")?;
+    let options = HostOptions {
+        bpffs: config.bpffs.clone(),
+        object: programs(config)?,
+        underlay_interface: config.underlay.interface.clone(),
+        underlay_address: config.underlay.address,
+        slots: section.slots,
+        interface_prefix: INTERFACE_PREFIX.to_owned(),
+        flows: DEFAULT_FLOWS,
+    };
+    if arguments.uninstall {
+        HostDatapath::uninstall(&options)?;
+        return Ok(None);
+    }
+    let datapath = HostDatapath::open(&options)?;
+    let zygote = Zygote::spawn(&ZygoteConfig {
+        binary: section.vmm.clone(),
+        template: section.template.clone(),
+        run_dir: config.run_dir.clone(),
+    })
+    .await?;
+    let options = RoleOptions {
+        name: config.name.clone(),
+        run_dir: config.run_dir.clone(),
+        policy: Policy { target: section.parked },
+    };
+    let host = Host::new(options, datapath, zygote).await?;
+    tokio::spawn(sweep(host.clone()));
+    Ok(Some(Agent::Host(host)))
+}
+
+fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
+    let options = ProxyOptions {
+        bpffs: config.bpffs.clone(),
+        object: programs(config)?,
+        underlay_interface: config.underlay.interface.clone(),
+        underlay_address: config.underlay.address,
+        interface_prefix: INTERFACE_PREFIX.to_owned(),
+    };
+    if arguments.uninstall {
+        ProxyDatapath::uninstall(&options)?;
+        return Ok(None);
+    }
+    let datapath = ProxyDatapath::open(&options)?;
+    Ok(Some(Agent::Proxy(Arc::new(Proxy::new(datapath)))))
+}
+
+fn programs(config: &Config) -> Result<Vec<u8>> {
+    let path = &config.programs;
+    std::fs::read(path)
+        .with_context(|| format!("cannot read the eBPF programs {}: set `programs`", path.display()))
+}
+
+/// Collects ended flows, for ever.
+async fn sweep(host: Arc<Host>) {
+    loop {
+        tokio::time::sleep(SWEEP_INTERVAL).await;
+        if let Err(error) = host.datapath().sweep() {
+            tracing::error!("cannot collect ended flows: {error}");
+        }
+    }
+}
+
+/// Tells systemd that this process is alive, where systemd asks for it.
+async fn watchdog() {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return };
+    loop {
+        tokio::time::sleep(limit / 2).await;
+        if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]) {
+            tracing::warn!("cannot reach the service manager: {error}");
+        }
+    }
+}
