@@ -4,6 +4,8 @@
 //! names in the file system, so that not even a killed test leaves one behind.
 #![deny(missing_docs)]
 
+pub mod capture;
+pub mod fleet;
 pub mod netns;
 pub mod process;
 pub mod rundir;

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!            192.0.2.0/24 (underlay, a bridge)
-//!   host .1 ──┬── proxy .2 ── vpc-a ── server 10.0.0.10   (10.0.0.0/24)
-//!   rogue .9 ─┘             └ vpc-b ── server 10.0.0.10, 10.0.0.20
+//!   host .1    ──┬── proxy .2 ──┬── vpc-a ── server 10.0.0.10   (10.0.0.0/24)
+//!   control .3 ──┤              └── vpc-b ── server 10.0.0.10, 10.0.0.20
+//!   rogue .9   ──┘
 //! ```
 
 use std::net::Ipv4Addr;
@@ -18,6 +19,8 @@ pub const UNDERLAY: &str = "under0";
 pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 /// Underlay address of the proxy.
 pub const PROXY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+/// Underlay address of the control plane.
+pub const CONTROL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
 /// Underlay address of a machine that is neither.
 pub const ROGUE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
 /// CIDR of both VPCs.
@@ -40,6 +43,8 @@ pub struct Topology {
     pub host: Namespace,
     /// Where `warrend --role proxy` runs.
     pub proxy: Namespace,
+    /// Where `warren-control` runs.
+    pub control: Namespace,
     /// A machine on the underlay that holds no port block.
     pub rogue: Namespace,
     /// The tenants' servers, one namespace each.
@@ -54,20 +59,22 @@ impl Topology {
         fabric.ip("link add br0 type bridge stp_state 0 forward_delay 0")?;
         fabric.ip("link set br0 up")?;
         let mut machines = Vec::new();
-        for (name, address) in [("host", HOST), ("proxy", PROXY), ("rogue", ROGUE)] {
+        for (name, address) in
+            [("host", HOST), ("proxy", PROXY), ("control", CONTROL), ("rogue", ROGUE)]
+        {
             let machine = Namespace::new(name)?;
             veth(&fabric, name, &machine, UNDERLAY)?;
             fabric.ip(&format!("link set {name} master br0"))?;
             machine.ip(&format!("addr add {address}/24 dev {UNDERLAY}"))?;
             machines.push(machine);
         }
-        let [host, proxy, rogue] = machines.try_into().expect("three were made");
+        let [host, proxy, control, rogue] = machines.try_into().expect("four were made");
         let vpcs = [Namespace::new("vpc-a")?, Namespace::new("vpc-b")?];
         for (vpc, interface) in vpcs.iter().zip(VPC_INTERFACES) {
             veth(&proxy, interface, vpc, "eth0")?;
             vpc.ip(&format!("addr add {SERVER}/24 dev eth0"))?;
         }
         vpcs[1].ip(&format!("addr add {ONLY_IN_B}/24 dev eth0"))?;
-        Ok(Self { host, proxy, rogue, vpcs, _fabric: fabric })
+        Ok(Self { host, proxy, control, rogue, vpcs, _fabric: fabric })
     }
 }

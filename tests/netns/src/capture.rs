@@ -1,0 +1,122 @@
+//! Frames as an interface saw them, with the kernel's time stamps.
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::cmsg_space;
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType,
+    bind, recvmsg, send, setsockopt, socket, sockopt,
+};
+use nix::sys::time::TimeSpec;
+
+use crate::netns::Namespace;
+
+/// A packet socket on one interface.
+#[derive(Debug)]
+pub struct Capture {
+    socket: OwnedFd,
+}
+
+/// A frame and when the kernel saw it.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Nanoseconds since 1970.
+    pub unix_ns: u64,
+    /// From the destination MAC on.
+    pub bytes: Vec<u8>,
+}
+
+impl Capture {
+    /// Captures from now on, incoming and outgoing frames.
+    pub fn start(namespace: &Namespace, interface: &str) -> Result<Self> {
+        let socket = namespace.run(|| -> Result<OwnedFd> {
+            let socket = socket(
+                AddressFamily::Packet,
+                SockType::Raw,
+                SockFlag::SOCK_CLOEXEC,
+                SockProtocol::EthAll,
+            )?;
+            let index = nix::net::if_::if_nametoindex(interface)
+                .with_context(|| format!("no interface {interface}"))?;
+            let address = libc::sockaddr_ll {
+                sll_family: libc::AF_PACKET as u16,
+                sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
+                sll_ifindex: index as i32,
+                sll_hatype: 0,
+                sll_pkttype: 0,
+                sll_halen: 0,
+                sll_addr: [0; 8],
+            };
+            // SAFETY: the pointer and the length are those of a whole sockaddr_ll.
+            let address = unsafe {
+                <LinkAddr as nix::sys::socket::SockaddrLike>::from_raw(
+                    (&raw const address).cast(),
+                    Some(size_of::<libc::sockaddr_ll>() as u32),
+                )
+            };
+            bind(socket.as_raw_fd(), &address.context("not a link address")?)?;
+            setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
+            setsockopt(&socket, sockopt::RcvBuf, &(8 << 20))?;
+            Ok(socket)
+        })?;
+        Ok(Self { socket })
+    }
+
+    /// Puts a frame on the wire.
+    pub fn send(&self, frame: &[u8]) -> Result<()> {
+        send(self.socket.as_raw_fd(), frame, MsgFlags::empty())?;
+        Ok(())
+    }
+
+    /// The next frame; `None` after `patience` without one.
+    pub fn next(&self, patience: Duration) -> Result<Option<Frame>> {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd;
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        if poll(&mut fds, patience)? == 0 {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; 65536];
+        let mut space = cmsg_space!(TimeSpec);
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message = recvmsg::<()>(
+            self.socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            MsgFlags::empty(),
+        )?;
+        let stamp = message.cmsgs()?.find_map(|message| match message {
+            ControlMessageOwned::ScmTimestampns(time) => Some(time),
+            _ => None,
+        });
+        let stamp = stamp.context("the kernel gave no time stamp")?;
+        let unix_ns = stamp.tv_sec() as u64 * 1_000_000_000 + stamp.tv_nsec() as u64;
+        let length = message.bytes;
+        bytes.truncate(length);
+        Ok(Some(Frame { unix_ns, bytes }))
+    }
+
+    /// All frames that came so far.
+    pub fn drain(&self) -> Result<Vec<Frame>> {
+        let mut frames = Vec::new();
+        while let Some(frame) = self.next(Duration::ZERO)? {
+            frames.push(frame);
+        }
+        Ok(frames)
+    }
+}
+
+
+/// The VNI of a VXLAN frame over IPv4 without options (RFC 7348); `None` if it is no such frame.
+pub fn vni(frame: &[u8]) -> Option<u32> {
+    let header = frame.get(..50)?;
+    let is_vxlan = header[12..14] == [8, 0]
+        && header[14] == 0x45
+        && header[23] == 17
+        && header[36..38] == 4789u16.to_be_bytes();
+    is_vxlan.then(|| u32::from_be_bytes([0, header[46], header[47], header[48]]))
+}

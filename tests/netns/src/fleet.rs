@@ -1,0 +1,383 @@
+//! The whole of Warren on a [`Topology`]: control plane, one host, one proxy, and a VPC for each
+//! tenant.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use tonic::transport::Channel;
+use warren_abi::probe::{self, Operation};
+use warren_proto::endpoint::{Endpoint, connect};
+use warren_proto::v1;
+use warren_proto::v1::agent_service_client::AgentServiceClient;
+use warren_proto::v1::control_service_client::ControlServiceClient;
+
+use crate::process::{self, Process};
+use crate::rundir::RunDir;
+use crate::topology::{CIDR, CONTROL, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
+
+/// Names of the tenants' VPCs.
+pub const VPCS: [&str; 2] = ["tenant-a", "tenant-b"];
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How large a host to make.
+#[derive(Clone, Copy, Debug)]
+pub struct FleetOptions {
+    /// TAP slots.
+    pub slots: u32,
+    /// MicroVMs parked at their barrier.
+    pub parked: u32,
+}
+
+/// Everything, running. Dropping it ends and removes everything.
+pub struct Fleet {
+    /// The namespaces.
+    pub topology: Topology,
+    /// Sockets, state, logs and pins.
+    pub run: RunDir,
+    control: Process,
+    host: Process,
+    proxy: Process,
+}
+
+/// A daemon of the fleet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Daemon {
+    /// `warren-control`.
+    Control,
+    /// `warrend --role host`.
+    Host,
+    /// `warrend --role proxy`.
+    Proxy,
+}
+
+impl Daemon {
+    /// Its name, and that of its directory and log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Control => "control",
+            Self::Host => "host",
+            Self::Proxy => "proxy",
+        }
+    }
+}
+
+/// Finds one of the workspace's build results beside this program.
+pub fn built(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    // Tests lie one folder deeper than binaries.
+    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|p| p.exists());
+    found.with_context(|| format!("{name} is not built: run `cargo xtask build` first"))
+}
+
+/// Why microVMs cannot run here, if they cannot.
+pub fn kvm_missing() -> Option<String> {
+    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    let error = kvm.err()?;
+    Some(format!("/dev/kvm cannot be opened ({error}): load the kvm module, and run as root"))
+}
+
+/// For tests of microVMs: false, with a loud line, where there is no KVM.
+///
+/// # Panics
+/// If there is no KVM although `WARREN_REQUIRE_KVM=1`.
+pub fn kvm_or_skip(test: &str) -> bool {
+    let Some(reason) = kvm_missing() else { return true };
+    let required = std::env::var_os("WARREN_REQUIRE_KVM").is_some_and(|value| value == "1");
+    assert!(!required, "{test}: {reason}");
+    eprintln!("!!! SKIPPED {test}: {reason} !!!");
+    false
+}
+
+impl Fleet {
+    /// Starts everything, makes both VPCs, and waits until the pool is full.
+    pub async fn start(options: FleetOptions) -> Result<Self> {
+        let topology = Topology::new()?;
+        let run = RunDir::new()?;
+        let template = run.path().join("guest.template");
+        let made = Command::new(built("warren-vmm")?)
+            .args(["template", "--guest"])
+            .arg(built("warren-guest.elf")?)
+            .arg("--output")
+            .arg(&template)
+            .output()?;
+        ensure!(
+            made.status.success(),
+            "cannot make the template: {}",
+            String::from_utf8_lossy(&made.stderr)
+        );
+        for daemon in [Daemon::Host, Daemon::Proxy] {
+            write_config(&run, daemon, options, &template)?;
+        }
+        let control = start(&topology, &run, Daemon::Control)?;
+        let proxy = start(&topology, &run, Daemon::Proxy)?;
+        let host = start(&topology, &run, Daemon::Host)?;
+        let mut fleet = Self { topology, run, control, host, proxy };
+        for daemon in [Daemon::Control, Daemon::Proxy, Daemon::Host] {
+            fleet.wait_listening(daemon).await?;
+        }
+        fleet.wait_registered().await?;
+        for (vpc, interface) in VPCS.iter().zip(VPC_INTERFACES) {
+            let vpc = v1::Vpc {
+                name: (*vpc).to_owned(),
+                cidr: CIDR.to_owned(),
+                shared_address: SHARED.to_string(),
+                interface: interface.to_owned(),
+                ..v1::Vpc::default()
+            };
+            let request = v1::CreateVpcRequest { vpc: Some(vpc) };
+            fleet.control().await?.create_vpc(request).await?;
+        }
+        fleet.wait_parked(options.parked).await?;
+        Ok(fleet)
+    }
+
+    /// The directory of a daemon: configuration, socket, state.
+    pub fn dir(&self, daemon: Daemon) -> PathBuf {
+        self.run.path().join(daemon.name())
+    }
+
+    /// A client of the control plane.
+    pub async fn control(&self) -> Result<ControlServiceClient<Channel>> {
+        Ok(ControlServiceClient::new(connect(&endpoint(&self.run, Daemon::Control)).await?))
+    }
+
+    /// A client of an agent.
+    pub async fn agent(&self, daemon: Daemon) -> Result<AgentServiceClient<Channel>> {
+        Ok(AgentServiceClient::new(connect(&endpoint(&self.run, daemon)).await?))
+    }
+
+    /// What an agent dropped for a reason, over all slots or VPCs.
+    pub async fn drops(&self, daemon: Daemon, reason: &str) -> Result<u64> {
+        let drops = self.agent(daemon).await?.list_drops(v1::ListDropsRequest {}).await?;
+        let drops = drops.into_inner().drops;
+        Ok(drops.iter().filter(|drop| drop.reason == reason).map(|drop| drop.packets).sum())
+    }
+
+    /// Starts an instance in a VPC, on the host, and invokes the probe.
+    pub async fn run(
+        &self,
+        vpc: &str,
+        operation: Option<Operation>,
+    ) -> Result<(v1::RunInstanceResponse, Option<probe::Reply>)> {
+        let request = v1::RunInstanceRequest {
+            vpc: vpc.to_owned(),
+            invocation: operation.map(encode),
+            ..v1::RunInstanceRequest::default()
+        };
+        let response = self.control().await?.run_instance(request).await?.into_inner();
+        let reply = response.reply.as_deref().map(probe::decode).transpose()?;
+        Ok((response, reply))
+    }
+
+    /// Calls the probe in an instance.
+    pub async fn probe(&self, id: &str, operation: Operation) -> Result<probe::Reply> {
+        let request = v1::CallInstanceRequest { id: id.to_owned(), invocation: encode(operation) };
+        let response = self.control().await?.call_instance(request).await?.into_inner();
+        Ok(probe::decode(&response.reply)?)
+    }
+
+    /// Stops an instance.
+    pub async fn stop(&self, id: &str) -> Result<()> {
+        let request = v1::StopInstanceRequest { id: id.to_owned() };
+        self.control().await?.stop_instance(request).await?;
+        Ok(())
+    }
+
+    /// The process of a daemon.
+    pub fn process(&mut self, daemon: Daemon) -> &mut Process {
+        match daemon {
+            Daemon::Control => &mut self.control,
+            Daemon::Host => &mut self.host,
+            Daemon::Proxy => &mut self.proxy,
+        }
+    }
+
+    /// Kills a daemon with SIGKILL, starts it again, and waits until it serves.
+    pub async fn kill_and_restart(&mut self, daemon: Daemon) -> Result<()> {
+        self.process(daemon).kill()?;
+        *self.process(daemon) = start(&self.topology, &self.run, daemon)?;
+        self.wait_listening(daemon).await?;
+        self.wait_registered().await
+    }
+
+    /// Waits until so many microVMs are parked on the host.
+    pub async fn wait_parked(&self, parked: u32) -> Result<()> {
+        self.wait_hosts(&format!("{parked} parked microVMs"), |hosts| {
+            hosts.iter().any(|host| host.parked >= parked)
+        })
+        .await
+    }
+
+    async fn wait_registered(&self) -> Result<()> {
+        self.wait_hosts("host and proxy to register", |hosts| {
+            hosts.iter().filter(|host| host.alive).count() == 2
+        })
+        .await
+    }
+
+    async fn wait_hosts(&self, what: &str, ready: impl Fn(&[v1::Host]) -> bool) -> Result<()> {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let mut control = self.control().await?;
+        loop {
+            let hosts = control.list_hosts(v1::ListHostsRequest {}).await?.into_inner().hosts;
+            if ready(&hosts) {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() > deadline {
+                bail!(
+                    "waited in vain for {what}; hosts: {hosts:?}\nhost's log:\n{}",
+                    self.host.log()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn wait_listening(&mut self, daemon: Daemon) -> Result<()> {
+        let Endpoint::Unix(path) = endpoint(&self.run, daemon) else { return Ok(()) };
+        self.process(daemon)
+            .wait_until(PATIENCE, || std::os::unix::net::UnixStream::connect(&path).is_ok())
+    }
+
+    /// Ends everything gracefully and counts what is left: processes, pins, TAPs, tunnel devices.
+    pub async fn shut_down(mut self) -> Result<Vec<String>> {
+        for daemon in [Daemon::Control, Daemon::Host, Daemon::Proxy] {
+            self.process(daemon).stop(Duration::from_secs(5))?;
+        }
+        self.end_microvms().await;
+        let mut left = Vec::new();
+        for daemon in [Daemon::Host, Daemon::Proxy] {
+            let namespace = match daemon {
+                Daemon::Host => &self.topology.host,
+                _ => &self.topology.proxy,
+            };
+            let output = command(&self.topology, &self.run, daemon)?.arg("--uninstall").output()?;
+            if !output.status.success() {
+                let error = String::from_utf8_lossy(&output.stderr).into_owned();
+                left.push(format!("{}: uninstall failed: {error}", daemon.name()));
+            }
+            let links = namespace.ip_lines("link")?;
+            let ours = |line: &&String| line.contains(": wrn");
+            left.extend(links.iter().filter(ours).cloned());
+        }
+        left.extend(self.run.pins().iter().map(|pin| format!("pin {}", pin.display())));
+        let run = self.run.path().to_string_lossy().into_owned();
+        drop(self);
+        left.extend(process::mentioning(&run).iter().map(|pid| format!("process {pid}")));
+        if Path::new(&run).exists() {
+            left.push(format!("directory {run}"));
+        }
+        Ok(left)
+    }
+
+    async fn end_microvms(&self) {
+        for _ in 0..200 {
+            if !kill_mentioning(self.run.path()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        for daemon in [Daemon::Control, Daemon::Host, Daemon::Proxy] {
+            self.process(daemon).kill().ok();
+        }
+        for _ in 0..200 {
+            if !kill_mentioning(self.run.path()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        tracing::error!("processes of {} cannot be killed", self.run.path().display());
+    }
+}
+
+/// Kills what was started with this directory on its command line: only this fleet's processes
+/// have it there. True if there was any.
+fn kill_mentioning(dir: &Path) -> bool {
+    let found = process::mentioning(&dir.join("host").to_string_lossy());
+    for pid in &found {
+        // One that ended in the meantime needs no signal.
+        kill(*pid, Signal::SIGKILL).ok();
+    }
+    !found.is_empty()
+}
+
+fn encode(operation: Operation) -> Vec<u8> {
+    probe::encode(&probe::Request { operation, timeout_ms: 10_000 })
+}
+
+fn endpoint(run: &RunDir, daemon: Daemon) -> Endpoint {
+    Endpoint::Unix(run.path().join(daemon.name()).join("grpc.sock"))
+}
+
+fn config_file(run: &RunDir, daemon: Daemon) -> PathBuf {
+    run.path().join(format!("{}.toml", daemon.name()))
+}
+
+fn write_config(
+    run: &RunDir,
+    daemon: Daemon,
+    options: FleetOptions,
+    template: &Path,
+) -> Result<()> {
+    let dir = run.path().join(daemon.name());
+    std::fs::create_dir_all(&dir)?;
+    let address = if daemon == Daemon::Host { HOST } else { PROXY };
+    let mut text = format!(
+        "name = '{name}'\n\
+         control = 'http://{CONTROL}:7700'\n\
+         listen = ['{unix}', 'http://{address}:7701']\n\
+         run_dir = '{dir}'\n\
+         bpffs = '{bpf}/{name}'\n\
+         programs = '{programs}'\n\
+         [underlay]\n\
+         interface = '{UNDERLAY}'\n\
+         address = '{address}'\n",
+        name = daemon.name(),
+        unix = endpoint(run, daemon),
+        dir = dir.display(),
+        bpf = run.bpf().display(),
+        programs = built("warren-ebpf.o")?.display(),
+    );
+    if daemon == Daemon::Host {
+        text += &format!(
+            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n",
+            options.slots,
+            options.parked,
+            built("warren-vmm")?.display(),
+            template.display()
+        );
+    }
+    Ok(std::fs::write(config_file(run, daemon), text)?)
+}
+
+fn command(topology: &Topology, run: &RunDir, daemon: Daemon) -> Result<Command> {
+    Ok(match daemon {
+        Daemon::Control => {
+            let mut command = topology.control.command(built("warren-control")?);
+            command.arg("--listen").arg(endpoint(run, daemon).to_string());
+            command.arg("--listen").arg(format!("http://{CONTROL}:7700"));
+            command.arg("--state").arg(run.path().join("control.db"));
+            command
+        }
+        Daemon::Host | Daemon::Proxy => {
+            let namespace = if daemon == Daemon::Host { &topology.host } else { &topology.proxy };
+            let mut command = namespace.command(built("warrend")?);
+            command.args(["--role", daemon.name(), "--config"]).arg(config_file(run, daemon));
+            command
+        }
+    })
+}
+
+fn start(topology: &Topology, run: &RunDir, daemon: Daemon) -> Result<Process> {
+    let log = run.path().join(format!("{}.log", daemon.name()));
+    Process::start(daemon.name(), command(topology, run, daemon)?, &log)
+}
