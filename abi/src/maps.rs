@@ -195,6 +195,10 @@ pub struct ProxyVpc {
     pub gateway: Ipv4,
     /// Index of its counters in `DROPS`, from 1.
     pub scope: u32,
+    /// MAC address of the interface.
+    pub mac: [u8; 6],
+    /// Zero.
+    pub reserved: [u8; 2],
 }
 
 /// A block of ports.
@@ -254,7 +258,7 @@ without_padding!(
     Flow = 16,
     InKey = 16,
     InFlow = 16,
-    ProxyVpc = 28,
+    ProxyVpc = 36,
     BlockKey = 12,
     Sweep = 46
 );

@@ -1,4 +1,94 @@
-//! Between the VMM and the no-OS guest: identity page, ports, vsock ports.
+//! Between the VMM and the no-OS guest: memory map, boot page, identity page, ports, vsock ports.
+//!
+//! The guest runs wholly in ring 3 with identity-mapped memory:
+//!
+//! | address | what |
+//! |---|---|
+//! | 0 | never mapped |
+//! | 0x1000 | the VMM's: descriptor tables, exception stubs and stack (supervisor) |
+//! | [`BOOT_ADDRESS`] | [`Boot`], read-only to the guest |
+//! | [`IDENTITY_ADDRESS`] | [`Identity`], read-only to the guest |
+//! | 0x20000 | page tables (supervisor) |
+//! | [`PROGRAM_ADDRESS`] | the program, each segment with its own rights, then the heap |
+//! | end of memory - [`STACK_BYTES`] | the stack, with an unmapped page below it |
+//! | [`NET_MMIO`], [`VSOCK_MMIO`] | virtio-mmio registers (virtio 1.2, 4.2.2), one page each |
+
+/// Version of everything in this module except the invocation framing. A guest refuses to boot
+/// under another one, and a template records it.
+pub const ABI_VERSION: u32 = 1;
+
+/// Where [`Boot`] is.
+pub const BOOT_ADDRESS: u64 = 0x1_0000;
+
+/// Where [`Identity`] is.
+pub const IDENTITY_ADDRESS: u64 = 0x1_1000;
+
+/// Where programs are linked; below it nothing is the guest's to write.
+pub const PROGRAM_ADDRESS: u64 = 0x20_0000;
+
+/// Size of the stack, in bytes, at the end of memory.
+pub const STACK_BYTES: u64 = 0x4_0000;
+
+/// Registers of the network device.
+pub const NET_MMIO: u64 = 0xd000_0000;
+
+/// Registers of the vsock device.
+pub const VSOCK_MMIO: u64 = 0xd000_1000;
+
+/// Size of a device's register window, in bytes.
+pub const MMIO_BYTES: u64 = 0x1000;
+
+/// Written (32 bits, any value) when the guest stands at the release barrier. What it is to do next
+/// is in [`Boot::command`] when the instruction completes.
+pub const BARRIER_PORT: u16 = 0x10;
+
+/// Written (32 bits, any value) when the guest has applied its [`Identity`].
+pub const READY_PORT: u16 = 0x11;
+
+/// Kick and wait in one: the VMM serves all queues and completes the instruction when something
+/// came for the guest, or after the microseconds that were written (32 bits). [`WAIT_FOREVER`]
+/// means no deadline, 0 only serves the queues.
+pub const WAIT_PORT: u16 = 0x12;
+
+/// Written (32 bits) with the address of a [`PanicMessage`]; the microVM ends.
+pub const PANIC_PORT: u16 = 0x13;
+
+/// No deadline, for [`WAIT_PORT`].
+pub const WAIT_FOREVER: u32 = u32::MAX;
+
+/// [`Boot::command`]: come to the barrier again.
+pub const COMMAND_PARK: u32 = 0;
+
+/// [`Boot::command`]: write to every page that will be needed soon, then come to the barrier again.
+/// In a clone this takes the page faults before anybody waits for it.
+pub const COMMAND_PREFAULT: u32 = 1;
+
+/// [`Boot::command`]: apply the [`Identity`], write [`READY_PORT`], and run.
+pub const COMMAND_RELEASE: u32 = 2;
+
+/// What the guest must know to boot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// [`ABI_VERSION`].
+    pub abi_version: u32,
+    /// What to do when the barrier's instruction completes: one of the `COMMAND_*`.
+    pub command: u32,
+    /// First byte of the heap, page-aligned.
+    pub heap_start: u64,
+    /// End of the heap, page-aligned.
+    pub heap_end: u64,
+}
+
+/// What a panicking guest leaves behind.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct PanicMessage {
+    /// How many of the bytes are used.
+    pub length: u32,
+    /// The message, UTF-8, cut at this length.
+    pub text: [u8; 508],
+}
 
 /// The guest's context identifier on its vsock device (virtio 1.2, 5.10.4). Every microVM has the
 /// same one: each has a device of its own.
@@ -21,7 +111,7 @@ pub const INVOCATION_MAX: u32 = 1 << 20;
 pub struct Identity {
     /// Wall clock (`CLOCK_REALTIME`) at [`Identity::tsc`], in nanoseconds since 1970.
     pub wall_clock_ns: u64,
-    /// The guest's time stamp counter when the wall clock was read.
+    /// The guest's time stamp counter when the wall clock was read: 0 on the guest's own clock.
     pub tsc: u64,
     /// Frequency of the time stamp counter, in Hz.
     pub tsc_hz: u64,

@@ -1,5 +1,7 @@
 //! Ports of a shared address: blocks, and the order in which a flow tries them.
 
+use core::num::NonZeroU32;
+
 /// Ports in a block.
 pub const BLOCK_PORTS: u32 = 64;
 
@@ -18,8 +20,8 @@ pub const fn block_of(port: u16) -> u32 {
 /// stride. The stride is odd: if `count` is a power of two, the first `count` probes meet each
 /// port once.
 #[inline(always)]
-pub const fn probe_port(base: u32, count: u32, random: u32, probe: u32) -> u16 {
-    let stride = random >> 16 | 1;
+pub fn probe_port(base: u32, count: NonZeroU32, random: u32, probe: u32) -> u16 {
+    let stride = (random >> 16) | 1;
     let offset = random.wrapping_add(probe.wrapping_mul(stride)) % count;
     (base + offset) as u16
 }

@@ -1,2 +1,34 @@
+//! The data path: one tc program per hook, attached by tcx.
+//!
+//! Host: [`tap`] is what guests send, [`tunnel`] what returns to them. Proxy: [`tunnel`] is what
+//! hosts send into a VPC, [`vpc`] what returns. [`sweep`] collects flows that ended.
+//!
+//! Nothing that a program does not understand passes: the kernel's own stack is out of reach from
+//! guests, tunnels and VPCs.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
+
+mod arp;
+mod conntrack;
+mod drops;
+mod encap;
+mod maps;
+mod nat;
+mod parse;
+mod sweep;
+mod tap;
+mod tunnel;
+mod vpc;
+
+/// The kernel offers most helpers to programs under a licence compatible with the GPL only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // The verifier rejects programs that could come here.
+    loop {}
+}

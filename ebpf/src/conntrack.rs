@@ -1,0 +1,221 @@
+//! Flows: which port stands for which guest's, and for how long.
+//!
+//! Two maps hold a flow. `CT_IN` is inserted first, and inserting it claims the port: whoever
+//! finds the key taken tries the next one. `CT_OUT` comes second and holds the flow's state; who
+//! loses that race gives the port back and uses the winner's. The sweep removes them the other
+//! way round, after it ended the state with a compare-and-exchange, so that a packet either
+//! refreshes a flow or finds it gone.
+
+use core::arch::asm;
+use core::num::NonZeroU32;
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
+use warren_abi::drop::Drop;
+use warren_abi::flow::{Direction, FlowState, tcp, tick};
+use warren_abi::maps::{Attachment, Flow, HostVpc, InFlow, InKey, OutKey, Slot};
+use warren_abi::nat::{MAX_PROBES, probe_port};
+use warren_abi::wire::Be16;
+
+use crate::maps::{CT_IN, CT_OUT, slot};
+use crate::parse::Packet;
+
+const EEXIST: i32 = -17;
+
+/// How often a state is looked at again when another CPU changed it meanwhile: that happens once
+/// a tick, and at TCP's turning points.
+const ATTEMPTS: u32 = 4;
+
+/// The tick that it is now.
+#[inline(always)]
+pub fn now() -> u32 {
+    // SAFETY: the helper has no preconditions.
+    tick(unsafe { bpf_ktime_get_coarse_ns() })
+}
+
+/// The port that stands for the guest's in this flow, which the packet begins or keeps alive.
+#[inline(always)]
+pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop> {
+    let key = OutKey {
+        ifindex: slot.ifindex,
+        generation: slot.attachment.generation(),
+        peer: packet.destination,
+        guest_port: packet.local_port,
+        peer_port: packet.peer_port,
+        protocol: packet.protocol as u32,
+    };
+    let now = now();
+    let mut attempt = 0;
+    while attempt < ATTEMPTS {
+        attempt += 1;
+        match refresh(&key, Direction::Out, packet.flags, now) {
+            Refresh::Done(port) => return Ok(port),
+            Refresh::Ended => return Err(Drop::NoFlow),
+            Refresh::Raced => {}
+            Refresh::Unknown => {
+                if !FlowState::can_begin(packet.protocol, packet.flags) {
+                    return Err(Drop::NoFlow);
+                }
+                if let Some(port) = begin(&key, slot.attachment.vni(), vpc, now)? {
+                    return Ok(port);
+                }
+            }
+        }
+    }
+    Err(Drop::Internal)
+}
+
+/// Begins a flow; none if another CPU did so meanwhile.
+#[inline(always)]
+fn begin(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Option<Be16>, Drop> {
+    let back = InFlow {
+        ifindex: key.ifindex,
+        generation: key.generation,
+        refreshed: now,
+        guest_port: key.guest_port,
+        reserved: 0,
+    };
+    let mut claim = InKey {
+        vni,
+        peer: key.peer,
+        peer_port: key.peer_port,
+        port: Be16(0),
+        protocol: key.protocol,
+    };
+    let count = NonZeroU32::new(vpc.port_count).ok_or(Drop::PortsExhausted)?;
+    // SAFETY: the helper has no preconditions.
+    let random = unsafe { bpf_get_prandom_u32() };
+    let mut probe = 0;
+    while probe < MAX_PROBES {
+        let port = Be16::new(probe_port(vpc.port_base, count, random, probe));
+        probe += 1;
+        claim.port = port;
+        match CT_IN.insert(&claim, &back, BPF_NOEXIST as u64) {
+            Ok(()) => {
+                let state = FlowState::begin(key.protocol as u8, now);
+                let flow = Flow { state, vni, port, reserved: 0 };
+                return match CT_OUT.insert(key, &flow, BPF_NOEXIST as u64) {
+                    Ok(()) => Ok(Some(port)),
+                    Err(error) => {
+                        let _ = CT_IN.remove(&claim);
+                        if error == EEXIST { Ok(None) } else { Err(Drop::FlowsExhausted) }
+                    }
+                };
+            }
+            Err(EEXIST) => {}
+            Err(_) => return Err(Drop::FlowsExhausted),
+        }
+    }
+    Err(Drop::PortsExhausted)
+}
+
+/// Who gets a packet from the VPC, and at which port.
+pub struct Receiver {
+    /// The slot.
+    pub slot: Slot,
+    /// The guest's port.
+    pub port: Be16,
+}
+
+/// Whom a packet from the VPC is for. A reason comes with the slot that it concerns, or 0.
+#[inline(always)]
+pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
+    let key = InKey {
+        vni,
+        peer: packet.source,
+        peer_port: packet.peer_port,
+        port: packet.local_port,
+        protocol: packet.protocol as u32,
+    };
+    let entry = CT_IN.get_ptr_mut(&key).ok_or((0, Drop::NoFlow))?;
+    // SAFETY: the verifier checked the pointer for null; map values stay readable. One that is
+    // recycled meanwhile is another flow's, whose attachment is checked like any.
+    let flow = unsafe { entry.read() };
+    let slot = slot(flow.ifindex).ok_or((0, Drop::StaleFlow))?;
+    if slot.attachment != Attachment::new(vni, flow.generation) {
+        return Err((slot.number, Drop::StaleFlow));
+    }
+
+    // The state is the other map's: look there once a tick, and when TCP turns.
+    let now = now();
+    if flow.refreshed != now || packet.flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
+        let key = OutKey {
+            ifindex: flow.ifindex,
+            generation: flow.generation,
+            peer: packet.source,
+            guest_port: flow.guest_port,
+            peer_port: packet.peer_port,
+            protocol: packet.protocol as u32,
+        };
+        let mut attempt = 0;
+        loop {
+            match refresh(&key, Direction::In, packet.flags, now) {
+                Refresh::Done(_) => break,
+                Refresh::Ended | Refresh::Unknown => return Err((slot.number, Drop::NoFlow)),
+                Refresh::Raced => {}
+            }
+            attempt += 1;
+            if attempt == ATTEMPTS {
+                return Err((slot.number, Drop::Internal));
+            }
+        }
+        // SAFETY: as above; at worst, another flow is refreshed a tick late.
+        unsafe { (*entry).refreshed = now };
+    }
+    Ok(Receiver { slot, port: flow.guest_port })
+}
+
+enum Refresh {
+    /// The flow lives, with this port.
+    Done(Be16),
+    /// The sweep is about to remove it.
+    Ended,
+    /// There is none.
+    Unknown,
+    /// Another CPU changed it: look again.
+    Raced,
+}
+
+/// Enters a packet into a flow's state.
+#[inline(always)]
+fn refresh(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Refresh {
+    let Some(flow) = CT_OUT.get_ptr_mut(key) else {
+        return Refresh::Unknown;
+    };
+    // SAFETY: the verifier checked the pointer for null; map values stay readable. If the sweep
+    // removes the flow and the entry is recycled, the exchange fails, for the state found was an
+    // old tick's. Only a flow of this very tick goes without, and such a one does not expire.
+    unsafe {
+        let port = (&raw const (*flow).port).read_volatile();
+        let found = (&raw const (*flow).state).read_volatile();
+        if found.is_ended() {
+            return Refresh::Ended;
+        }
+        let next = found.after(direction, flags, now);
+        if next == found || compare_exchange(&raw mut (*flow).state, found, next) {
+            Refresh::Done(port)
+        } else {
+            Refresh::Raced
+        }
+    }
+}
+
+/// Puts `new` in the place of `expected`, unless there is something else: returns whether it did.
+///
+/// # Safety
+/// `state` must point to a map value.
+#[inline(always)]
+pub unsafe fn compare_exchange(state: *mut FlowState, expected: FlowState, new: FlowState) -> bool {
+    let found: u64;
+    // SAFETY: one atomic instruction on the map value. `core`'s atomics of this width do not
+    // exist on this target.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({state} + 0, r0, {new})",
+            state = in(reg) state,
+            new = in(reg) new.0,
+            inlateout("r0") expected.0 => found,
+        );
+    }
+    found == expected.0
+}

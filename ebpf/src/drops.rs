@@ -1,0 +1,36 @@
+//! Counting what is dropped.
+
+use aya_ebpf::bindings::TC_ACT_SHOT;
+use aya_ebpf::programs::TcContext;
+use warren_abi::drop::Drop;
+
+use crate::maps::DROPS;
+
+/// The verdict of a program; a reason is counted under `scope` (0: nobody's).
+#[inline(always)]
+pub fn verdict(ctx: &TcContext, scope: u32, result: Result<i32, Drop>) -> i32 {
+    match result {
+        Ok(action) => {
+            log(ctx, scope, action as u32, "passed with action");
+            action
+        }
+        Err(reason) => {
+            if let Some(counter) = DROPS.get_ptr_mut(scope * Drop::COUNT + reason as u32) {
+                // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
+                unsafe { *counter += 1 };
+            }
+            log(ctx, scope, reason as u32, "dropped for reason");
+            TC_ACT_SHOT
+        }
+    }
+}
+
+#[cfg(feature = "log")]
+#[inline(always)]
+fn log(ctx: &TcContext, scope: u32, number: u32, what: &str) {
+    aya_log_ebpf::debug!(ctx, "scope {}: {} {}", scope, what, number);
+}
+
+#[cfg(not(feature = "log"))]
+#[inline(always)]
+fn log(_: &TcContext, _: u32, _: u32, _: &str) {}

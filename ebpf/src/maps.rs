@@ -1,0 +1,52 @@
+//! The maps. The loader sets their real sizes, and pins those of its role.
+
+use aya_ebpf::Global;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{HashMap, PerCpuArray};
+use warren_abi::maps::{
+    BlockKey, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Slot, Underlay,
+};
+use warren_abi::wire::Ipv4;
+
+/// The end of the tunnel here, written by the loader.
+#[unsafe(no_mangle)]
+static UNDERLAY: Global<Underlay> =
+    Global::new(Underlay { ifindex: 0, address: Ipv4(0), mtu: 0 });
+
+#[map]
+pub static SLOTS: HashMap<u32, Slot> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static HOST_VPCS: HashMap<u32, HostVpc> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static CT_OUT: HashMap<OutKey, Flow> = HashMap::with_max_entries(1, 0);
+// Not an LRU: it would evict one half of a flow without the other.
+#[map]
+pub static CT_IN: HashMap<InKey, InFlow> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static PROXY_VPCS: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static INTERFACES: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static BLOCKS: HashMap<BlockKey, Ipv4> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// The end of the tunnel here.
+#[inline(always)]
+pub fn underlay() -> Underlay {
+    UNDERLAY.load()
+}
+
+/// The slot of a TAP, and what it was attached to at one moment.
+#[inline(always)]
+pub fn slot(ifindex: u32) -> Option<Slot> {
+    let entry = SLOTS.get_ptr(ifindex)?;
+    // SAFETY: the verifier checked the pointer for null; map values stay readable to the end of
+    // the program. Volatile, because an entry that is replaced may be recycled for another TAP
+    // meanwhile: the attachment is read whole, and before the index that tells of it.
+    let slot = unsafe {
+        let attachment = (&raw const (*entry).attachment).read_volatile();
+        Slot { attachment, ..entry.read_volatile() }
+    };
+    if slot.ifindex == ifindex { Some(slot) } else { None }
+}

@@ -1,0 +1,136 @@
+//! Reading packets.
+
+use aya_ebpf::programs::TcContext;
+use warren_abi::drop::Drop;
+use warren_abi::flow::Direction;
+use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, IpHeader, Ipv4, TCP, UDP};
+
+/// Where the IP header begins.
+pub const IP: usize = size_of::<Ethernet>();
+/// Where the header of TCP, UDP or ICMP begins: IP options are not accepted.
+pub const L4: usize = IP + size_of::<IpHeader>();
+
+/// What programs look at: Ethernet, IP and TCP headers.
+const HEADERS: u32 = L4 as u32 + 20;
+
+/// A pointer into the packet, if all of `T` is there. Any helper that changes the packet makes it
+/// invalid, and the verifier rejects its use from then on.
+#[inline(always)]
+pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
+    let start = ctx.data() + offset;
+    if start + size_of::<T>() > ctx.data_end() { None } else { Some(start as *mut T) }
+}
+
+/// Makes the headers directly readable, where the kernel left them in fragments.
+#[inline(always)]
+pub fn pull(ctx: &TcContext) {
+    if ctx.data() + HEADERS as usize > ctx.data_end() {
+        // A failure is met again as a missing header.
+        let _ = ctx.pull_data(if ctx.len() < HEADERS { ctx.len() } else { HEADERS });
+    }
+}
+
+/// The Ethernet header.
+#[inline(always)]
+pub fn ethernet(ctx: &TcContext) -> Result<Ethernet, Drop> {
+    let header = at::<Ethernet>(ctx, 0).ok_or(Drop::Truncated)?;
+    // SAFETY: `at` checked the bounds; every bit pattern is a value.
+    Ok(unsafe { *header })
+}
+
+/// An IPv4 packet of a protocol that is translated, its fields copied: the next helper call may
+/// move the packet.
+#[derive(Clone, Copy)]
+pub struct Packet {
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Time to live.
+    pub ttl: u8,
+    /// TCP, UDP or ICMP.
+    pub protocol: u8,
+    /// TCP flags; 0 for other protocols.
+    pub flags: u8,
+    /// Source address.
+    pub source: Ipv4,
+    /// Destination address.
+    pub destination: Ipv4,
+    /// Port on the guest's side, or the ICMP echo identifier.
+    pub local_port: Be16,
+    /// Port of the peer in the VPC; 0 for ICMP.
+    pub peer_port: Be16,
+    /// It is UDP without a checksum.
+    pub unchecked: bool,
+    /// Length of IP and transport headers.
+    pub header_length: u32,
+}
+
+/// Reads the IPv4 packet behind an Ethernet header. ICMP is accepted as an echo request outwards
+/// and an echo reply inwards.
+#[inline(always)]
+pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
+    #[repr(C, packed(2))]
+    #[derive(Clone, Copy)]
+    struct Headers {
+        ethernet: Ethernet,
+        ip: IpHeader,
+        /// All of UDP's and ICMP's header.
+        l4: [Be16; 4],
+    }
+
+    // SAFETY: `at` checked the bounds; every bit pattern is a value.
+    let headers = unsafe { &*at::<Headers>(ctx, 0).ok_or(Drop::Truncated)? };
+    let ip = &headers.ip;
+    if headers.ethernet.ethertype != ETHERTYPE_IPV4 {
+        return Err(Drop::NotIpv4);
+    }
+    if ip.version_length != IpHeader::PLAIN {
+        return Err(Drop::BadHeader);
+    }
+    if ip.fragment.0 & IpHeader::FRAGMENT.0 != 0 {
+        return Err(Drop::Fragment);
+    }
+    let l4 = headers.l4;
+    let mut packet = Packet {
+        tos: ip.tos,
+        ttl: ip.ttl,
+        protocol: ip.protocol,
+        flags: 0,
+        source: ip.source,
+        destination: ip.destination,
+        local_port: l4[if matches!(direction, Direction::Out) { 0 } else { 1 }],
+        peer_port: l4[if matches!(direction, Direction::Out) { 1 } else { 0 }],
+        unchecked: false,
+        header_length: size_of::<IpHeader>() as u32 + 8,
+    };
+    let total_length = ip.total_length.get() as u32;
+    match packet.protocol {
+        TCP => {
+            // SAFETY: `at` checked the bounds.
+            let [offset, flags] = unsafe { *at::<[u8; 20]>(ctx, L4).ok_or(Drop::Truncated)? }
+                .as_chunks::<2>()
+                .0[6];
+            packet.flags = flags;
+            packet.header_length = size_of::<IpHeader>() as u32 + (offset >> 4) as u32 * 4;
+            if packet.header_length < size_of::<IpHeader>() as u32 + 20 {
+                return Err(Drop::BadHeader);
+            }
+        }
+        UDP => packet.unchecked = l4[3].0 == 0,
+        ICMP => {
+            let [kind, _] = l4[0].0.to_ne_bytes();
+            match (direction, kind) {
+                (Direction::Out, 8) | (Direction::In, 0) => {
+                    packet.local_port = l4[2];
+                    packet.peer_port = Be16(0);
+                }
+                (_, 3 | 4 | 5 | 11 | 12) => return Err(Drop::IcmpError),
+                _ => return Err(Drop::UnsupportedProtocol),
+            }
+        }
+        _ => return Err(Drop::UnsupportedProtocol),
+    }
+    if total_length < packet.header_length || total_length + IP as u32 > ctx.len() {
+        return Err(Drop::Truncated);
+    }
+    Ok(packet)
+}

@@ -1,0 +1,84 @@
+//! What guests send: tcx ingress on a slot's TAP.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use warren_abi::drop::Drop;
+use warren_abi::flow::Direction;
+use warren_abi::maps::Slot;
+use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY_MAC, Ipv4};
+
+use crate::maps::{HOST_VPCS, slot};
+use crate::{arp, conntrack, drops, encap, nat, parse};
+
+/// Answers ARP; translates and sends everything else to the proxy of the slot's VPC.
+#[classifier]
+pub fn tap(ctx: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    match slot(ifindex) {
+        Some(slot) => drops::verdict(&ctx, slot.number, ingress(&ctx, &slot)),
+        None => drops::verdict(&ctx, 0, Err(Drop::Detached)),
+    }
+}
+
+#[inline(always)]
+fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
+    parse::pull(ctx);
+    let ethernet = parse::ethernet(ctx)?;
+    if ethernet.ethertype == ETHERTYPE_ARP {
+        return answer(ctx, &ethernet, slot);
+    }
+    if ethernet.source != slot.mac {
+        return Err(Drop::SpoofedMac);
+    }
+    let mut packet = parse::packet(ctx, Direction::Out)?;
+    if packet.source != slot.address {
+        return Err(Drop::SpoofedAddress);
+    }
+    if !is_destination(packet.destination) {
+        return Err(Drop::BadDestination);
+    }
+    let vni = slot.attachment.vni();
+    if vni == 0 {
+        return Err(Drop::Detached);
+    }
+    if packet.ttl <= 1 {
+        return Err(Drop::TtlExceeded);
+    }
+    // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
+    let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
+
+    let port = conntrack::outward(slot, &vpc, &packet)?;
+    nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
+    // What the proxy sees, so that both choose the same tunnel port for a flow's two directions.
+    packet.source = vpc.shared_address;
+    packet.local_port = port;
+    encap::send(ctx, &packet, vni, vpc.proxy_address)
+}
+
+/// The guest has one neighbour, the gateway, whatever it asks for.
+#[inline(always)]
+fn answer(ctx: &TcContext, ethernet: &Ethernet, slot: &Slot) -> Result<i32, Drop> {
+    let message = arp::message(ctx)?;
+    let Arp { sender, target, .. } = message;
+    let spoofed = ethernet.source != slot.mac
+        || message.sender_mac != slot.mac
+        || (sender != slot.address && sender != Ipv4(0));
+    if spoofed {
+        return Err(Drop::SpoofedArp);
+    }
+    // A guest that asks for its own address wants to hear nothing (RFC 5227, section 2.1.1).
+    if message.operation != Arp::REQUEST || target == slot.address {
+        return Err(Drop::UnexpectedArp);
+    }
+    arp::reply(ctx, &message, GATEWAY_MAC, slot.ifindex)
+}
+
+/// Whether a host in a VPC can have the address: not 0/8, 127/8, 169.254/16, multicast or
+/// reserved (RFC 6890).
+#[inline(always)]
+fn is_destination(address: Ipv4) -> bool {
+    let bits = address.to_bits();
+    let first = bits >> 24;
+    first != 0 && first != 127 && first < 224 && bits >> 16 != 0xa9fe
+}

@@ -1,0 +1,126 @@
+//! What comes out of the tunnel: tcx ingress on the VXLAN device, which decapsulated it.
+//!
+//! The kernel decapsulates, not the program: only it can undo the tunnel's segmentation state,
+//! without which a TAP takes large packets apart in software, seven times slower.
+
+use aya_ebpf::bindings::bpf_tunnel_key;
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_skb_get_tunnel_key};
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use aya_ebpf::bindings::bpf_redir_neigh;
+use warren_abi::drop::Drop;
+use warren_abi::flow::Direction;
+use warren_abi::maps::{BlockKey, ProxyVpc};
+use warren_abi::nat::block_of;
+use warren_abi::wire::{Ethernet, GATEWAY_MAC, ETHERTYPE_IPV4, Ipv4};
+
+use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
+use crate::parse::at;
+use crate::{conntrack, drops, nat, parse};
+
+/// Address family of IPv4.
+const AF_INET: u32 = 2;
+
+/// On a host: translates back, and hands to the guest's TAP.
+#[classifier]
+pub fn tunnel_host(ctx: TcContext) -> i32 {
+    match to_guest(&ctx) {
+        Ok(action) => drops::verdict(&ctx, 0, Ok(action)),
+        Err((scope, reason)) => drops::verdict(&ctx, scope, Err(reason)),
+    }
+}
+
+#[inline(always)]
+fn to_guest(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
+    let nobody = |reason| (0, reason);
+    let (vni, remote) = tunnel(ctx).map_err(nobody)?;
+    // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
+    let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or((0, Drop::UnknownVpc))?;
+    if remote != vpc.proxy_address {
+        return Err((0, Drop::NotFromProxy));
+    }
+    parse::pull(ctx);
+    let packet = parse::packet(ctx, Direction::In).map_err(nobody)?;
+    if packet.destination != vpc.shared_address {
+        return Err((0, Drop::NotSharedAddress));
+    }
+    let receiver = conntrack::inward(vni, &packet)?;
+    let slot = receiver.slot;
+    if packet.ttl <= 1 {
+        return Err((slot.number, Drop::TtlExceeded));
+    }
+    nat::translate(ctx, &packet, Direction::In, slot.address, receiver.port)
+        .map_err(|reason| (slot.number, reason))?;
+    let ethernet = at::<Ethernet>(ctx, 0).ok_or((slot.number, Drop::Internal))?;
+    // SAFETY: `at` checked the bounds.
+    unsafe {
+        *ethernet =
+            Ethernet { destination: slot.mac, source: GATEWAY_MAC, ethertype: ETHERTYPE_IPV4 };
+        Ok(bpf_redirect(slot.ifindex, 0) as i32)
+    }
+}
+
+/// On a proxy: sends into the VPC what a host may send there.
+#[classifier]
+pub fn tunnel_proxy(ctx: TcContext) -> i32 {
+    let (vni, remote) = match tunnel(&ctx) {
+        Ok(tunnel) => tunnel,
+        Err(reason) => return drops::verdict(&ctx, 0, Err(reason)),
+    };
+    // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
+    match unsafe { PROXY_VPCS.get(vni) }.copied() {
+        Some(vpc) => drops::verdict(&ctx, vpc.scope, to_vpc(&ctx, &vpc, remote)),
+        None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
+    }
+}
+
+#[inline(always)]
+fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
+    parse::pull(ctx);
+    let packet = parse::packet(ctx, Direction::Out)?;
+    if packet.source != vpc.shared_address {
+        return Err(Drop::SpoofedAddress);
+    }
+    let block = BlockKey {
+        vni: vpc.vni,
+        shared_address: vpc.shared_address,
+        block: block_of(packet.local_port.get()),
+    };
+    // SAFETY: the entry is read once, whole.
+    if unsafe { BLOCKS.get(block) }.copied() != Some(remote) {
+        return Err(Drop::NotBlockHolder);
+    }
+    if packet.destination == vpc.shared_address {
+        return Err(Drop::BadDestination);
+    }
+    let next_hop = if packet.destination.is_in(vpc.network, vpc.mask) {
+        packet.destination
+    } else if vpc.gateway != Ipv4(0) {
+        vpc.gateway
+    } else {
+        return Err(Drop::NoRoute);
+    };
+    // The next hop is given and no route asked for: VPCs' networks may overlap.
+    // SAFETY: the parameters are all integers, and are on the stack while the helper reads them.
+    unsafe {
+        let mut to: bpf_redir_neigh = core::mem::zeroed();
+        to.nh_family = AF_INET;
+        to.__bindgen_anon_1.ipv4_nh = next_hop.0;
+        Ok(bpf_redirect_neigh(vpc.ifindex, &raw mut to, size_of_val(&to) as i32, 0) as i32)
+    }
+}
+
+/// The VNI that a packet came with, and the outer source.
+#[inline(always)]
+fn tunnel(ctx: &TcContext) -> Result<(u32, Ipv4), Drop> {
+    // SAFETY: all integers; the helper writes no more than the size it is given.
+    unsafe {
+        let mut key: bpf_tunnel_key = core::mem::zeroed();
+        let size = size_of::<bpf_tunnel_key>() as u32;
+        if bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut key, size, 0) != 0 {
+            return Err(Drop::Internal);
+        }
+        // The helper swaps the address into the order of the processor.
+        Ok((key.tunnel_id, Ipv4(key.__bindgen_anon_1.remote_ipv4.to_be())))
+    }
+}

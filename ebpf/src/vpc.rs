@@ -1,0 +1,60 @@
+//! What comes from a VPC: tcx ingress on the proxy's interface in it.
+
+use aya_ebpf::bindings::TC_ACT_OK;
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use warren_abi::drop::Drop;
+use warren_abi::flow::Direction;
+use warren_abi::maps::{BlockKey, ProxyVpc};
+use warren_abi::nat::block_of;
+use warren_abi::wire::{Arp, ETHERTYPE_ARP};
+
+use crate::maps::{BLOCKS, INTERFACES};
+use crate::{arp, drops, encap, parse};
+
+/// Answers ARP for the shared address; sends what is for it to the host that holds the port.
+#[classifier]
+pub fn vpc(ctx: TcContext) -> i32 {
+    // SAFETY: the context is the kernel's for as long as the program runs; the entry is copied at
+    // once, and one that is replaced meanwhile is a VPC as well.
+    let vpc = unsafe { INTERFACES.get((*ctx.skb.skb).ifindex) }.copied();
+    match vpc {
+        Some(vpc) => drops::verdict(&ctx, vpc.scope, ingress(&ctx, &vpc)),
+        None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
+    }
+}
+
+#[inline(always)]
+fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
+    parse::pull(ctx);
+    if parse::ethernet(ctx)?.ethertype == ETHERTYPE_ARP {
+        return resolve(ctx, vpc);
+    }
+    let packet = parse::packet(ctx, Direction::In)?;
+    if packet.destination != vpc.shared_address {
+        return Err(Drop::NotSharedAddress);
+    }
+    let block = BlockKey {
+        vni: vpc.vni,
+        shared_address: vpc.shared_address,
+        block: block_of(packet.local_port.get()),
+    };
+    // SAFETY: the entry is read once, whole.
+    let host = *unsafe { BLOCKS.get(block) }.ok_or(Drop::NoBlockHolder)?;
+    encap::send(ctx, &packet, vpc.vni, host)
+}
+
+/// Answers who asks for the shared address. Replies go to the kernel, which asked.
+#[inline(always)]
+fn resolve(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
+    let message = arp::message(ctx)?;
+    let Arp { target, .. } = message;
+    if target != vpc.shared_address {
+        return Err(Drop::UnexpectedArp);
+    }
+    match message.operation {
+        Arp::REQUEST => arp::reply(ctx, &message, vpc.mac, vpc.ifindex),
+        Arp::REPLY => Ok(TC_ACT_OK),
+        _ => Err(Drop::UnexpectedArp),
+    }
+}
