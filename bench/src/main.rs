@@ -1,1 +1,3 @@
+//! `warren-bench`: the benchmarks behind `cargo xtask bench`.
+
 fn main() {}

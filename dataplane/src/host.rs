@@ -295,7 +295,7 @@ impl Host {
             hostname: record.hostname.clone(),
             mac: slot.mac,
             ipv4: slot.address.octets(),
-            gateway: warren_abi::wire::GATEWAY,
+            gateway: warren_abi::wire::GATEWAY.octets(),
             mtu: self.datapath.mtu(),
         };
         let tag = serde_json::to_vec(record).map_err(|e| HostError::Record(e.to_string()))?;

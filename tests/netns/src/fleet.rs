@@ -22,6 +22,7 @@ use crate::topology::{CIDR, CONTROL, HOST, PROXY, SHARED, Topology, UNDERLAY, VP
 pub const VPCS: [&str; 2] = ["tenant-a", "tenant-b"];
 
 const PATIENCE: Duration = Duration::from_secs(20);
+const PROBE_TIMEOUT_MS: u32 = 10_000;
 
 /// How large a host to make.
 #[derive(Clone, Copy, Debug)]
@@ -165,7 +166,7 @@ impl Fleet {
     ) -> Result<(v1::RunInstanceResponse, Option<probe::Reply>)> {
         let request = v1::RunInstanceRequest {
             vpc: vpc.to_owned(),
-            invocation: operation.map(encode),
+            invocation: operation.map(|operation| encode(operation, PROBE_TIMEOUT_MS)),
             ..v1::RunInstanceRequest::default()
         };
         let response = self.control().await?.run_instance(request).await?.into_inner();
@@ -175,7 +176,18 @@ impl Fleet {
 
     /// Calls the probe in an instance.
     pub async fn probe(&self, id: &str, operation: Operation) -> Result<probe::Reply> {
-        let request = v1::CallInstanceRequest { id: id.to_owned(), invocation: encode(operation) };
+        self.probe_within(id, operation, PROBE_TIMEOUT_MS).await
+    }
+
+    /// Calls the probe, which gives up after so many milliseconds.
+    pub async fn probe_within(
+        &self,
+        id: &str,
+        operation: Operation,
+        timeout_ms: u32,
+    ) -> Result<probe::Reply> {
+        let invocation = encode(operation, timeout_ms);
+        let request = v1::CallInstanceRequest { id: id.to_owned(), invocation };
         let response = self.control().await?.call_instance(request).await?.into_inner();
         Ok(probe::decode(&response.reply)?)
     }
@@ -310,8 +322,8 @@ fn kill_mentioning(dir: &Path) -> bool {
     !found.is_empty()
 }
 
-fn encode(operation: Operation) -> Vec<u8> {
-    probe::encode(&probe::Request { operation, timeout_ms: 10_000 })
+fn encode(operation: Operation, timeout_ms: u32) -> Vec<u8> {
+    probe::encode(&probe::Request { operation, timeout_ms })
 }
 
 fn endpoint(run: &RunDir, daemon: Daemon) -> Endpoint {

@@ -41,7 +41,7 @@ impl Zygote {
     /// # Errors
     /// [`ClientError::Spawn`], or [`ClientError::Zygote`] with what is wrong with the template.
     pub async fn spawn(config: &ZygoteConfig) -> Result<Self, ClientError> {
-        let spawn_error = |source| ClientError::Spawn { binary: config.binary.clone(), source };
+        let spawn_error = |source: io::Error| ClientError::Spawn { binary: config.binary.clone(), source };
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -61,7 +61,8 @@ impl Zygote {
             .stdin(Stdio::from(theirs))
             .spawn()
             .map_err(spawn_error)?;
-        let control = AsyncFd::register(ours).map_err(spawn_error)?;
+        // SAFETY: an OwnedFd stays open, and the same, until it is dropped with the AsyncFd.
+        let control = unsafe { AsyncFd::register(ours) }.map_err(|e| spawn_error(e.into()))?;
         match receive(&control).await? {
             ZygoteReply::Loaded { memory_bytes } => {
                 Ok(Self { control: Mutex::new(control), child, memory_bytes })

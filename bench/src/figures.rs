@@ -1,0 +1,165 @@
+//! Measured figures: percentiles, the JSON file, tables and waterfalls.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+
+/// One measured quantity.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Figure {
+    /// A count.
+    Count(u64),
+    /// A distribution.
+    Distribution {
+        /// Median.
+        p50: f64,
+        /// 99th percentile.
+        p99: f64,
+        /// Number of samples.
+        n: usize,
+    },
+}
+
+/// The percentile of sorted samples by the nearest-rank method; `None` without samples.
+pub fn percentile(sorted: &[f64], percent: f64) -> Option<f64> {
+    let rank = (percent / 100.0 * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.max(1) - 1).copied()
+}
+
+/// Named figures of one run.
+#[derive(Debug, Serialize)]
+pub struct Figures {
+    bench: String,
+    figures: BTreeMap<String, Figure>,
+    machine: BTreeMap<&'static str, String>,
+}
+
+impl Figures {
+    /// No figures yet.
+    pub fn new(bench: &str) -> Self {
+        Self { bench: bench.to_owned(), figures: BTreeMap::new(), machine: machine() }
+    }
+
+    /// Adds a count.
+    pub fn count(&mut self, key: &str, count: u64) {
+        self.figures.insert(key.to_owned(), Figure::Count(count));
+    }
+
+    /// Adds a distribution; nothing if there are no samples.
+    pub fn distribution(&mut self, key: &str, mut samples: Vec<f64>) {
+        samples.sort_by(f64::total_cmp);
+        let (Some(p50), Some(p99)) = (percentile(&samples, 50.0), percentile(&samples, 99.0))
+        else {
+            return;
+        };
+        let figure = Figure::Distribution { p50, p99, n: samples.len() };
+        self.figures.insert(key.to_owned(), figure);
+    }
+
+    /// A figure by its key.
+    pub fn get(&self, key: &str) -> Option<&Figure> {
+        self.figures.get(key)
+    }
+
+    /// A table of all figures.
+    pub fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+        table.set_header(["", "p50", "p99", "n"]);
+        for (key, figure) in &self.figures {
+            match figure {
+                Figure::Count(count) => {
+                    table.add_row([key.clone(), count.to_string(), String::new(), String::new()])
+                }
+                Figure::Distribution { p50, p99, n } => {
+                    table.add_row([
+                        key.clone(),
+                        format!("{p50:.0}"),
+                        format!("{p99:.0}"),
+                        n.to_string(),
+                    ])
+                }
+            };
+        }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table
+    }
+
+    /// Writes the JSON file.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// What the figures depend on.
+fn machine() -> BTreeMap<&'static str, String> {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let after_colon = |text: String, key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key)).map(str::to_owned);
+        line.and_then(|line| Some(line.split_once(':')?.1.trim().to_owned())).unwrap_or_default()
+    };
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    BTreeMap::from([
+        ("cpu", after_colon(read("/proc/cpuinfo"), "model name")),
+        ("cores", cores.to_string()),
+        ("memory", after_colon(read("/proc/meminfo"), "MemTotal")),
+        ("kernel", read("/proc/sys/kernel/osrelease").trim().to_owned()),
+    ])
+}
+
+/// A stage of something that took time.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// What happened.
+    pub name: &'static str,
+    /// Microseconds from the beginning to its start.
+    pub start_us: f64,
+    /// Microseconds from the beginning to its end.
+    pub end_us: f64,
+}
+
+/// Draws stages as bars on one time axis.
+pub fn waterfall(stages: &[Stage]) -> String {
+    const WIDTH: f64 = 56.0;
+    let total = stages.iter().map(|stage| stage.end_us).fold(1.0, f64::max);
+    let mut text = String::new();
+    for Stage { name, start_us, end_us } in stages {
+        let from = (start_us / total * WIDTH).round() as usize;
+        let to = ((end_us / total * WIDTH).round() as usize).max(from + 1);
+        let bar = format!("{}{}", " ".repeat(from), "█".repeat(to - from));
+        let width = WIDTH as usize + 1;
+        let took = end_us - start_us;
+        text += &format!("  {name:<22} {bar:<width$} {took:>6.0} µs\n");
+    }
+    text + &format!("  {:<22} {:>57} {total:>6.0} µs\n", "", "in all")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_nearest_rank() {
+        let samples: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(percentile(&samples, 50.0), Some(50.0));
+        assert_eq!(percentile(&samples, 99.0), Some(99.0));
+        assert_eq!(percentile(&samples[..1], 99.0), Some(1.0));
+        assert_eq!(percentile(&[], 50.0), None);
+    }
+
+    #[test]
+    fn a_waterfall_has_a_line_for_each_stage() {
+        let stage = |name, start_us, end_us| Stage { name, start_us, end_us };
+        let text = waterfall(&[stage("a", 0.0, 10.0), stage("b", 10.0, 40.0)]);
+        assert_eq!(text.lines().count(), 3);
+        let bars: Vec<_> = text.lines().map(|line| line.matches('█').count()).collect();
+        assert_eq!(bars, [14, 42, 0]);
+    }
+}
