@@ -1,5 +1,6 @@
 //! Runs what was built: demo, tests, benchmarks, lints.
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -45,7 +46,9 @@ fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
 pub fn demo(json: Option<PathBuf>) -> Result<()> {
     setup::all()?;
     build::all()?;
-    run(&mut with_json(Command::new(results().join("warren-demo")), json))
+    // In place of this process: Ctrl-C then reaches the one that has to clean up, and ends it.
+    let mut command = with_json(Command::new(results().join("warren-demo")), json);
+    Err(command.exec()).with_context(|| format!("cannot run {command:?}"))
 }
 
 /// `cargo xtask bench`.
