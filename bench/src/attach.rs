@@ -88,7 +88,7 @@ fn first_packet(capture: &Capture) -> Result<u64> {
 fn send_until(stop: &AtomicBool, tap: &File, slot: &Slot) {
     // A virtio-net header of zeroes, then a datagram.
     let mut frame = vec![0; 12];
-    PacketBuilder::ethernet2(slot.mac, GATEWAY_MAC)
+    PacketBuilder::ethernet2(slot.mac, GATEWAY_MAC.octets())
         .ipv4(slot.address.octets(), SERVER.octets(), 64)
         .udp(4000, 9)
         .write(&mut frame, &[0; 64])

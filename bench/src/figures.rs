@@ -75,14 +75,12 @@ impl Figures {
                 Figure::Count(count) => {
                     table.add_row([key.clone(), count.to_string(), String::new(), String::new()])
                 }
-                Figure::Distribution { p50, p99, n } => {
-                    table.add_row([
-                        key.clone(),
-                        format!("{p50:.0}"),
-                        format!("{p99:.0}"),
-                        n.to_string(),
-                    ])
-                }
+                Figure::Distribution { p50, p99, n } => table.add_row([
+                    key.clone(),
+                    format!("{p50:.0}"),
+                    format!("{p99:.0}"),
+                    n.to_string(),
+                ]),
             };
         }
         for column in table.column_iter_mut().skip(1) {

@@ -25,7 +25,8 @@ pub async fn run(rounds: u32) -> Result<Figures> {
     figures.count("cold_starts_of_the_pool", from_pool.iter().filter(|t| t.cold).count() as u64);
     figures.distribution("parked_clone_ready_us", us(&from_pool, |t| t.ready_ns));
     figures.distribution("cold_clone_ready_us", us(&from_template, |t| t.ready_ns));
-    figures.distribution("parked_release_to_ready_us", us(&from_pool, |t| t.ready_ns - t.released_ns));
+    figures
+        .distribution("parked_release_to_ready_us", us(&from_pool, |t| t.ready_ns - t.released_ns));
     figures.distribution("attach_us", us(&from_pool, |t| t.attach_end_ns - t.attach_start_ns));
     Ok(figures)
 }

@@ -61,9 +61,8 @@ impl Agent {
 }
 
 fn address(field: &str, text: &str) -> Result<Ipv4Addr, Status> {
-    text.parse().map_err(|_| {
-        Status::invalid_argument(format!("{field} \"{text}\" is not an IPv4 address"))
-    })
+    text.parse()
+        .map_err(|_| Status::invalid_argument(format!("{field} \"{text}\" is not an IPv4 address")))
 }
 
 fn vni(value: u32) -> Result<u32, Status> {

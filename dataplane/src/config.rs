@@ -124,10 +124,8 @@ impl Config {
 
     /// Checks the text of a file; `path` is for messages only.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
-            path: path.into(),
-            source: Box::new(source),
-        })?;
+        let config: Self = toml::from_str(text)
+            .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?;
         let wrong = |key, problem: &str| {
             Err(ConfigError::Value { path: path.into(), key, problem: problem.into() })
         };

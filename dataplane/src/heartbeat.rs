@@ -12,7 +12,10 @@ use warren_proto::v1::fleet_service_client::FleetServiceClient;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Sends heartbeats for ever: `report` makes each. A lost control plane is looked for once a second.
-pub async fn run(control: Endpoint, report: impl Fn() -> HeartbeatRequest + Clone + Send + 'static) {
+pub async fn run(
+    control: Endpoint,
+    report: impl Fn() -> HeartbeatRequest + Clone + Send + 'static,
+) {
     let mut reachable = true;
     loop {
         let ended = stream(&control, report.clone()).await;

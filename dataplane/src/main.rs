@@ -153,8 +153,9 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
 
 fn programs(config: &Config) -> Result<Vec<u8>> {
     let path = &config.programs;
-    std::fs::read(path)
-        .with_context(|| format!("cannot read the eBPF programs {}: set `programs`", path.display()))
+    std::fs::read(path).with_context(|| {
+        format!("cannot read the eBPF programs {}: set `programs`", path.display())
+    })
 }
 
 /// Collects ended flows, for ever.

@@ -105,15 +105,14 @@ fn leftovers() -> Result<Vec<String>> {
         .filter(|name| name.starts_with("wrn") || name.starts_with("vpc-"))
         .map(|name| format!("interface {name}"));
     let mounts = std::fs::read_to_string("/proc/mounts")?;
-    let mounts = mounts
-        .lines()
-        .filter(|line| line.contains("/warren-"))
-        .map(|line| format!("mount {line}"));
+    let mounts =
+        mounts.lines().filter(|line| line.contains("/warren-")).map(|line| format!("mount {line}"));
     let mut found: Vec<_> = links.chain(mounts).collect();
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Ok(exe) = std::fs::read_link(entry.path().join("exe")) else { continue };
         let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if ["warrend", "warren-vmm", "warren-control"].contains(&name.trim_end_matches(" (deleted)"))
+        if ["warrend", "warren-vmm", "warren-control"]
+            .contains(&name.trim_end_matches(" (deleted)"))
         {
             found.push(format!("process {} {name}", entry.file_name().display()));
         }

@@ -34,7 +34,10 @@ pub async fn check(scene: &Scene, starts: &Starts, figures: &mut Figures) -> Res
         ("an address that only the other VPC has", only_in_b(scene, starts).await?),
         ("a frame with a forged source, from a microVM", forged_frame(scene, starts).await?),
         ("a forged inner source in the tunnel", forged_inner(scene, starts).await?),
-        ("the other tenant's VNI, from a host without its block", foreign_vni(scene, starts).await?),
+        (
+            "the other tenant's VNI, from a host without its block",
+            foreign_vni(scene, starts).await?,
+        ),
         ("a reply to a flow that ended", late_reply(scene, starts).await?),
     ] {
         if violated {
@@ -82,7 +85,7 @@ async fn forged_frame(scene: &Scene, starts: &Starts) -> Result<bool> {
     let address: Ipv4Addr = start.instance.address.parse()?;
     let send = async |mac: [u8; 6], address: Ipv4Addr| -> Result<u64> {
         let before = scene.echoes[0].count() + scene.echoes[1].count();
-        let frame = PacketBuilder::ethernet2(mac, GATEWAY_MAC)
+        let frame = PacketBuilder::ethernet2(mac, GATEWAY_MAC.octets())
             .ipv4(address.octets(), SERVER.octets(), 64)
             .udp(4000, ECHO);
         let mut bytes = Vec::new();
@@ -105,7 +108,7 @@ async fn forged_frame(scene: &Scene, starts: &Starts) -> Result<bool> {
 fn tunnelled(vni: u32, source: Ipv4Addr, port: u16) -> Result<Vec<u8>> {
     let mut packet = vec![8, 0, 0, 0];
     packet.extend((vni << 8).to_be_bytes());
-    PacketBuilder::ethernet2(TUNNEL_MAC, TUNNEL_MAC)
+    PacketBuilder::ethernet2(TUNNEL_MAC.octets(), TUNNEL_MAC.octets())
         .ipv4(source.octets(), SERVER.octets(), 63)
         .udp(port, ECHO)
         .write(&mut packet, b"tunnelled")?;

@@ -29,7 +29,9 @@ impl Scene {
     pub async fn set(clones: u32) -> Result<Self> {
         let options = FleetOptions { slots: clones + 16, parked: clones + 8 };
         let fleet = Fleet::start(options).await?;
-        step("namespaces: a host, a proxy node, a control plane, two tenants' VPCs (10.0.0.0/24 each)");
+        step(
+            "namespaces: a host, a proxy node, a control plane, two tenants' VPCs (10.0.0.0/24 each)",
+        );
         step(&format!("microVMs parked at their barrier: {}", options.parked));
         let mut processes = Vec::new();
         let mut echoes = Vec::new();

@@ -133,10 +133,7 @@ pub async fn run(scene: &Scene, count: u32, figures: &mut Figures) -> Result<Sta
         "attach_us",
         each(|s| us(s.timings.attach_end_ns - s.timings.attach_start_ns)),
     );
-    figures.distribution(
-        "tcp_connect_us",
-        each(|s| us(s.guest.connected_ns - s.guest.start_ns)),
-    );
+    figures.distribution("tcp_connect_us", each(|s| us(s.guest.connected_ns - s.guest.start_ns)));
     figures.distribution("first_vpc_reply_us", each(Start::first_reply_us));
     figures.distribution("attach_to_first_packet_at_proxy_us", first_packets);
     figures.count("duplicate_identities", duplicates(scene, &starts).await?);

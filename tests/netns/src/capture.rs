@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType,
-    bind, recvmsg, send, setsockopt, socket, sockopt,
+    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind,
+    recvmsg, send, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeSpec;
 
@@ -109,7 +109,6 @@ impl Capture {
         Ok(frames)
     }
 }
-
 
 /// The VNI of a VXLAN frame over IPv4 without options (RFC 7348); `None` if it is no such frame.
 pub fn vni(frame: &[u8]) -> Option<u32> {

@@ -33,7 +33,9 @@ impl Process {
             .stdout(out.try_clone()?)
             .stderr(out)
             .spawn()
-            .with_context(|| format!("cannot start {name} ({})", command.get_program().display()))?;
+            .with_context(|| {
+                format!("cannot start {name} ({})", command.get_program().display())
+            })?;
         Ok(Self { name: name.to_owned(), child, log: log.to_owned() })
     }
 
@@ -75,12 +77,17 @@ impl Process {
     ///
     /// # Errors
     /// The process ended, or `patience` is over; the message holds the end of its log.
-    pub fn wait_until(&mut self, patience: Duration, mut ready: impl FnMut() -> bool) -> Result<()> {
+    pub fn wait_until(
+        &mut self,
+        patience: Duration,
+        mut ready: impl FnMut() -> bool,
+    ) -> Result<()> {
         let deadline = Instant::now() + patience;
         while !ready() {
             let ended = self.child.try_wait()?;
             if ended.is_some() || Instant::now() > deadline {
-                let what = ended.map_or("is not ready in time".to_owned(), |s| format!("ended: {s}"));
+                let what =
+                    ended.map_or("is not ready in time".to_owned(), |s| format!("ended: {s}"));
                 let log = self.log();
                 let tail: Vec<_> = log.lines().rev().take(15).collect();
                 let tail: Vec<_> = tail.into_iter().rev().collect();

@@ -164,8 +164,7 @@ fn accept_loop(
 
 fn listener(namespace: &Namespace, port: u16) -> Result<TcpListener> {
     namespace.run(|| {
-        let listener =
-            TcpListener::bind(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+        let listener = TcpListener::bind(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
         listener.set_nonblocking(true)?;
         Ok(listener)
     })
