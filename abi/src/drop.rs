@@ -78,8 +78,8 @@ reasons! {
 }
 
 impl Drop {
-    /// How many reasons there are: counters per scope.
-    pub const COUNT: u32 = Self::ALL.len() as u32;
+    /// Counters per scope: more than there are reasons, so that pinned counters outlive a new one.
+    pub const STRIDE: u32 = 64;
 
     /// The reason with this discriminant.
     pub fn from_index(index: u32) -> Option<Self> {
@@ -92,3 +92,5 @@ impl core::fmt::Display for Drop {
         f.write_str(self.name())
     }
 }
+
+const _: () = assert!(Drop::ALL.len() <= Drop::STRIDE as usize);

@@ -4,7 +4,7 @@
 //! [`names`], or the maps of running hosts no longer fit.
 
 use crate::flow::{FlowState, Timers};
-use crate::wire::{Be16, Ipv4};
+use crate::wire::{Be16, Ipv4, Mac};
 
 /// Names of the maps.
 pub mod names {
@@ -22,7 +22,7 @@ pub mod names {
     pub const INTERFACES: &str = "INTERFACES";
     /// Proxy: [`BlockKey`](super::BlockKey) -> underlay address of the host that holds the block.
     pub const BLOCKS: &str = "BLOCKS";
-    /// Both: packets dropped, per CPU, at scope * [`Drop::COUNT`](crate::drop::Drop::COUNT) +
+    /// Both: packets dropped, per CPU, at scope * [`Drop::STRIDE`](crate::drop::Drop::STRIDE) +
     /// reason. The scope is a slot's number, or [`ProxyVpc::scope`](super::ProxyVpc::scope);
     /// 0 is nobody's.
     pub const DROPS: &str = "DROPS";
@@ -69,7 +69,7 @@ pub struct Slot {
     /// Address of the guest.
     pub address: Ipv4,
     /// MAC address of the guest.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// Zero.
     pub reserved: [u8; 6],
 }
@@ -196,7 +196,7 @@ pub struct ProxyVpc {
     /// Index of its counters in `DROPS`, from 1.
     pub scope: u32,
     /// MAC address of the interface.
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// Zero.
     pub reserved: [u8; 2],
 }

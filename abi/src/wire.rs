@@ -61,15 +61,40 @@ impl Be16 {
     }
 }
 
+/// A MAC address, as on the wire; in words, since programs compare and copy those at once.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mac(pub [u16; 3]);
+
+impl Mac {
+    /// From octets.
+    #[inline(always)]
+    pub const fn new(octets: [u8; 6]) -> Self {
+        let [a, b, c, d, e, f] = octets;
+        Self([
+            u16::from_ne_bytes([a, b]),
+            u16::from_ne_bytes([c, d]),
+            u16::from_ne_bytes([e, f]),
+        ])
+    }
+
+    /// Its octets.
+    pub const fn octets(self) -> [u8; 6] {
+        let [[a, b], [c, d], [e, f]] =
+            [self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes(), self.0[2].to_ne_bytes()];
+        [a, b, c, d, e, f]
+    }
+}
+
 /// MAC address of every slot's gateway.
-pub const GATEWAY_MAC: [u8; 6] = [0x02, b'w', b'r', 0xff, 0xff, 0xff];
+pub const GATEWAY_MAC: Mac = Mac::new([0x02, b'w', b'r', 0xff, 0xff, 0xff]);
 
 /// Every slot's gateway.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
 /// Source and destination of the inner Ethernet header in the tunnel, which nobody looks at. Not
 /// the address of a VXLAN device: Linux drops frames that carry the address of its own.
-pub const TUNNEL_MAC: [u8; 6] = [0x02, b'w', b'r', 0xff, 0xff, 0xfe];
+pub const TUNNEL_MAC: Mac = Mac::new([0x02, b'w', b'r', 0xff, 0xff, 0xfe]);
 
 /// Slots that 169.254.0.0/16 has addresses for: all but 169.254.0.0, the gateway,
 /// 169.254.169.0/24 (link-local services) and 169.254.255.255.
@@ -91,9 +116,9 @@ pub const fn slot_address(slot: u32) -> Option<Ipv4Addr> {
 }
 
 /// The MAC address of a slot's guest: locally administered, unicast.
-pub const fn slot_mac(slot: u32) -> [u8; 6] {
+pub const fn slot_mac(slot: u32) -> Mac {
     let [_, high, middle, low] = slot.to_be_bytes();
-    [0x02, b'w', b'r', high, middle, low]
+    Mac::new([0x02, b'w', b'r', high, middle, low])
 }
 
 /// EtherType of IPv4.
@@ -119,9 +144,9 @@ pub const VXLAN_OVERHEAD: u16 = 20 + 8 + 8 + 14;
 #[derive(Clone, Copy, Debug)]
 pub struct Ethernet {
     /// Destination.
-    pub destination: [u8; 6],
+    pub destination: Mac,
     /// Source.
-    pub source: [u8; 6],
+    pub source: Mac,
     /// EtherType.
     pub ethertype: Be16,
 }
@@ -141,11 +166,11 @@ pub struct Arp {
     /// [`Arp::REQUEST`] or [`Arp::REPLY`].
     pub operation: Be16,
     /// Sender's hardware address.
-    pub sender_mac: [u8; 6],
+    pub sender_mac: Mac,
     /// Sender's protocol address.
     pub sender: Ipv4,
     /// Target's hardware address.
-    pub target_mac: [u8; 6],
+    pub target_mac: Mac,
     /// Target's protocol address.
     pub target: Ipv4,
 }

@@ -34,19 +34,20 @@ pub fn percentile(sorted: &[f64], percent: f64) -> Option<f64> {
 #[derive(Debug, Serialize)]
 pub struct Figures {
     bench: String,
-    figures: BTreeMap<String, Figure>,
+    #[serde(rename = "figures")]
+    by_key: BTreeMap<String, Figure>,
     machine: BTreeMap<&'static str, String>,
 }
 
 impl Figures {
     /// No figures yet.
     pub fn new(bench: &str) -> Self {
-        Self { bench: bench.to_owned(), figures: BTreeMap::new(), machine: machine() }
+        Self { bench: bench.to_owned(), by_key: BTreeMap::new(), machine: machine() }
     }
 
     /// Adds a count.
     pub fn count(&mut self, key: &str, count: u64) {
-        self.figures.insert(key.to_owned(), Figure::Count(count));
+        self.by_key.insert(key.to_owned(), Figure::Count(count));
     }
 
     /// Adds a distribution; nothing if there are no samples.
@@ -57,12 +58,12 @@ impl Figures {
             return;
         };
         let figure = Figure::Distribution { p50, p99, n: samples.len() };
-        self.figures.insert(key.to_owned(), figure);
+        self.by_key.insert(key.to_owned(), figure);
     }
 
     /// A figure by its key.
     pub fn get(&self, key: &str) -> Option<&Figure> {
-        self.figures.get(key)
+        self.by_key.get(key)
     }
 
     /// A table of all figures.
@@ -70,7 +71,7 @@ impl Figures {
         let mut table = Table::new();
         table.load_style(presets::UTF8_HORIZONTAL_ONLY);
         table.set_header(["", "p50", "p99", "n"]);
-        for (key, figure) in &self.figures {
+        for (key, figure) in &self.by_key {
             match figure {
                 Figure::Count(count) => {
                     table.add_row([key.clone(), count.to_string(), String::new(), String::new()])

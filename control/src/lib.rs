@@ -1,1 +1,67 @@
+//! The control plane: its API, its state, and what follows from them.
+//!
+//! [`store`] holds what must outlive the process: VPCs ([`vpc`]), the ports that hosts hold of
+//! their shared addresses ([`ports`]), who the hosts and proxies are. [`fleet`] knows from
+//! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
+//! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
+//! host of an instance.
 #![deny(missing_docs)]
+
+pub mod api;
+pub mod config;
+pub mod deploy;
+pub mod fleet;
+pub mod heartbeat;
+pub mod instances;
+pub mod name;
+pub mod placement;
+pub mod plan;
+pub mod ports;
+pub mod status;
+pub mod store;
+pub mod vpc;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use warren_proto::server::Services;
+use warren_proto::v1::control_service_server::ControlServiceServer;
+use warren_proto::v1::fleet_service_server::FleetServiceServer;
+
+use crate::api::Api;
+use crate::deploy::Deployer;
+use crate::fleet::Fleet;
+use crate::heartbeat::Heartbeats;
+use crate::store::{Store, StoreError};
+
+/// A control plane in this process.
+pub struct Control {
+    store: Arc<dyn Store>,
+    fleet: Arc<Fleet>,
+    deployer: Arc<Deployer>,
+}
+
+impl Control {
+    /// Starts from what is stored. A heartbeat is late after `heartbeat_deadline`.
+    pub async fn start(
+        store: Arc<dyn Store>,
+        heartbeat_deadline: Duration,
+    ) -> Result<Self, StoreError> {
+        let fleet = Arc::new(Fleet::load(store.clone(), heartbeat_deadline).await?);
+        let deployer = Deployer::start(store.clone(), fleet.clone()).await?;
+        Ok(Self { store, fleet, deployer })
+    }
+
+    /// Its gRPC services, to be served with [`warren_proto::server::Listeners`].
+    pub fn services(&self) -> Services {
+        let api = Api::new(self.store.clone(), self.fleet.clone(), self.deployer.clone());
+        Services::default()
+            .with(ControlServiceServer::new(api))
+            .with(FleetServiceServer::new(Heartbeats::new(self.fleet.clone())))
+    }
+
+    /// Ends the heartbeat streams, which would never end by themselves: the process is stopping.
+    pub fn stop(&self) {
+        self.fleet.close();
+    }
+}

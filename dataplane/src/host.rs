@@ -26,7 +26,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// The TAP of a microVM that ended is its own until the kernel has closed it.
 const TAP_PATIENCE: Duration = Duration::from_secs(2);
 /// The longest an invocation may take.
-const INVOCATION_LIMIT: Duration = Duration::from_secs(300);
+const INVOCATION_LIMIT: Duration = Duration::from_mins(5);
 /// Instances that ended by themselves are shown until so many newer ones did.
 const FAILED_KEPT: usize = 256;
 

@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
-use warren_abi::wire::{Arp, Be16, ETHERTYPE_IPV4, Ethernet};
+use warren_abi::wire::{Arp, Be16, ETHERTYPE_IPV4, Ethernet, Mac};
 
 use crate::parse::{IP, at};
 
@@ -21,7 +21,7 @@ pub fn message(ctx: &TcContext) -> Result<Arp, Drop> {
 
 /// Turns the request `arp` into the reply that `mac` has its target, and sends it back.
 #[inline(always)]
-pub fn reply(ctx: &TcContext, arp: &Arp, mac: [u8; 6], ifindex: u32) -> Result<i32, Drop> {
+pub fn reply(ctx: &TcContext, arp: &Arp, mac: Mac, ifindex: u32) -> Result<i32, Drop> {
     #[repr(C, packed(2))]
     struct Frame {
         ethernet: Ethernet,

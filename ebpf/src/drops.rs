@@ -15,7 +15,7 @@ pub fn verdict(ctx: &TcContext, scope: u32, result: Result<i32, Drop>) -> i32 {
             action
         }
         Err(reason) => {
-            if let Some(counter) = DROPS.get_ptr_mut(scope * Drop::COUNT + reason as u32) {
+            if let Some(counter) = DROPS.get_ptr_mut(scope * Drop::STRIDE + reason as u32) {
                 // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
                 unsafe { *counter += 1 };
             }

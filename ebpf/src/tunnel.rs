@@ -3,11 +3,12 @@
 //! The kernel decapsulates, not the program: only it can undo the tunnel's segmentation state,
 //! without which a TAP takes large packets apart in software, seven times slower.
 
-use aya_ebpf::bindings::bpf_tunnel_key;
+use core::mem::MaybeUninit;
+
+use aya_ebpf::bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_skb_get_tunnel_key};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use aya_ebpf::bindings::bpf_redir_neigh;
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::maps::{BlockKey, ProxyVpc};
@@ -101,25 +102,25 @@ fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
         return Err(Drop::NoRoute);
     };
     // The next hop is given and no route asked for: VPCs' networks may overlap.
-    // SAFETY: the parameters are all integers, and are on the stack while the helper reads them.
-    unsafe {
-        let mut to: bpf_redir_neigh = core::mem::zeroed();
-        to.nh_family = AF_INET;
-        to.__bindgen_anon_1.ipv4_nh = next_hop.0;
-        Ok(bpf_redirect_neigh(vpc.ifindex, &raw mut to, size_of_val(&to) as i32, 0) as i32)
-    }
+    let mut to = bpf_redir_neigh {
+        nh_family: AF_INET,
+        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [next_hop.0, 0, 0, 0] },
+    };
+    // SAFETY: the parameters are on the stack while the helper reads them.
+    unsafe { Ok(bpf_redirect_neigh(vpc.ifindex, &raw mut to, size_of_val(&to) as i32, 0) as i32) }
 }
 
 /// The VNI that a packet came with, and the outer source.
 #[inline(always)]
 fn tunnel(ctx: &TcContext) -> Result<(u32, Ipv4), Drop> {
-    // SAFETY: all integers; the helper writes no more than the size it is given.
+    let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
+    let size = size_of::<bpf_tunnel_key>() as u32;
+    // SAFETY: the helper fills all of the size it is given, or fails; all fields are integers.
     unsafe {
-        let mut key: bpf_tunnel_key = core::mem::zeroed();
-        let size = size_of::<bpf_tunnel_key>() as u32;
-        if bpf_skb_get_tunnel_key(ctx.skb.skb, &raw mut key, size, 0) != 0 {
+        if bpf_skb_get_tunnel_key(ctx.skb.skb, key.as_mut_ptr(), size, 0) != 0 {
             return Err(Drop::Internal);
         }
+        let key = key.assume_init_ref();
         // The helper swaps the address into the order of the processor.
         Ok((key.tunnel_id, Ipv4(key.__bindgen_anon_1.remote_ipv4.to_be())))
     }

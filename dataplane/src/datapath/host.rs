@@ -1,39 +1,416 @@
 //! A host's data path.
+
+use std::fmt::{self, Debug, Formatter};
 use std::os::fd::OwnedFd;
-use super::{Attachment, DropCount, Error, HostOptions, HostVpc, Slot, SweepReport};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aya::maps::{HashMap, MapData, MapError};
+use aya::programs::{TestRun, TestRunOptions};
+use rtnetlink::packet_route::link::InfoKind;
+use warren_abi::flow::Timers;
+use warren_abi::maps::{self, names, programs};
+use warren_abi::wire;
+
+use super::counters::{self, Counters};
+use super::netlink::{Interface, Netlink};
+use super::programs::{MapSpec, Pins, Programs};
+use super::sysctl::{self, ExpeditedRcu};
+use super::{
+    Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
+    check_address, check_vni, tap, underlay,
+};
+
+/// Slots that maps have room for at least, so that a host can be given more without downtime.
+const ROOM_FOR_SLOTS: u32 = 4096;
+
+/// VPCs that a host can know.
+const MAX_VPCS: u32 = 4096;
 
 /// The data path of a host, open. All methods may be called from any thread.
-#[derive(Debug)]
-pub struct HostDatapath {}
+///
+/// Dropping it changes nothing: packets flow on.
+pub struct HostDatapath {
+    slots: Vec<Slot>,
+    mtu: u16,
+    state: Mutex<State>,
+}
+
+struct State {
+    programs: Programs,
+    slots: HashMap<MapData, u32, maps::Slot>,
+    vpcs: HashMap<MapData, u32, maps::HostVpc>,
+    flows: HashMap<MapData, maps::OutKey, maps::Flow>,
+    counters: Counters,
+}
+
+impl Debug for HostDatapath {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostDatapath")
+            .field("slots", &self.slots.len())
+            .field("mtu", &self.mtu)
+            .finish_non_exhaustive()
+    }
+}
 
 impl HostDatapath {
-    /// Makes the data path, or adopts the one that is there and replaces its programs.
-    pub fn open(options: &HostOptions) -> Result<Self, Error> { unimplemented!("{options:?}") }
+    /// Makes the data path, or adopts the one that is there and replaces its programs, one by
+    /// one, with no packet lost.
+    ///
+    /// Interfaces are those of the calling thread's network namespace. Needs the capabilities
+    /// `CAP_BPF` and `CAP_NET_ADMIN`, and the right to write `/proc/sys`.
+    pub fn open(options: &HostOptions) -> Result<Self, Error> {
+        check_options(options)?;
+        let device = underlay::device_name(&options.interface_prefix)?;
+        let mut netlink = Netlink::open()?;
+        let underlay = underlay::find(
+            &mut netlink,
+            &options.underlay_interface,
+            options.underlay_address,
+        )?;
+        let mtu = underlay::inner_mtu(&underlay);
+
+        let room = options.slots.max(ROOM_FOR_SLOTS);
+        let (slots, count) = (options.slots, options.flows);
+        let mut programs = Programs::load(
+            &options.object,
+            &underlay,
+            Pins::open(&options.bpffs)?,
+            &[
+                MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
+                MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS),
+                MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count),
+                MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count),
+                MapSpec::new::<u32, u64>(names::DROPS, counters::entries(room))
+                    .at_least(counters::entries(slots)),
+            ],
+            &[programs::TAP, programs::TUNNEL_HOST, programs::SWEEP],
+        )?;
+        let mut state = State {
+            slots: programs.map(names::SLOTS)?,
+            vpcs: programs.map(names::HOST_VPCS)?,
+            flows: programs.map(names::CT_OUT)?,
+            counters: Counters::new(programs.map(names::DROPS)?),
+            programs,
+        };
+
+        let _expedited = ExpeditedRcu::new();
+        underlay::open_device(
+            &mut netlink,
+            &mut state.programs,
+            programs::TUNNEL_HOST,
+            &device,
+            mtu,
+        )?;
+        let slots = open_slots(options, &mut netlink, &mut state, mtu)?;
+        Ok(Self { slots, mtu, state: Mutex::new(state) })
+    }
+
     /// The slots, by number.
-    pub fn slots(&self) -> &[Slot] { unimplemented!() }
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
     /// Opens a slot's TAP for a VMM: non-blocking, virtio-net header of 12 bytes, no offloads.
-    /// EBUSY (`Error::System`) while another process has it open.
-    pub fn open_tap(&self, slot: u32) -> Result<OwnedFd, Error> { unimplemented!("{slot}") }
+    ///
+    /// [`Error::System`] with `EBUSY` while another process has it open: the TAP has one queue, so
+    /// that a former tenant's VMM cannot share it.
+    pub fn open_tap(&self, slot: u32) -> Result<OwnedFd, Error> {
+        tap::open(&self.slot(slot)?.ifname)
+    }
+
     /// Largest IP packet of a guest, in bytes: the underlay's MTU less 50.
-    pub fn mtu(&self) -> u16 { unimplemented!() }
-    /// Makes a VPC known, or replaces what was known.
-    pub fn apply_vpc(&self, vpc: &HostVpc) -> Result<(), Error> { unimplemented!("{vpc:?}") }
+    pub fn mtu(&self) -> u16 {
+        self.mtu
+    }
+
+    /// Makes a VPC known, or replaces what was known. Flows that began in a former port range go
+    /// on.
+    pub fn apply_vpc(&self, vpc: &HostVpc) -> Result<(), Error> {
+        check_vni(vpc.vni)?;
+        check_address("shared address", vpc.shared_address)?;
+        check_address("proxy address", vpc.proxy_address)?;
+        vpc.ports.check()?;
+        let value = maps::HostVpc {
+            shared_address: vpc.shared_address.into(),
+            proxy_address: vpc.proxy_address.into(),
+            port_base: u32::from(vpc.ports.base),
+            port_count: vpc.ports.count,
+        };
+        self.lock().vpcs.insert(vpc.vni, value, 0).map_err(|e| Error::map(names::HOST_VPCS, e))
+    }
+
     /// Forgets a VPC; nothing if unknown. [`Error::VpcInUse`] while a slot is attached to it.
-    pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> { unimplemented!("{vni}") }
+    pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> {
+        let mut state = self.lock();
+        for slot in &self.slots {
+            if state.slot(slot.ifindex)?.attachment.vni() == vni {
+                return Err(Error::VpcInUse { vni, slot: slot.number });
+            }
+        }
+        match state.vpcs.remove(&vni) {
+            Err(error) if !is_missing(&error) => Err(Error::map(names::HOST_VPCS, error)),
+            _ => Ok(()),
+        }
+    }
+
     /// The VPCs that the programs know, in the order of their VNIs.
-    pub fn vpcs(&self) -> Result<Vec<HostVpc>, Error> { unimplemented!() }
+    pub fn vpcs(&self) -> Result<Vec<HostVpc>, Error> {
+        let state = self.lock();
+        let mut vpcs = state
+            .vpcs
+            .iter()
+            .map(|entry| {
+                let (vni, vpc) = entry.map_err(|e| Error::map(names::HOST_VPCS, e))?;
+                Ok(HostVpc {
+                    vni,
+                    shared_address: vpc.shared_address.into(),
+                    ports: PortRange { base: vpc.port_base as u16, count: vpc.port_count },
+                    proxy_address: vpc.proxy_address.into(),
+                })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        vpcs.sort_unstable_by_key(|vpc| vpc.vni);
+        Ok(vpcs)
+    }
+
     /// Connects a slot to a VPC: one map write. Returns the attachment's generation.
-    pub fn attach(&self, slot: u32, vni: u32) -> Result<u32, Error> { unimplemented!("{slot}{vni}") }
+    ///
+    /// What a former tenant's VMM wrote to the TAP was dealt with inside its `write`. So that
+    /// nothing of it goes out as the new tenant's, attach only when that VMM has closed the TAP:
+    /// when [`HostDatapath::open_tap`] succeeded again.
+    pub fn attach(&self, slot: u32, vni: u32) -> Result<u32, Error> {
+        let slot = self.slot(slot)?;
+        let mut state = self.lock();
+        let mut entry = state.slot(slot.ifindex)?;
+        let (current, generation) = (entry.attachment.vni(), entry.attachment.generation());
+        if current != 0 {
+            return Err(Error::SlotInUse { slot: slot.number, vni: current });
+        }
+        match state.vpcs.get(&vni, 0) {
+            Ok(_) => {}
+            Err(error) if is_missing(&error) => return Err(Error::UnknownVpc(vni)),
+            Err(error) => return Err(Error::map(names::HOST_VPCS, error)),
+        }
+        let generation = generation.wrapping_add(1);
+        entry.attachment = maps::Attachment::new(vni, generation);
+        state.set_slot(&entry)?;
+        Ok(generation)
+    }
+
     /// Disconnects a slot: one map write. Nothing if it is not attached.
-    pub fn detach(&self, slot: u32) -> Result<(), Error> { unimplemented!("{slot}") }
+    pub fn detach(&self, slot: u32) -> Result<(), Error> {
+        let slot = self.slot(slot)?;
+        let mut state = self.lock();
+        let mut entry = state.slot(slot.ifindex)?;
+        if entry.attachment.vni() == 0 {
+            return Ok(());
+        }
+        entry.attachment = maps::Attachment::new(0, entry.attachment.generation());
+        state.set_slot(&entry)
+    }
+
     /// What a slot is attached to, read from the map.
-    pub fn attachment(&self, slot: u32) -> Result<Option<Attachment>, Error> { unimplemented!("{slot}") }
-    /// The counters that are not zero.
-    pub fn drops(&self) -> Result<Vec<DropCount>, Error> { unimplemented!() }
-    /// How many flows are in the table.
-    pub fn flows(&self) -> Result<u32, Error> { unimplemented!() }
-    /// Removes flows that ended. Call it every few seconds.
-    pub fn sweep(&self) -> Result<SweepReport, Error> { unimplemented!() }
-    /// Removes everything that `open` made, open here or not; no error if nothing is there.
-    pub fn uninstall(options: &HostOptions) -> Result<(), Error> { unimplemented!("{options:?}") }
+    pub fn attachment(&self, slot: u32) -> Result<Option<Attachment>, Error> {
+        let entry = self.lock().slot(self.slot(slot)?.ifindex)?;
+        let (vni, generation) = (entry.attachment.vni(), entry.attachment.generation());
+        Ok((vni != 0).then_some(Attachment { vni, generation }))
+    }
+
+    /// The counters that are not zero, by slot; 0 is of no slot.
+    pub fn drops(&self) -> Result<Vec<DropCount>, Error> {
+        let state = self.lock();
+        let mut found = Vec::new();
+        for scope in 0..=self.slots.len() as u32 {
+            state.counters.read(scope, scope, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    /// How many flows are in the table, those included that ended since the last sweep.
+    pub fn flows(&self) -> Result<u32, Error> {
+        let state = self.lock();
+        let mut count = 0;
+        for key in state.flows.keys() {
+            key.map_err(|source| Error::map(names::CT_OUT, source))?;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Removes flows that ended, with the time-outs of [`Timers::DEFAULT`]. Call it every few
+    /// seconds: until then, the ports of ended flows are not used again.
+    pub fn sweep(&self) -> Result<SweepReport, Error> {
+        self.sweep_with(&Timers::DEFAULT)
+    }
+
+    /// Removes flows that ended, with other time-outs.
+    pub fn sweep_with(&self, timers: &Timers) -> Result<SweepReport, Error> {
+        let order = maps::Sweep {
+            ethernet: [0; 14],
+            timers: *timers,
+            live: 0,
+            expired: 0,
+            stale: 0,
+        };
+        let mut bytes = order.to_bytes();
+        let request = bytes;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(&request);
+        options.data_out = Some(&mut bytes);
+        let mut state = self.lock();
+        let error = |source| Error::program("run program", programs::SWEEP, source);
+        state.programs.program(programs::SWEEP)?.test_run(options).map_err(error)?;
+        let report = maps::Sweep::from_bytes(&bytes);
+        Ok(SweepReport { live: report.live, expired: report.expired, stale: report.stale })
+    }
+
+    /// Removes everything that [`HostDatapath::open`] made, open or not: pins, TAPs, the VXLAN
+    /// device. No error if nothing is there.
+    pub fn uninstall(options: &HostOptions) -> Result<(), Error> {
+        let device = underlay::device_name(&options.interface_prefix)?;
+        let _expedited = ExpeditedRcu::new();
+        Pins::remove_all(&options.bpffs)?;
+        let mut netlink = Netlink::open()?;
+        for interface in netlink.interfaces()? {
+            let is_slot = interface.kind == Some(InfoKind::Tun)
+                && slot_number(&options.interface_prefix, &interface.name).is_some();
+            let is_device = interface.kind == Some(InfoKind::Vxlan) && interface.name == device;
+            if is_slot || is_device {
+                netlink.delete(&interface)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn slot(&self, number: u32) -> Result<&Slot, Error> {
+        let index = (number as usize).checked_sub(1).ok_or(Error::NoSlot(number))?;
+        self.slots.get(index).ok_or(Error::NoSlot(number))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // All writes are single map writes: a panic leaves nothing half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn slot(&self, ifindex: u32) -> Result<maps::Slot, Error> {
+        self.slots.get(&ifindex, 0).map_err(|source| Error::map(names::SLOTS, source))
+    }
+
+    fn set_slot(&mut self, entry: &maps::Slot) -> Result<(), Error> {
+        self.slots
+            .insert(entry.ifindex, entry, 0)
+            .map_err(|source| Error::map(names::SLOTS, source))
+    }
+}
+
+fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(error) => {
+            error.io_error.kind() == std::io::ErrorKind::NotFound
+        }
+        _ => false,
+    }
+}
+
+fn check_options(options: &HostOptions) -> Result<(), Error> {
+    check_address("underlay address", options.underlay_address)?;
+    if options.slots == 0 || options.slots > MAX_SLOTS {
+        return Err(Error::invalid("number of slots", options.slots, "give 1 to 65277"));
+    }
+    if options.flows == 0 || options.flows > 1 << 26 {
+        return Err(Error::invalid("number of flows", options.flows, "give 1 to 67108864"));
+    }
+    Ok(())
+}
+
+/// The number of the slot whose TAP has this name.
+fn slot_number(prefix: &str, name: &str) -> Option<u32> {
+    let digits = name.strip_prefix(prefix)?;
+    let number = digits.parse().ok()?;
+    (digits == u32::to_string(&number)).then_some(number)
+}
+
+/// Makes or adopts the slots.
+fn open_slots(
+    options: &HostOptions,
+    netlink: &mut Netlink,
+    state: &mut State,
+    mtu: u16,
+) -> Result<Vec<Slot>, Error> {
+    let name = |number: u32| format!("{}{number}", options.interface_prefix);
+    let mut existing = std::collections::HashMap::new();
+    for interface in netlink.interfaces()? {
+        existing.insert(interface.name.clone(), interface);
+    }
+    let mut made = Vec::new();
+    for number in 1..=options.slots {
+        let name = name(number);
+        match existing.get(&name) {
+            Some(interface) if interface.kind == Some(InfoKind::Tun) => {}
+            Some(interface) => {
+                let remedy = "remove the interface, or choose another prefix";
+                return Err(Error::invalid("kind of interface", &interface.name, remedy));
+            }
+            None => {
+                tap::create(&name)?;
+                sysctl::disable_ipv6(&name)?;
+                made.push(name);
+            }
+        }
+    }
+    // One more list for all of them is cheaper than a look-up for each.
+    if !made.is_empty() {
+        for interface in netlink.interfaces()? {
+            existing.insert(interface.name.clone(), interface);
+        }
+    }
+
+    let mut slots = Vec::with_capacity(options.slots as usize);
+    for number in 1..=options.slots {
+        let name = name(number);
+        let interface =
+            existing.get(&name).ok_or_else(|| Error::NoInterface { name: name.clone() })?;
+        let slot = enter_slot(state, number, interface, made.contains(&name))?;
+        state.programs.attach(programs::TAP, &format!("tap-{number}"), &name)?;
+        netlink.set_up(interface, u32::from(mtu))?;
+        slots.push(slot);
+    }
+    Ok(slots)
+}
+
+/// Enters a slot into the map. A TAP that was there keeps its attachment; a new one, whose index
+/// may have been another's, begins detached and under a new generation.
+fn enter_slot(
+    state: &mut State,
+    number: u32,
+    interface: &Interface,
+    is_new: bool,
+) -> Result<Slot, Error> {
+    let no_slot = Error::NoSlot(number);
+    let address = wire::slot_address(number).ok_or(no_slot)?;
+    let mac = wire::slot_mac(number);
+    let attachment = match state.slots.get(&interface.index, 0) {
+        Ok(entry) if entry.number == number && !is_new => entry.attachment,
+        Ok(entry) => maps::Attachment::new(0, entry.attachment.generation().wrapping_add(1)),
+        Err(error) if is_missing(&error) => maps::Attachment::new(0, 0),
+        Err(error) => return Err(Error::map(names::SLOTS, error)),
+    };
+    state.set_slot(&maps::Slot {
+        attachment,
+        ifindex: interface.index,
+        number,
+        address: address.into(),
+        mac,
+        reserved: [0; 6],
+    })?;
+    Ok(Slot {
+        number,
+        ifname: interface.name.clone(),
+        ifindex: interface.index,
+        address,
+        mac: mac.octets(),
+    })
 }

@@ -4,15 +4,23 @@
 //! system, TAPs are persistent. Opening it again adopts what is there and replaces the programs
 //! one by one, atomically, under traffic.
 
+use std::fmt::Display;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use ipnetwork::Ipv4Network;
 pub use warren_abi::drop::Drop as DropReason;
+use warren_abi::nat::BLOCK_PORTS;
 
+mod counters;
 mod host;
+mod netlink;
+mod programs;
 mod proxy;
+mod sysctl;
+mod tap;
+mod underlay;
 
 pub use host::HostDatapath;
 pub use proxy::ProxyDatapath;
@@ -236,4 +244,63 @@ pub enum Error {
         /// What the kernel said.
         source: Box<aya::maps::MapError>,
     },
+}
+
+impl Error {
+    fn system(operation: &'static str, object: impl Display, source: io::Error) -> Self {
+        Self::System { operation, object: object.to_string(), source }
+    }
+
+    fn program(
+        operation: &'static str,
+        object: impl Display,
+        source: aya::programs::ProgramError,
+    ) -> Self {
+        Self::Program { operation, object: object.to_string(), source: Box::new(source) }
+    }
+
+    fn map(name: &'static str, source: aya::maps::MapError) -> Self {
+        Self::Map { name, source: Box::new(source) }
+    }
+
+    fn invalid(what: &'static str, value: impl Display, remedy: &'static str) -> Self {
+        Self::Invalid { what, value: value.to_string(), remedy }
+    }
+}
+
+impl PortRange {
+    /// Checks what its description promises.
+    fn check(self) -> Result<(), Error> {
+        let aligned = u32::from(self.base) % BLOCK_PORTS == 0 && self.count % BLOCK_PORTS == 0;
+        let fits = self.base >= 1024 && self.count > 0 && self.end() <= 1 << 16;
+        if aligned && fits {
+            return Ok(());
+        }
+        let value = format!("{} ports from {}", self.count, self.base);
+        Err(Error::invalid("port range", value, "give multiples of 64 between 1024 and 65536"))
+    }
+
+    /// One beyond the last port.
+    fn end(self) -> u32 {
+        u32::from(self.base) + self.count
+    }
+}
+
+/// Checks a VXLAN network identifier.
+fn check_vni(vni: u32) -> Result<(), Error> {
+    if (1..1 << 24).contains(&vni) {
+        Ok(())
+    } else {
+        Err(Error::invalid("VNI", vni, "give one between 1 and 16777215"))
+    }
+}
+
+/// Checks the address of a host: what the programs take as a destination.
+fn check_address(what: &'static str, address: Ipv4Addr) -> Result<(), Error> {
+    let first = address.octets()[0];
+    if first == 0 || first >= 224 || address.is_loopback() || address.is_link_local() {
+        Err(Error::invalid(what, address, "give the unicast address of an interface"))
+    } else {
+        Ok(())
+    }
 }

@@ -118,7 +118,7 @@ impl Fleet {
         let host = start(&topology, &run, Daemon::Host)?;
         let mut fleet = Self { topology, run, control, host, proxy };
         for daemon in [Daemon::Control, Daemon::Proxy, Daemon::Host] {
-            fleet.wait_listening(daemon).await?;
+            fleet.wait_listening(daemon)?;
         }
         fleet.wait_registered().await?;
         for (vpc, interface) in VPCS.iter().zip(VPC_INTERFACES) {
@@ -212,7 +212,7 @@ impl Fleet {
     pub async fn kill_and_restart(&mut self, daemon: Daemon) -> Result<()> {
         self.process(daemon).kill()?;
         *self.process(daemon) = start(&self.topology, &self.run, daemon)?;
-        self.wait_listening(daemon).await?;
+        self.wait_listening(daemon)?;
         self.wait_registered().await
     }
 
@@ -249,7 +249,7 @@ impl Fleet {
         }
     }
 
-    async fn wait_listening(&mut self, daemon: Daemon) -> Result<()> {
+    fn wait_listening(&mut self, daemon: Daemon) -> Result<()> {
         let Endpoint::Unix(path) = endpoint(&self.run, daemon) else { return Ok(()) };
         self.process(daemon)
             .wait_until(PATIENCE, || std::os::unix::net::UnixStream::connect(&path).is_ok())
