@@ -1,0 +1,133 @@
+//! `warren.v1.ControlService`: what people and programs ask for.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+use warren_proto::v1::control_service_server::ControlService;
+use warren_proto::v1::{
+    CallInstanceRequest, CallInstanceResponse, CreateVpcRequest, CreateVpcResponse,
+    EndInstanceRequest, InvokeInstanceRequest, ListHostsRequest, ListHostsResponse,
+    ListInstancesRequest, ListInstancesResponse, ListVpcsRequest, ListVpcsResponse,
+    RunInstanceRequest, RunInstanceResponse, StartInstanceRequest, StopInstanceRequest,
+    StopInstanceResponse,
+};
+
+use crate::deploy::{DeployError, Deployer};
+use crate::fleet::Fleet;
+use crate::name::{self, InvalidName};
+use crate::status::of_agent;
+use crate::store::Store;
+use crate::vpc;
+
+/// The service.
+pub struct Api {
+    store: Arc<dyn Store>,
+    fleet: Arc<Fleet>,
+    deployer: Arc<Deployer>,
+}
+
+impl Api {
+    /// The API over these parts.
+    pub fn new(store: Arc<dyn Store>, fleet: Arc<Fleet>, deployer: Arc<Deployer>) -> Self {
+        Self { store, fleet, deployer }
+    }
+}
+
+#[tonic::async_trait]
+impl ControlService for Api {
+    async fn create_vpc(
+        &self,
+        request: Request<CreateVpcRequest>,
+    ) -> Result<Response<CreateVpcResponse>, Status> {
+        let definition =
+            request.into_inner().vpc.ok_or_else(|| Status::invalid_argument("vpc: is missing"))?;
+        let vpc = vpc::create(&*self.store, definition).await?;
+        Ok(Response::new(CreateVpcResponse { vpc: Some(vpc.into()) }))
+    }
+
+    async fn list_vpcs(
+        &self,
+        _: Request<ListVpcsRequest>,
+    ) -> Result<Response<ListVpcsResponse>, Status> {
+        let vpcs = vpc::list(&*self.store).await?;
+        Ok(Response::new(ListVpcsResponse { vpcs: vpcs.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn list_hosts(
+        &self,
+        _: Request<ListHostsRequest>,
+    ) -> Result<Response<ListHostsResponse>, Status> {
+        Ok(Response::new(ListHostsResponse { hosts: self.fleet.hosts() }))
+    }
+
+    async fn run_instance(
+        &self,
+        request: Request<RunInstanceRequest>,
+    ) -> Result<Response<RunInstanceResponse>, Status> {
+        let RunInstanceRequest { vpc, hostname, host, invocation } = request.into_inner();
+        if !hostname.is_empty() {
+            name::label(&hostname).map_err(|InvalidName(problem)| {
+                Status::invalid_argument(format!("hostname: {problem}"))
+            })?;
+        }
+        if !self.deployer.knows(&vpc).await? {
+            return Err(DeployError::UnknownVpc(vpc).into());
+        }
+        let wanted = (!host.is_empty()).then_some(host.as_str());
+        let mut place = self.fleet.reserve(wanted)?;
+        self.deployer.ensure(&vpc, &place.host, place.session).await?;
+        let start = StartInstanceRequest { vpc, hostname, invocation };
+        let started = place
+            .agent
+            .start_instance(start)
+            .await
+            .map_err(|error| of_agent(&place.host, &error))?
+            .into_inner();
+        let Some(mut instance) = started.instance else {
+            let host = &place.host;
+            return Err(Status::internal(format!("host {host} started no instance, and no error")));
+        };
+        place.started(&mut instance);
+        Ok(Response::new(RunInstanceResponse {
+            instance: Some(instance),
+            timings: started.timings,
+            reply: started.reply,
+        }))
+    }
+
+    async fn list_instances(
+        &self,
+        _: Request<ListInstancesRequest>,
+    ) -> Result<Response<ListInstancesResponse>, Status> {
+        Ok(Response::new(ListInstancesResponse { instances: self.fleet.instances() }))
+    }
+
+    async fn stop_instance(
+        &self,
+        request: Request<StopInstanceRequest>,
+    ) -> Result<Response<StopInstanceResponse>, Status> {
+        let StopInstanceRequest { id } = request.into_inner();
+        let (host, mut agent) = self.fleet.host_of(&id)?;
+        agent
+            .end_instance(EndInstanceRequest { id: id.clone() })
+            .await
+            .map_err(|error| of_agent(&host, &error))?;
+        self.fleet.stopped(&host, &id);
+        Ok(Response::new(StopInstanceResponse {}))
+    }
+
+    async fn call_instance(
+        &self,
+        request: Request<CallInstanceRequest>,
+    ) -> Result<Response<CallInstanceResponse>, Status> {
+        let CallInstanceRequest { id, invocation } = request.into_inner();
+        let (host, mut agent) = self.fleet.host_of(&id)?;
+        let reply = agent
+            .invoke_instance(InvokeInstanceRequest { id, invocation })
+            .await
+            .map_err(|error| of_agent(&host, &error))?
+            .into_inner()
+            .reply;
+        Ok(Response::new(CallInstanceResponse { reply }))
+    }
+}

@@ -1,0 +1,483 @@
+//! Network deployment: keeps what hosts and proxies know of each VPC at what is stored.
+//!
+//! One task follows the store and the fleet, plans with [`crate::plan`], pushes, and plans again
+//! with each acknowledgement. A push that failed is made again a second later. [`Deployer::ensure`]
+//! is what a start waits for.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_stream::StreamExt;
+use tonic::Status;
+use warren_proto::v1::ApplyVpcRequest;
+
+use crate::fleet::{Agent, Fleet, Peer, Session};
+use crate::plan::{Node, Plan, plan};
+use crate::ports::{Exhausted, Leases};
+use crate::store::{Event, Events, Precondition, Revision, Store, StoreError, Write, decode};
+use crate::vpc::{self, VPC_PREFIX, Vpc};
+
+/// Where a VPC's leases are stored: `ports/VPC`.
+const LEASES_PREFIX: &str = "ports/";
+/// An agent that did not answer a push by then is asked again.
+const PUSH_TIMEOUT: Duration = Duration::from_secs(5);
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// A start waits so long for its network: a push to proxies, one to the host, and some air.
+const ENSURE_TIMEOUT: Duration = Duration::from_secs(12);
+
+/// Why a host may not start instances in a VPC.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// Never created.
+    #[error("there is no VPC \"{0}\": `warren vpc create` makes one")]
+    UnknownVpc(String),
+    /// Nobody stands in the VPC.
+    #[error(
+        "no proxy is alive, and VPC {0} cannot be reached without: start warrend in its proxy role on a node that stands in the VPC"
+    )]
+    NoProxy(String),
+    /// The shared address has no ports for one more host.
+    #[error(
+        "VPC {vpc}'s shared address has no ports for host {host}: {reason}; choose a host that has some, or create the VPC with fewer ports per host"
+    )]
+    NoPorts {
+        /// VPC.
+        vpc: String,
+        /// Host.
+        host: String,
+        /// How they are used.
+        reason: Exhausted,
+    },
+    /// An agent answered with an error.
+    #[error("{agent} did not take VPC {vpc}: {}", status.message())]
+    Refused {
+        /// Name of the host or proxy.
+        agent: String,
+        /// VPC.
+        vpc: String,
+        /// What it answered.
+        status: Status,
+    },
+    /// The host died or registered anew meanwhile.
+    #[error("host {host} went away while VPC {vpc} was made ready there: try again")]
+    HostLost {
+        /// VPC.
+        vpc: String,
+        /// Host.
+        host: String,
+    },
+    /// Too slow.
+    #[error("VPC {vpc} was not ready on host {host} within {} s: still waiting for {waiting_for}", ENSURE_TIMEOUT.as_secs())]
+    Late {
+        /// VPC.
+        vpc: String,
+        /// Host.
+        host: String,
+        /// The agents that did not answer yet.
+        waiting_for: String,
+    },
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Deploys VPCs on the fleet.
+pub struct Deployer {
+    store: Arc<dyn Store>,
+    fleet: Arc<Fleet>,
+    state: Mutex<State>,
+    /// Told after each change of `state`'s plans or failures.
+    progress: watch::Sender<()>,
+    /// Asks the task to plan again.
+    wake: watch::Sender<()>,
+}
+
+#[derive(Default)]
+struct State {
+    networks: BTreeMap<String, Network>,
+    /// Networks to plan again.
+    dirty: BTreeSet<String>,
+}
+
+/// One VPC: what is stored of it, and how far it is deployed.
+#[derive(Default)]
+struct Network {
+    vpc: Option<Vpc>,
+    leases: Leases,
+    agents: HashMap<String, Told>,
+    plan: Plan,
+}
+
+/// What one agent was told of one VPC.
+#[derive(Default)]
+struct Told {
+    acknowledged: Option<(Session, ApplyVpcRequest)>,
+    /// A push is under way. One at a time: so they arrive in order.
+    busy: bool,
+    failure: Option<(Status, Instant)>,
+}
+
+/// A push that ended.
+struct Pushed {
+    vpc: String,
+    agent: String,
+    session: Session,
+    request: ApplyVpcRequest,
+    result: Result<(), Status>,
+}
+
+impl Deployer {
+    /// Loads what is stored and begins to deploy it.
+    pub async fn start(store: Arc<dyn Store>, fleet: Arc<Fleet>) -> Result<Arc<Self>, StoreError> {
+        let (revision, entries) = store.list("").await?;
+        let mut state = State::default();
+        for entry in entries {
+            state.take_in(&entry.key, Some(&entry.value))?;
+        }
+        let deployer = Arc::new(Self {
+            store,
+            fleet,
+            state: Mutex::new(state),
+            progress: watch::Sender::new(()),
+            wake: watch::Sender::new(()),
+        });
+        let events = deployer.store.watch(revision);
+        tokio::spawn(run(Arc::downgrade(&deployer), revision, events));
+        Ok(deployer)
+    }
+
+    /// Returns when the host may start instances in the VPC: at once if it already has some there,
+    /// else after its ports are leased, stored, and known to all alive proxies and to itself.
+    pub async fn ensure(&self, vpc: &str, host: &str, session: Session) -> Result<(), DeployError> {
+        if self.lock().networks.get(vpc).is_some_and(|network| network.is_ready(host, session)) {
+            return Ok(());
+        }
+        let mut progress = self.progress.subscribe();
+        self.lease(vpc, host).await?;
+        // What failed before is tried again now, for whoever waits has perhaps mended it.
+        if let Some(network) = self.lock().networks.get_mut(vpc) {
+            network.agents.values_mut().for_each(|told| told.failure = None);
+        }
+        self.plan_again(Some(vpc));
+        let ready = async {
+            loop {
+                if let Some(result) = self.outcome(vpc, host, session) {
+                    return result;
+                }
+                if progress.changed().await.is_err() {
+                    return Err(self.late(vpc, host));
+                }
+            }
+        };
+        match tokio::time::timeout(ENSURE_TIMEOUT, ready).await {
+            Ok(result) => result,
+            Err(_) => Err(self.late(vpc, host)),
+        }
+    }
+
+    /// Whether the VPC exists.
+    pub async fn knows(&self, vpc: &str) -> Result<bool, StoreError> {
+        if self.lock().networks.get(vpc).is_some_and(|network| network.vpc.is_some()) {
+            return Ok(true);
+        }
+        // It may have been stored a moment ago.
+        Ok(vpc::get(&*self.store, vpc).await?.is_some())
+    }
+
+    /// Leases the host its ports of the VPC's shared address, if it has none.
+    async fn lease(&self, vpc: &str, host: &str) -> Result<(), DeployError> {
+        let key = format!("{LEASES_PREFIX}{vpc}");
+        let definition = vpc::get(&*self.store, vpc)
+            .await?
+            .ok_or_else(|| DeployError::UnknownVpc(vpc.to_owned()))?;
+        loop {
+            let entry = self.store.get(&key).await?;
+            let mut leases = match &entry {
+                Some(entry) => decode(&key, &entry.value)?,
+                None => Leases::default(),
+            };
+            if leases.of(host).is_some() {
+                return Ok(());
+            }
+            leases.lease(host, definition.ports_per_host).map_err(|reason| {
+                DeployError::NoPorts { vpc: vpc.to_owned(), host: host.to_owned(), reason }
+            })?;
+            let precondition = Precondition::unchanged(&key, entry.as_ref());
+            let write = Write::put(&key, &leases)?;
+            match self.store.commit(vec![precondition], vec![write]).await {
+                Ok(_) => return Ok(()),
+                // Another host got ports meanwhile.
+                Err(StoreError::Conflict(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Ready, failed, or nothing yet.
+    fn outcome(&self, vpc: &str, host: &str, session: Session) -> Option<Result<(), DeployError>> {
+        if !self.fleet.is_open(host, session) {
+            let (vpc, host) = (vpc.to_owned(), host.to_owned());
+            return Some(Err(DeployError::HostLost { vpc, host }));
+        }
+        let settled = self.fleet.is_settled();
+        let state = self.lock();
+        let network = state.networks.get(vpc)?;
+        if network.is_ready(host, session) {
+            return Some(Ok(()));
+        }
+        if state.dirty.contains(vpc) {
+            return None;
+        }
+        if settled && network.plan.proxies.is_empty() {
+            return Some(Err(DeployError::NoProxy(vpc.to_owned())));
+        }
+        let needed = network.plan.proxies.iter().map(String::as_str).chain([host]);
+        for agent in needed {
+            if let Some((status, _)) =
+                network.agents.get(agent).and_then(|told| told.failure.as_ref())
+            {
+                return Some(Err(DeployError::Refused {
+                    agent: agent.to_owned(),
+                    vpc: vpc.to_owned(),
+                    status: status.clone(),
+                }));
+            }
+        }
+        None
+    }
+
+    fn late(&self, vpc: &str, host: &str) -> DeployError {
+        let state = self.lock();
+        let pending = state.networks.get(vpc).map(|network| {
+            let pending = network.plan.pushes.keys().map(String::as_str);
+            pending.collect::<Vec<_>>().join(", ")
+        });
+        DeployError::Late {
+            vpc: vpc.to_owned(),
+            host: host.to_owned(),
+            waiting_for: pending
+                .filter(|names| !names.is_empty())
+                .unwrap_or_else(|| host.to_owned()),
+        }
+    }
+
+    /// Asks the task to plan a VPC, or all of them, again.
+    fn plan_again(&self, vpc: Option<&str>) {
+        let mut state = self.lock();
+        match vpc {
+            Some(vpc) => state.dirty.extend([vpc.to_owned()]),
+            None => state.dirty = state.networks.keys().cloned().collect(),
+        }
+        drop(state);
+        self.wake.send_replace(());
+    }
+
+    /// Plans what is dirty and begins the pushes that can be made now.
+    fn reconcile(&self, pushes: &mut JoinSet<Pushed>) {
+        let peers = self.fleet.peers();
+        let settled = self.fleet.is_settled();
+        let mut state = self.lock();
+        for name in std::mem::take(&mut state.dirty) {
+            let Some(network) = state.networks.get_mut(&name) else { continue };
+            network.plan(&peers, settled);
+            for (agent, told) in &mut network.agents {
+                if !network.plan.pushes.contains_key(agent) {
+                    told.failure = None;
+                }
+            }
+            for (agent, request) in &network.plan.pushes {
+                let told = network.agents.entry(agent.clone()).or_default();
+                let Some((session, client)) = peers.get(agent).and_then(|peer| peer.open.clone())
+                else {
+                    continue;
+                };
+                let resting = matches!(told.failure, Some((_, until)) if until > Instant::now());
+                if !told.busy && !resting {
+                    told.busy = true;
+                    told.failure = None;
+                    pushes.spawn(push(
+                        name.clone(),
+                        agent.clone(),
+                        session,
+                        client,
+                        request.clone(),
+                    ));
+                }
+            }
+        }
+        drop(state);
+        self.progress.send_replace(());
+    }
+
+    fn note(&self, pushed: Pushed) {
+        let Pushed { vpc, agent, session, request, result } = pushed;
+        let mut state = self.lock();
+        let Some(network) = state.networks.get_mut(&vpc) else { return };
+        let told = network.agents.entry(agent.clone()).or_default();
+        told.busy = false;
+        match result {
+            Ok(()) => {
+                told.acknowledged = Some((session, request));
+                told.failure = None;
+            }
+            Err(status) => {
+                tracing::warn!(agent, vpc, reason = status.message(), "a VPC was not taken");
+                told.failure = Some((status, Instant::now() + RETRY_AFTER));
+            }
+        }
+        state.dirty.insert(vpc);
+    }
+
+    /// When the next failed push is due.
+    fn next_retry(&self) -> Option<Instant> {
+        let state = self.lock();
+        let told = state.networks.values().flat_map(|network| network.agents.values());
+        told.filter_map(|told| told.failure.as_ref()).map(|(_, until)| *until).min()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Takes in a key of the store.
+    fn take_in(&mut self, key: &str, value: Option<&[u8]>) -> Result<(), StoreError> {
+        let name = if let Some(name) = key.strip_prefix(VPC_PREFIX) {
+            self.network(name).vpc = value.map(|value| decode(key, value)).transpose()?;
+            name
+        } else if let Some(name) = key.strip_prefix(LEASES_PREFIX) {
+            let leases = value.map(|value| decode(key, value)).transpose()?;
+            self.network(name).leases = leases.unwrap_or_default();
+            name
+        } else {
+            return Ok(());
+        };
+        self.dirty.insert(name.to_owned());
+        Ok(())
+    }
+
+    fn network(&mut self, name: &str) -> &mut Network {
+        self.networks.entry(name.to_owned()).or_default()
+    }
+}
+
+impl Network {
+    fn is_ready(&self, host: &str, session: Session) -> bool {
+        self.plan.ready.get(host) == Some(&session)
+    }
+
+    fn plan(&mut self, peers: &BTreeMap<String, Peer>, settled: bool) {
+        let Some(vpc) = &self.vpc else {
+            self.plan = Plan::default();
+            return;
+        };
+        let node = |(name, peer): (&String, &Peer)| {
+            let session = peer.open.as_ref().map(|(session, _)| *session);
+            let told = self.agents.get(name).and_then(|told| told.acknowledged.as_ref());
+            let node = Node {
+                role: peer.role,
+                underlay_address: peer.underlay_address,
+                session,
+                acknowledged: told
+                    .filter(|(acknowledged_in, _)| Some(*acknowledged_in) == session)
+                    .map(|(_, request)| request),
+            };
+            (name.clone(), node)
+        };
+        let mut plan = plan(vpc, &self.leases, &peers.iter().map(node).collect());
+        if !settled {
+            // The proxy that hosts send to may be about to register again: do not move them.
+            plan.pushes.retain(|name, _| plan.proxies.contains(name));
+            plan.ready.clear();
+        }
+        self.plan = plan;
+    }
+}
+
+async fn push(
+    vpc: String,
+    agent: String,
+    session: Session,
+    mut client: Agent,
+    request: ApplyVpcRequest,
+) -> Pushed {
+    let call = client.apply_vpc(request.clone());
+    let result = match tokio::time::timeout(PUSH_TIMEOUT, call).await {
+        Ok(answer) => answer.map(drop),
+        Err(_) => {
+            Err(Status::deadline_exceeded(format!("no answer within {} s", PUSH_TIMEOUT.as_secs())))
+        }
+    };
+    Pushed { vpc, agent, session, request, result }
+}
+
+/// The task: ends when the deployer is gone.
+async fn run(deployer: std::sync::Weak<Deployer>, mut seen: Revision, mut events: Events) {
+    let Some((mut fleet, mut wake, settled_at)) = deployer.upgrade().map(|deployer| {
+        (deployer.fleet.changes(), deployer.wake.subscribe(), deployer.fleet.settled_at())
+    }) else {
+        return;
+    };
+    let mut settled = std::pin::pin!(tokio::time::sleep_until(settled_at));
+    let mut is_settled = false;
+    let mut pushes = JoinSet::new();
+    loop {
+        let Some(retry_at) = deployer.upgrade().map(|deployer| {
+            deployer.reconcile(&mut pushes);
+            deployer.next_retry()
+        }) else {
+            return;
+        };
+        tokio::select! {
+            event = events.next() => {
+                let Some(deployer) = deployer.upgrade() else { return };
+                match event {
+                    Some(Ok(Event { key, value, revision })) => {
+                        seen = revision;
+                        if let Err(error) = deployer.lock().take_in(&key, value.as_deref()) {
+                            tracing::error!(%error, "not deployed");
+                        }
+                    }
+                    Some(Err(error)) => {
+                        tracing::error!(%error, "following the state failed: trying again");
+                        tokio::time::sleep(RETRY_AFTER).await;
+                        // Perhaps not all keys of the last commit came; twice does no harm.
+                        events = deployer.store.watch(seen.saturating_sub(1));
+                    }
+                    None => return,
+                }
+            }
+            Some(Ok(done)) = pushes.join_next() => {
+                let Some(deployer) = deployer.upgrade() else { return };
+                deployer.note(done);
+            }
+            changed = fleet.changed() => {
+                let Some(deployer) = deployer.upgrade() else { return };
+                if changed.is_err() { return }
+                deployer.plan_again(None);
+            }
+            () = &mut settled, if !is_settled => {
+                is_settled = true;
+                let Some(deployer) = deployer.upgrade() else { return };
+                deployer.plan_again(None);
+            }
+            () = at(retry_at) => {
+                let Some(deployer) = deployer.upgrade() else { return };
+                deployer.plan_again(None);
+            }
+            changed = wake.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,469 @@
+//! The hosts and proxies: who they are is stored, how they do is known from their heartbeats.
+//!
+//! A member is alive as long as the stream of its heartbeats is open ([`crate::heartbeat`] ends it
+//! when one is late). Each stream is a session with a number of its own, so that what was true of
+//! an agent before it restarted is not mistaken for what is true of it now.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use warren_proto::endpoint::{self, ConnectError, Endpoint};
+use warren_proto::v1;
+use warren_proto::v1::agent_service_client::AgentServiceClient;
+
+use crate::instances::Instances;
+use crate::name::{self, InvalidName};
+use crate::placement::{Candidate, PlacementError, place};
+use crate::store::{Store, StoreError, Write, decode};
+
+/// Where members are stored: `member/NAME`.
+const MEMBER_PREFIX: &str = "member/";
+
+/// The number of a heartbeat stream.
+pub type Session = u64;
+/// A client of one agent.
+pub type Agent = AgentServiceClient<Channel>;
+
+/// What a member does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Runs microVMs.
+    Host,
+    /// Stands in VPCs.
+    Proxy,
+}
+
+impl From<Role> for v1::Role {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Host => Self::Host,
+            Role::Proxy => Self::Proxy,
+        }
+    }
+}
+
+/// What is stored of a member.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Registration {
+    role: Role,
+    endpoint: Endpoint,
+    underlay_address: Ipv4Addr,
+}
+
+struct Member {
+    registration: Registration,
+    open: Option<OpenSession>,
+    last_heartbeat: Option<Instant>,
+    version: String,
+    slots: u32,
+    parked: u32,
+    instances: Instances,
+    /// Starts under way.
+    starting: u32,
+}
+
+struct OpenSession {
+    number: Session,
+    agent: Agent,
+}
+
+impl Member {
+    fn new(registration: Registration) -> Self {
+        Self {
+            registration,
+            open: None,
+            last_heartbeat: None,
+            version: String::new(),
+            slots: 0,
+            parked: 0,
+            instances: Instances::default(),
+            starting: 0,
+        }
+    }
+}
+
+/// Why a heartbeat was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// A field cannot be used.
+    #[error("{field}: {problem}")]
+    Invalid {
+        /// Name of the field of `warren.v1.HeartbeatRequest`.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Hosts hold port ranges by their name: a name does not change its role.
+    #[error("{0} is registered in the other role: give this node another name")]
+    OtherRole(String),
+    /// The agent cannot be called.
+    #[error("{name} registered, but its agent cannot be called: {reason}")]
+    Unreachable {
+        /// Name.
+        name: String,
+        /// Why.
+        reason: ConnectError,
+    },
+    /// A newer stream took the name over.
+    #[error("another agent registered as {0}: if it is not this one restarted, rename one of them")]
+    Replaced(String),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why an instance cannot be reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InstanceError {
+    /// No host reports it.
+    #[error("there is no instance \"{0}\": `warren vm ls` lists them")]
+    Unknown(String),
+    /// It ran on a host whose heartbeats stopped.
+    #[error("host {host}, where instance {id} ran, is not alive: is warrend running there?")]
+    DeadHost {
+        /// Id.
+        id: String,
+        /// Name of the host.
+        host: String,
+    },
+}
+
+/// A member, as network deployment sees it.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// What it does.
+    pub role: Role,
+    /// Its address in the underlay.
+    pub underlay_address: Ipv4Addr,
+    /// Its session and its agent, if it is alive.
+    pub open: Option<(Session, Agent)>,
+}
+
+/// All members.
+pub struct Fleet {
+    store: Arc<dyn Store>,
+    deadline: Duration,
+    /// Until then, members that are known from the store may still be about to come back.
+    settled_at: Instant,
+    members: Mutex<Members>,
+    changed: watch::Sender<()>,
+    closing: watch::Sender<bool>,
+}
+
+#[derive(Default)]
+struct Members {
+    by_name: BTreeMap<String, Member>,
+    last_session: Session,
+}
+
+impl Fleet {
+    /// The fleet as it is stored; nobody is alive yet. A heartbeat is late after `deadline`.
+    pub async fn load(store: Arc<dyn Store>, deadline: Duration) -> Result<Self, StoreError> {
+        let mut by_name = BTreeMap::new();
+        for entry in store.list(MEMBER_PREFIX).await?.1 {
+            let name = entry.key.trim_start_matches(MEMBER_PREFIX).to_owned();
+            by_name.insert(name, Member::new(decode(&entry.key, &entry.value)?));
+        }
+        Ok(Self {
+            store,
+            deadline,
+            settled_at: Instant::now() + deadline,
+            members: Mutex::new(Members { by_name, last_session: 0 }),
+            changed: watch::Sender::new(()),
+            closing: watch::Sender::new(false),
+        })
+    }
+
+    /// A heartbeat is late after this time.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    /// Changes when a member registers, dies, or changes its address.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Ends all sessions, because the process is about to stop.
+    pub fn close(&self) {
+        self.closing.send_replace(true);
+    }
+
+    /// Becomes true when sessions are to end.
+    pub fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// Begins a session with an agent's first heartbeat: it is alive until the [`Registered`] is
+    /// dropped.
+    pub async fn register(
+        self: &Arc<Self>,
+        heartbeat: v1::HeartbeatRequest,
+    ) -> Result<Registered, RegisterError> {
+        let registration = check(&heartbeat)?;
+        let name = heartbeat.name.clone();
+        // A host that cannot be called is of no use: better its operator hears of it now.
+        let channel = endpoint::connect(&registration.endpoint)
+            .await
+            .map_err(|reason| RegisterError::Unreachable { name: name.clone(), reason })?;
+        let stored = self.lock().by_name.get(&name).map(|member| member.registration.clone());
+        match stored {
+            Some(stored) if stored.role != registration.role => {
+                return Err(RegisterError::OtherRole(name));
+            }
+            Some(stored) if stored == registration => {}
+            _ => {
+                let write = Write::put(format!("{MEMBER_PREFIX}{name}"), &registration)?;
+                self.store.commit(vec![], vec![write]).await?;
+            }
+        }
+        let session = {
+            let mut members = self.lock();
+            members.last_session += 1;
+            let number = members.last_session;
+            let agent = AgentServiceClient::new(channel);
+            let member = members
+                .by_name
+                .entry(name.clone())
+                .or_insert_with(|| Member::new(registration.clone()));
+            member.registration = registration;
+            member.open = Some(OpenSession { number, agent });
+            number
+        };
+        let registered = Registered { fleet: self.clone(), name, session };
+        registered.heartbeat(heartbeat)?;
+        self.changed.send_replace(());
+        tracing::info!(name = %registered.name, "registered");
+        Ok(registered)
+    }
+
+    /// Chooses a host for an instance and takes a slot of it until the start has an end.
+    pub fn reserve(self: &Arc<Self>, wanted: Option<&str>) -> Result<Reservation, PlacementError> {
+        let mut members = self.lock();
+        let candidates: Vec<_> = members
+            .by_name
+            .iter()
+            .filter(|(_, member)| member.registration.role == Role::Host)
+            .map(|(name, member)| Candidate {
+                name,
+                alive: member.open.is_some(),
+                slots: member.slots,
+                taken: member.instances.running() + member.starting,
+            })
+            .collect();
+        let host = place(&candidates, wanted)?.name.to_owned();
+        let dead = || PlacementError::DeadHost(host.clone());
+        let member = members.by_name.get_mut(&host).ok_or_else(dead)?;
+        let OpenSession { number, agent } = member.open.as_ref().ok_or_else(dead)?;
+        let (session, agent) = (*number, agent.clone());
+        member.starting += 1;
+        Ok(Reservation { fleet: self.clone(), host, session, agent })
+    }
+
+    /// The name of an instance's host, and its agent.
+    pub fn host_of(&self, id: &str) -> Result<(String, Agent), InstanceError> {
+        let members = self.lock();
+        let (host, member) = members
+            .by_name
+            .iter()
+            .find(|(_, member)| member.instances.contains(id))
+            .ok_or_else(|| InstanceError::Unknown(id.to_owned()))?;
+        match &member.open {
+            Some(open) => Ok((host.clone(), open.agent.clone())),
+            None => Err(InstanceError::DeadHost { id: id.to_owned(), host: host.clone() }),
+        }
+    }
+
+    /// An instance was ended on its host.
+    pub fn stopped(&self, host: &str, id: &str) {
+        if let Some(member) = self.lock().by_name.get_mut(host) {
+            member.instances.stopped(id);
+        }
+    }
+
+    /// All instances. The state of those on dead hosts is unknown.
+    pub fn instances(&self) -> Vec<v1::Instance> {
+        let members = self.lock();
+        let mut instances = Vec::new();
+        for (name, member) in &members.by_name {
+            instances.extend(member.instances.iter().cloned().map(|mut instance| {
+                if member.open.is_none() {
+                    instance.set_state(v1::InstanceState::Unspecified);
+                    instance.reason = format!("host {name} is not alive");
+                }
+                instance
+            }));
+        }
+        instances
+    }
+
+    /// All members, for people.
+    pub fn hosts(&self) -> Vec<v1::Host> {
+        let members = self.lock();
+        let host = |(name, member): (&String, &Member)| v1::Host {
+            name: name.clone(),
+            role: v1::Role::from(member.registration.role).into(),
+            endpoint: member.registration.endpoint.to_string(),
+            underlay_address: member.registration.underlay_address.to_string(),
+            slots: member.slots,
+            parked: member.parked,
+            instances: member.instances.running(),
+            alive: member.open.is_some(),
+            heartbeat_age_ms: member.last_heartbeat.map_or(0, |at| at.elapsed().as_millis() as u64),
+            version: member.version.clone(),
+        };
+        members.by_name.iter().map(host).collect()
+    }
+
+    /// All members, for network deployment.
+    pub fn peers(&self) -> BTreeMap<String, Peer> {
+        let members = self.lock();
+        let peer = |member: &Member| Peer {
+            role: member.registration.role,
+            underlay_address: member.registration.underlay_address,
+            open: member.open.as_ref().map(|open| (open.number, open.agent.clone())),
+        };
+        members.by_name.iter().map(|(name, member)| (name.clone(), peer(member))).collect()
+    }
+
+    /// Whether a member is alive and still in this session.
+    pub fn is_open(&self, name: &str, session: Session) -> bool {
+        self.lock().by_name.get(name).is_some_and(|member| member.is_in(session))
+    }
+
+    /// When [`Self::is_settled`] becomes true at the latest.
+    pub fn settled_at(&self) -> Instant {
+        self.settled_at
+    }
+
+    /// False as long as a proxy of the time before a restart may not have had the time to register
+    /// again: its addresses are not to be moved for that.
+    pub fn is_settled(&self) -> bool {
+        Instant::now() >= self.settled_at
+            || self
+                .lock()
+                .by_name
+                .values()
+                .all(|member| member.registration.role == Role::Host || member.open.is_some())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Members> {
+        // No critical section leaves a member half written when it panics.
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn check(heartbeat: &v1::HeartbeatRequest) -> Result<Registration, RegisterError> {
+    let invalid = |field, problem| RegisterError::Invalid { field, problem };
+    name::host(&heartbeat.name).map_err(|InvalidName(problem)| invalid("name", problem))?;
+    let role = match heartbeat.role() {
+        v1::Role::Host => Role::Host,
+        v1::Role::Proxy => Role::Proxy,
+        v1::Role::Unspecified => {
+            return Err(invalid("role", "neither host nor proxy".into()));
+        }
+    };
+    let endpoint = heartbeat
+        .endpoint
+        .parse()
+        .map_err(|error: endpoint::InvalidEndpoint| invalid("endpoint", error.to_string()))?;
+    let underlay_address = heartbeat.underlay_address.parse().map_err(|_| {
+        let text = &heartbeat.underlay_address;
+        invalid("underlay_address", format!("\"{text}\" is not an IPv4 address"))
+    })?;
+    Ok(Registration { role, endpoint, underlay_address })
+}
+
+/// A member's open session; dropping it declares the member dead.
+pub struct Registered {
+    fleet: Arc<Fleet>,
+    name: String,
+    session: Session,
+}
+
+impl Registered {
+    /// A further heartbeat of the session.
+    pub fn heartbeat(&self, heartbeat: v1::HeartbeatRequest) -> Result<(), RegisterError> {
+        if heartbeat.name != self.name {
+            let problem = format!("it was \"{}\" when this stream began", self.name);
+            return Err(RegisterError::Invalid { field: "name", problem });
+        }
+        let mut members = self.fleet.lock();
+        let member = members
+            .by_name
+            .get_mut(&self.name)
+            .filter(|member| member.is_in(self.session))
+            .ok_or_else(|| RegisterError::Replaced(self.name.clone()))?;
+        member.last_heartbeat = Some(Instant::now());
+        member.slots = heartbeat.slots;
+        member.parked = heartbeat.parked;
+        member.version = heartbeat.version;
+        let mut instances = heartbeat.instances;
+        for instance in &mut instances {
+            instance.host.clone_from(&self.name);
+        }
+        member.instances.report(instances);
+        Ok(())
+    }
+
+    /// The member's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Member {
+    fn is_in(&self, session: Session) -> bool {
+        self.open.as_ref().is_some_and(|open| open.number == session)
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let mut members = self.fleet.lock();
+        if let Some(member) = members.by_name.get_mut(&self.name)
+            && member.is_in(self.session)
+        {
+            member.open = None;
+            drop(members);
+            tracing::warn!(name = %self.name, "no longer alive");
+            self.fleet.changed.send_replace(());
+        }
+    }
+}
+
+/// A slot of a host that is kept for a start.
+pub struct Reservation {
+    fleet: Arc<Fleet>,
+    /// Name of the host.
+    pub host: String,
+    /// The session in which the host was chosen.
+    pub session: Session,
+    /// The host's agent.
+    pub agent: Agent,
+}
+
+impl Reservation {
+    /// The instance runs: it is listed from now on.
+    pub fn started(self, instance: &mut v1::Instance) {
+        instance.host.clone_from(&self.host);
+        if let Some(member) = self.fleet.lock().by_name.get_mut(&self.host) {
+            member.instances.started(instance.clone());
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(member) = self.fleet.lock().by_name.get_mut(&self.host) {
+            member.starting -= 1;
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! What a VPC's network deployment needs next: worked out from what is wanted, who is alive and
+//! what each agent acknowledged, without any I/O.
+//!
+//! A host's port range must be known to every alive proxy before the host uses it: else replies to
+//! its first packets would be dropped. So each proxy gets the VPC with all holders first, and a
+//! host its part of it only when each alive proxy has acknowledged that host's range. Holders on
+//! dead hosts stay: a host that is merely cut off still sends.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use warren_proto::v1::apply_vpc_request::Role as Apply;
+use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc};
+
+use crate::fleet::{Role, Session};
+use crate::ports::Leases;
+use crate::vpc::Vpc;
+
+/// A host or proxy.
+#[derive(Clone, Debug)]
+pub struct Node<'a> {
+    /// What it does.
+    pub role: Role,
+    /// Its address in the underlay.
+    pub underlay_address: Ipv4Addr,
+    /// Its session, if it is alive.
+    pub session: Option<Session>,
+    /// The last definition of this VPC that it acknowledged in this session.
+    pub acknowledged: Option<&'a ApplyVpcRequest>,
+}
+
+/// What is to be done for one VPC, and what is done.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// What to push now, by the name of the agent. Its session is the present one.
+    pub pushes: BTreeMap<String, ApplyVpcRequest>,
+    /// The hosts that may start instances in the VPC, with the session this is true for.
+    pub ready: BTreeMap<String, Session>,
+    /// The alive proxies.
+    pub proxies: BTreeSet<String>,
+}
+
+/// Plans the deployment of one VPC on all nodes.
+pub fn plan(vpc: &Vpc, leases: &Leases, nodes: &BTreeMap<String, Node<'_>>) -> Plan {
+    let mut plan = Plan::default();
+    let wanted = proxy_request(vpc, leases, nodes);
+    let alive =
+        |role| nodes.iter().filter(move |(_, node)| node.role == role && node.session.is_some());
+    let acknowledged: Vec<_> = alive(Role::Proxy).map(|(_, node)| node.acknowledged).collect();
+    for (name, proxy) in alive(Role::Proxy) {
+        plan.proxies.insert(name.clone());
+        if proxy.acknowledged != Some(&wanted) {
+            plan.pushes.insert(name.clone(), wanted.clone());
+        }
+    }
+    // The shared address is owned by the first proxy by name. Without any, hosts stay as they are.
+    let Some((_, owner)) = alive(Role::Proxy).next() else { return plan };
+    for (name, host) in alive(Role::Host) {
+        let Some(holder) = holder(leases, name, host) else { continue };
+        if !acknowledged
+            .iter()
+            .all(|known| known.is_some_and(|known| covers(known, &wanted, &holder)))
+        {
+            continue;
+        }
+        let request = request(
+            vpc,
+            Apply::Host(HostVpc {
+                ports: holder.ports,
+                proxy_address: owner.underlay_address.to_string(),
+            }),
+        );
+        if host.acknowledged != Some(&request) {
+            plan.pushes.insert(name.clone(), request);
+        } else if let Some(session) = host.session {
+            plan.ready.insert(name.clone(), session);
+        }
+    }
+    plan
+}
+
+fn request(vpc: &Vpc, role: Apply) -> ApplyVpcRequest {
+    ApplyVpcRequest {
+        vpc: vpc.name.clone(),
+        vni: vpc.vni,
+        shared_address: vpc.shared_address.to_string(),
+        role: Some(role),
+    }
+}
+
+fn holder(leases: &Leases, name: &str, host: &Node<'_>) -> Option<PortHolder> {
+    let ports = leases.of(name)?;
+    let host_address = host.underlay_address.to_string();
+    Some(PortHolder { ports: Some(ports.into()), host_address })
+}
+
+fn proxy_request(
+    vpc: &Vpc,
+    leases: &Leases,
+    nodes: &BTreeMap<String, Node<'_>>,
+) -> ApplyVpcRequest {
+    let hosts = nodes.iter().filter(|(_, node)| node.role == Role::Host);
+    let proxy = ProxyVpc {
+        interface: vpc.interface.clone(),
+        cidr: vpc.cidr.to_string(),
+        gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
+        holders: hosts.filter_map(|(name, host)| holder(leases, name, host)).collect(),
+    };
+    request(vpc, Apply::Proxy(proxy))
+}
+
+/// Whether a proxy with the definition `known` serves this holder as one with `wanted` would. The
+/// other holders do not matter: a host does not wait for another's range.
+fn covers(known: &ApplyVpcRequest, wanted: &ApplyVpcRequest, holder: &PortHolder) -> bool {
+    let without_holders = |request: &ApplyVpcRequest| {
+        let mut request = request.clone();
+        if let Some(Apply::Proxy(proxy)) = &mut request.role {
+            proxy.holders.clear();
+        }
+        request
+    };
+    let Some(Apply::Proxy(proxy)) = &known.role else { return false };
+    proxy.holders.contains(holder) && without_holders(known) == without_holders(wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vpc() -> Vpc {
+        Vpc {
+            name: "blue".into(),
+            vni: 4096,
+            cidr: "10.1.0.0/16".parse().unwrap(),
+            shared_address: "10.1.0.9".parse().unwrap(),
+            interface: "eth1".into(),
+            gateway: None,
+            ports_per_host: 1024,
+        }
+    }
+
+    /// A fleet whose agents acknowledge what they are told to.
+    #[derive(Default)]
+    struct World {
+        leases: Leases,
+        nodes: BTreeMap<String, (Role, Option<Session>)>,
+        acknowledged: BTreeMap<String, ApplyVpcRequest>,
+    }
+
+    impl World {
+        fn with(names: &[&str]) -> Self {
+            let mut world = Self::default();
+            for name in names {
+                let role = if name.starts_with('p') { Role::Proxy } else { Role::Host };
+                world.nodes.insert((*name).into(), (role, Some(1)));
+            }
+            world
+        }
+
+        fn lease(&mut self, host: &str) {
+            self.leases.lease(host, 1024).unwrap();
+        }
+
+        fn plan(&self) -> Plan {
+            let nodes = self.nodes.iter().map(|(name, (role, session))| {
+                let [letter, digit] = name.as_bytes().try_into().unwrap();
+                let node = Node {
+                    role: *role,
+                    underlay_address: Ipv4Addr::from([192, 0, letter, digit - b'0']),
+                    session: *session,
+                    acknowledged: self.acknowledged.get(name),
+                };
+                (name.clone(), node)
+            });
+            plan(&vpc(), &self.leases, &nodes.collect())
+        }
+
+        /// Plans, and lets these agents acknowledge; fails if nothing was to be pushed to one.
+        fn acknowledge(&mut self, names: &[&str]) {
+            let plan = self.plan();
+            for name in names {
+                let request = plan.pushes.get(*name).unwrap_or_else(|| panic!("{name}: {plan:?}"));
+                self.acknowledged.insert((*name).into(), request.clone());
+            }
+        }
+
+        fn pushes(&self) -> Vec<String> {
+            self.plan().pushes.into_keys().collect()
+        }
+
+        fn ready(&self) -> Vec<String> {
+            self.plan().ready.into_keys().collect()
+        }
+    }
+
+    #[test]
+    fn proxies_first_then_the_host_then_it_is_ready() {
+        let mut world = World::with(&["h1", "h2", "p1", "p2"]);
+        assert_eq!(world.pushes(), ["p1", "p2"], "proxies know the VPC before there is a holder");
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        assert_eq!(world.pushes(), ["p2"], "one proxy is not enough");
+        world.acknowledge(&["p2"]);
+        assert_eq!(world.pushes(), ["h1"]);
+        assert_eq!(world.ready(), [""; 0]);
+        world.acknowledge(&["h1"]);
+        assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn a_second_host_does_not_disturb_the_first() {
+        let mut world = World::with(&["h1", "h2", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        world.acknowledge(&["h1"]);
+        world.lease("h2");
+        assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec!["h1".to_owned()]));
+        world.acknowledge(&["p1"]);
+        assert_eq!((world.pushes(), world.ready()), (vec!["h2".into()], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn a_new_proxy_learns_the_vpc_before_hosts_are_moved_to_it() {
+        let mut world = World::with(&["h1", "p2"]);
+        world.lease("h1");
+        world.acknowledge(&["p2"]);
+        world.acknowledge(&["h1"]);
+        world.nodes.insert("p1".into(), (Role::Proxy, Some(2)));
+        assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
+        world.acknowledge(&["p1"]);
+        assert_eq!(world.pushes(), ["h1"]);
+        let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
+        assert_eq!(host.proxy_address, Ipv4Addr::from([192, 0, b'p', 1]).to_string());
+    }
+
+    #[test]
+    fn dead_proxies_are_not_waited_for_and_dead_hosts_stay_holders() {
+        let mut world = World::with(&["h1", "h2", "p1", "p2"]);
+        world.lease("h1");
+        world.lease("h2");
+        world.acknowledge(&["p2"]);
+        world.nodes.insert("p1".into(), (Role::Proxy, None));
+        world.nodes.insert("h2".into(), (Role::Host, None));
+        assert_eq!(world.pushes(), ["h1"]);
+        let Some(Apply::Proxy(proxy)) = &world.acknowledged["p2"].role else { panic!() };
+        assert_eq!(proxy.holders.len(), 2);
+        world.acknowledge(&["h1"]);
+        assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn without_a_proxy_nothing_is_pushed_and_nobody_is_ready() {
+        let mut world = World::with(&["h1", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        world.acknowledge(&["h1"]);
+        world.nodes.insert("p1".into(), (Role::Proxy, None));
+        assert_eq!(world.plan(), Plan::default());
+    }
+
+    #[test]
+    fn whoever_registers_anew_is_told_anew() {
+        let mut world = World::with(&["h1", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        world.acknowledge(&["h1"]);
+        // A new session: nothing is acknowledged in it.
+        world.acknowledged.remove("h1");
+        assert_eq!((world.pushes(), world.ready()), (vec!["h1".into()], vec![]));
+        world.acknowledge(&["h1"]);
+        world.acknowledged.remove("p1");
+        assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
+        world.acknowledge(&["p1"]);
+        assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+}

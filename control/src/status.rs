@@ -1,0 +1,99 @@
+//! How each error is told to gRPC clients: the code for programs, the text for people.
+
+use tonic::{Code, Status};
+
+use crate::deploy::DeployError;
+use crate::fleet::{InstanceError, RegisterError};
+use crate::placement::PlacementError;
+use crate::store::StoreError;
+use crate::vpc::CreateVpcError;
+
+fn status(code: Code, error: &impl std::error::Error) -> Status {
+    Status::new(code, error.to_string())
+}
+
+/// An agent's error, with the name of its host in front.
+pub fn of_agent(host: &str, error: &Status) -> Status {
+    Status::with_details(
+        error.code(),
+        format!("host {host}: {}", error.message()),
+        error.details().to_vec().into(),
+    )
+}
+
+impl From<StoreError> for Status {
+    fn from(error: StoreError) -> Self {
+        let code = match &error {
+            StoreError::Conflict(_) => Code::Aborted,
+            StoreError::TooLarge(_)
+            | StoreError::Open { .. }
+            | StoreError::Value { .. }
+            | StoreError::Database(_) => Code::Internal,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<CreateVpcError> for Status {
+    fn from(error: CreateVpcError) -> Self {
+        let code = match error {
+            CreateVpcError::Store(error) => return error.into(),
+            CreateVpcError::Invalid(_) => Code::InvalidArgument,
+            CreateVpcError::Exists(_) | CreateVpcError::AddressTaken { .. } => Code::AlreadyExists,
+            CreateVpcError::NoVniLeft => Code::ResourceExhausted,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<PlacementError> for Status {
+    fn from(error: PlacementError) -> Self {
+        let code = match error {
+            PlacementError::UnknownHost(_) => Code::NotFound,
+            PlacementError::DeadHost(_) | PlacementError::NoHost => Code::Unavailable,
+            PlacementError::FullHost { .. } | PlacementError::Full { .. } => {
+                Code::ResourceExhausted
+            }
+        };
+        status(code, &error)
+    }
+}
+
+impl From<DeployError> for Status {
+    fn from(error: DeployError) -> Self {
+        let code = match &error {
+            DeployError::UnknownVpc(_) => Code::NotFound,
+            DeployError::NoProxy(_) => Code::FailedPrecondition,
+            DeployError::NoPorts { .. } => Code::ResourceExhausted,
+            DeployError::Refused { status, .. } => status.code(),
+            DeployError::HostLost { .. } => Code::Unavailable,
+            DeployError::Late { .. } => Code::DeadlineExceeded,
+            DeployError::Store(_) => Code::Internal,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<RegisterError> for Status {
+    fn from(error: RegisterError) -> Self {
+        let code = match &error {
+            RegisterError::Invalid { .. } => Code::InvalidArgument,
+            RegisterError::OtherRole(_) | RegisterError::Unreachable { .. } => {
+                Code::FailedPrecondition
+            }
+            RegisterError::Replaced(_) => Code::Aborted,
+            RegisterError::Store(_) => Code::Internal,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<InstanceError> for Status {
+    fn from(error: InstanceError) -> Self {
+        let code = match error {
+            InstanceError::Unknown(_) => Code::NotFound,
+            InstanceError::DeadHost { .. } => Code::Unavailable,
+        };
+        status(code, &error)
+    }
+}

@@ -1,0 +1,338 @@
+//! VPCs: what makes a valid one, and how they are created.
+
+use std::net::Ipv4Addr;
+
+use ipnetwork::Ipv4Network;
+use serde::{Deserialize, Serialize};
+use warren_proto::v1;
+
+use crate::name::{self, InvalidName};
+use crate::store::{Precondition, Store, StoreError, Write, decode};
+
+/// Where VPCs are stored: `vpc/NAME`.
+pub const VPC_PREFIX: &str = "vpc/";
+/// The VNI of the next VPC. It only grows: packets of a deleted VPC must never enter another.
+const NEXT_VNI: &str = "next-vni";
+/// VNIs below are left to networks that exist already.
+const FIRST_VNI: u32 = 4096;
+/// VXLAN has 24 bits for it.
+const LAST_VNI: u32 = (1 << 24) - 1;
+const DEFAULT_PORTS_PER_HOST: u32 = 1024;
+/// The guests' side of each slot, on every host: a VPC with these addresses would be out of reach.
+const GUEST_ADDRESSES: (Ipv4Addr, u8) = (Ipv4Addr::new(169, 254, 0, 0), 16);
+
+/// A VPC that was found valid.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vpc {
+    /// An RFC 1123 label.
+    pub name: String,
+    /// VXLAN network identifier; 0 until it is stored.
+    pub vni: u32,
+    /// Its addresses. The prefix is 1 to 30 bits long.
+    pub cidr: Ipv4Network,
+    /// The address that its microVMs are seen as. In `cidr`.
+    pub shared_address: Ipv4Addr,
+    /// Interface of the proxy nodes that stands in the VPC, 1 to 15 bytes.
+    pub interface: String,
+    /// Next hop for other addresses. In `cidr`.
+    pub gateway: Option<Ipv4Addr>,
+    /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
+    pub ports_per_host: u32,
+}
+
+/// A definition that makes no VPC.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {problem}")]
+pub struct InvalidVpc {
+    /// Name of the field of `warren.v1.Vpc`.
+    pub field: &'static str,
+    /// What is wrong with it, and what would be right.
+    pub problem: String,
+}
+
+/// Why a VPC was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateVpcError {
+    /// The definition is wrong.
+    #[error(transparent)]
+    Invalid(#[from] InvalidVpc),
+    /// The name is taken.
+    #[error(
+        "VPC \"{0}\" exists with another definition: `warren vpc ls` shows it; choose another name"
+    )]
+    Exists(String),
+    /// Replies could not be told apart.
+    #[error(
+        "{address} on {interface} is the shared address of VPC \"{other}\": choose another address"
+    )]
+    AddressTaken {
+        /// The wanted address.
+        address: Ipv4Addr,
+        /// The wanted interface.
+        interface: String,
+        /// Whose it is.
+        other: String,
+    },
+    /// 16 million VPCs were made.
+    #[error("no VXLAN network identifier is left")]
+    NoVniLeft,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl TryFrom<v1::Vpc> for Vpc {
+    type Error = InvalidVpc;
+
+    fn try_from(vpc: v1::Vpc) -> Result<Self, InvalidVpc> {
+        let invalid = |field| move |problem: String| InvalidVpc { field, problem };
+        name::label(&vpc.name).map_err(|InvalidName(problem)| invalid("name")(problem))?;
+        if vpc.vni != 0 {
+            return Err(invalid("vni")("the control plane gives it: leave it 0".into()));
+        }
+        let cidr = parse_cidr(&vpc.cidr).map_err(invalid("cidr"))?;
+        let shared_address =
+            parse_address(&vpc.shared_address, cidr).map_err(invalid("shared_address"))?;
+        check_interface(&vpc.interface).map_err(invalid("interface"))?;
+        let gateway = match vpc.gateway.as_str() {
+            "" => None,
+            text => Some(parse_address(text, cidr).map_err(invalid("gateway"))?),
+        };
+        if gateway == Some(shared_address) {
+            let problem =
+                format!("{shared_address} is the shared address: the next hop is another");
+            return Err(invalid("gateway")(problem));
+        }
+        let ports_per_host = match vpc.ports_per_host {
+            0 => DEFAULT_PORTS_PER_HOST,
+            ports if ports.is_power_of_two() && (64..=32768).contains(&ports) => ports,
+            ports => {
+                let problem = format!("{ports} is not a power of two from 64 to 32768");
+                return Err(invalid("ports_per_host")(problem));
+            }
+        };
+        Ok(Self {
+            name: vpc.name,
+            vni: 0,
+            cidr,
+            shared_address,
+            interface: vpc.interface,
+            gateway,
+            ports_per_host,
+        })
+    }
+}
+
+impl From<Vpc> for v1::Vpc {
+    fn from(vpc: Vpc) -> Self {
+        Self {
+            name: vpc.name,
+            vni: vpc.vni,
+            cidr: vpc.cidr.to_string(),
+            shared_address: vpc.shared_address.to_string(),
+            interface: vpc.interface,
+            gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
+            ports_per_host: vpc.ports_per_host,
+        }
+    }
+}
+
+fn parse_cidr(text: &str) -> Result<Ipv4Network, String> {
+    if !text.contains('/') {
+        return Err(format!("\"{text}\" is not a CIDR: write it like 10.1.0.0/16"));
+    }
+    let cidr: Ipv4Network =
+        text.parse().map_err(|_| format!("\"{text}\" is not an IPv4 CIDR such as 10.1.0.0/16"))?;
+    if !(1..=30).contains(&cidr.prefix()) {
+        return Err(format!("/{} is not a prefix length from 1 to 30", cidr.prefix()));
+    }
+    if cidr.ip() != cidr.network() {
+        let network = cidr.network();
+        let prefix = cidr.prefix();
+        return Err(format!("{text} has bits set behind its prefix: write {network}/{prefix}"));
+    }
+    let (guests, prefix) = GUEST_ADDRESSES;
+    if cidr.contains(guests) || guests.octets()[..2] == cidr.ip().octets()[..2] {
+        return Err(format!(
+            "{text} overlaps {guests}/{prefix}, where microVMs have their local addresses"
+        ));
+    }
+    Ok(cidr)
+}
+
+fn parse_address(text: &str, cidr: Ipv4Network) -> Result<Ipv4Addr, String> {
+    let address: Ipv4Addr =
+        text.parse().map_err(|_| format!("\"{text}\" is not an IPv4 address"))?;
+    if !cidr.contains(address) {
+        return Err(format!("{address} is not inside {cidr}"));
+    }
+    if address == cidr.network() || address == cidr.broadcast() {
+        return Err(format!("{address} is the network or broadcast address of {cidr}"));
+    }
+    Ok(address)
+}
+
+fn check_interface(name: &str) -> Result<(), String> {
+    let allowed = |byte: u8| byte.is_ascii_graphic() && byte != b'/' && byte != b':';
+    if name.is_empty() || name.len() > 15 {
+        return Err(format!("\"{name}\" has {} bytes: a device name has 1 to 15", name.len()));
+    }
+    if !name.bytes().all(allowed) || name == "." || name == ".." {
+        return Err(format!("\"{name}\" is not a device name: `ip link` lists the proxy's"));
+    }
+    Ok(())
+}
+
+/// All VPCs, by name.
+pub async fn list(store: &dyn Store) -> Result<Vec<Vpc>, StoreError> {
+    let (_, entries) = store.list(VPC_PREFIX).await?;
+    entries.iter().map(|entry| decode(&entry.key, &entry.value)).collect()
+}
+
+/// The VPC of this name, if it exists.
+pub async fn get(store: &dyn Store, name: &str) -> Result<Option<Vpc>, StoreError> {
+    let entry = store.get(&format!("{VPC_PREFIX}{name}")).await?;
+    entry.map(|entry| decode(&entry.key, &entry.value)).transpose()
+}
+
+/// Stores a new VPC and gives it its VNI. The same definition again changes nothing.
+pub async fn create(store: &dyn Store, definition: v1::Vpc) -> Result<Vpc, CreateVpcError> {
+    let wanted = Vpc::try_from(definition)?;
+    loop {
+        match try_create(store, wanted.clone()).await {
+            // Another VPC was created between reading and writing.
+            Err(CreateVpcError::Store(StoreError::Conflict(_))) => {}
+            done => return done,
+        }
+    }
+}
+
+async fn try_create(store: &dyn Store, wanted: Vpc) -> Result<Vpc, CreateVpcError> {
+    // The counter is read first and its revision is a precondition: so creations are one after
+    // another, and what is found free below stays free.
+    let counter = store.get(NEXT_VNI).await?;
+    let vni = match &counter {
+        Some(entry) => decode(NEXT_VNI, &entry.value)?,
+        None => FIRST_VNI,
+    };
+    for existing in list(store).await? {
+        if existing.name == wanted.name {
+            let same = existing == Vpc { vni: existing.vni, ..wanted };
+            return if same { Ok(existing) } else { Err(CreateVpcError::Exists(existing.name)) };
+        }
+        if (existing.shared_address, &existing.interface)
+            == (wanted.shared_address, &wanted.interface)
+        {
+            return Err(CreateVpcError::AddressTaken {
+                address: wanted.shared_address,
+                interface: wanted.interface,
+                other: existing.name,
+            });
+        }
+    }
+    if vni > LAST_VNI {
+        return Err(CreateVpcError::NoVniLeft);
+    }
+    let vpc = Vpc { vni, ..wanted };
+    let key = format!("{VPC_PREFIX}{}", vpc.name);
+    let preconditions =
+        vec![Precondition::unchanged(NEXT_VNI, counter.as_ref()), Precondition::absent(&key)];
+    let writes = vec![Write::put(NEXT_VNI, &(vni + 1))?, Write::put(key, &vpc)?];
+    store.commit(preconditions, writes).await?;
+    Ok(vpc)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::store::SqliteStore;
+
+    fn valid() -> v1::Vpc {
+        v1::Vpc {
+            name: "blue".into(),
+            vni: 0,
+            cidr: "10.1.0.0/16".into(),
+            shared_address: "10.1.0.9".into(),
+            interface: "eth1".into(),
+            gateway: "10.1.0.1".into(),
+            ports_per_host: 0,
+        }
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let vpc = Vpc::try_from(valid()).unwrap();
+        assert_eq!(vpc.ports_per_host, 1024);
+        assert_eq!(v1::Vpc::from(vpc), v1::Vpc { ports_per_host: 1024, ..valid() });
+        let none = v1::Vpc { gateway: String::new(), ..valid() };
+        assert_eq!(Vpc::try_from(none).unwrap().gateway, None);
+    }
+
+    #[test]
+    fn errors_name_the_field_and_the_value() {
+        let cases: [(&str, &str, v1::Vpc); 20] = [
+            ("name", "empty", v1::Vpc { name: String::new(), ..valid() }),
+            ("name", "Blue", v1::Vpc { name: "Blue".into(), ..valid() }),
+            ("vni", "leave it 0", v1::Vpc { vni: 5, ..valid() }),
+            ("cidr", "\"\"", v1::Vpc { cidr: String::new(), ..valid() }),
+            ("cidr", "10.1.0.0", v1::Vpc { cidr: "10.1.0.0".into(), ..valid() }),
+            ("cidr", "fd00::/8", v1::Vpc { cidr: "fd00::/8".into(), ..valid() }),
+            ("cidr", "write 10.1.0.0/16", v1::Vpc { cidr: "10.1.2.3/16".into(), ..valid() }),
+            ("cidr", "/31", v1::Vpc { cidr: "10.1.0.0/31".into(), ..valid() }),
+            ("cidr", "/0", v1::Vpc { cidr: "0.0.0.0/0".into(), ..valid() }),
+            ("cidr", "169.254.0.0/16", v1::Vpc { cidr: "169.254.7.0/24".into(), ..valid() }),
+            ("cidr", "169.254.0.0/16", v1::Vpc { cidr: "128.0.0.0/1".into(), ..valid() }),
+            ("shared_address", "\"x\"", v1::Vpc { shared_address: "x".into(), ..valid() }),
+            ("shared_address", "inside", v1::Vpc { shared_address: "10.2.0.9".into(), ..valid() }),
+            ("shared_address", "network", v1::Vpc { shared_address: "10.1.0.0".into(), ..valid() }),
+            ("interface", "0 bytes", v1::Vpc { interface: String::new(), ..valid() }),
+            ("interface", "16 bytes", v1::Vpc { interface: "e".repeat(16), ..valid() }),
+            ("interface", "a/b", v1::Vpc { interface: "a/b".into(), ..valid() }),
+            ("gateway", "shared", v1::Vpc { gateway: "10.1.0.9".into(), ..valid() }),
+            ("ports_per_host", "1000", v1::Vpc { ports_per_host: 1000, ..valid() }),
+            ("ports_per_host", "65536", v1::Vpc { ports_per_host: 65536, ..valid() }),
+        ];
+        for (field, part, definition) in cases {
+            let error = Vpc::try_from(definition).unwrap_err();
+            assert_eq!(error.field, field, "{error}");
+            assert!(error.to_string().contains(part), "{error} should contain {part}");
+        }
+    }
+
+    #[tokio::test]
+    async fn vnis_are_different_and_a_repetition_is_no_new_vpc() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&directory.path().join("state.db")).await.unwrap();
+        let store: Arc<dyn Store> = Arc::new(store);
+        let definition = |index: u32| v1::Vpc {
+            name: format!("vpc-{index}"),
+            shared_address: format!("10.1.0.{}", 10 + index),
+            ..valid()
+        };
+        let creations: Vec<_> = (0..10)
+            .map(|index| {
+                let store = store.clone();
+                tokio::spawn(async move { create(&*store, definition(index)).await.unwrap().vni })
+            })
+            .collect();
+        let mut vnis = Vec::new();
+        for creation in creations {
+            vnis.push(creation.await.unwrap());
+        }
+        vnis.sort_unstable();
+        assert_eq!(vnis, (4096..4106).collect::<Vec<_>>());
+
+        let again = create(&*store, definition(3)).await.unwrap();
+        assert_eq!(Some(again), get(&*store, "vpc-3").await.unwrap());
+        assert_eq!(list(&*store).await.unwrap().len(), 10);
+
+        let other = v1::Vpc { cidr: "10.1.0.0/17".into(), ..definition(3) };
+        let error = create(&*store, other).await.unwrap_err();
+        assert!(matches!(error, CreateVpcError::Exists(_)), "{error}");
+        let same_address = v1::Vpc { name: "other".into(), ..definition(4) };
+        let error = create(&*store, same_address).await.unwrap_err().to_string();
+        assert!(error.contains("10.1.0.14 on eth1") && error.contains("vpc-4"), "{error}");
+    }
+}
