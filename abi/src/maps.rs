@@ -229,6 +229,20 @@ pub struct Sweep {
     pub stale: u32,
 }
 
+impl Sweep {
+    /// Its bytes, as the program gets them.
+    pub const fn to_bytes(self) -> [u8; size_of::<Self>()] {
+        // SAFETY: integers only, no padding (checked below): every byte is initialised.
+        unsafe { core::mem::transmute(self) }
+    }
+
+    /// From its bytes, as the program leaves them.
+    pub const fn from_bytes(bytes: [u8; size_of::<Self>()]) -> Self {
+        // SAFETY: integers only: any bytes are a value.
+        unsafe { core::mem::transmute(bytes) }
+    }
+}
+
 #[cfg(feature = "user")]
 mod pod {
     macro_rules! pod {
@@ -241,7 +255,6 @@ mod pod {
         };
     }
     pod!(Slot, HostVpc, OutKey, Flow, InKey, InFlow, ProxyVpc, BlockKey, Underlay, Ipv4);
-    use super::Ipv4;
 }
 
 /// Fails to compile if a type has another size than its fields together.

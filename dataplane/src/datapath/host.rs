@@ -1,5 +1,6 @@
 //! A host's data path.
 
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::{self, Debug, Formatter};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -260,7 +261,7 @@ impl HostDatapath {
         let mut state = self.lock();
         let error = |source| Error::program("run program", programs::SWEEP, source);
         state.programs.program(programs::SWEEP)?.test_run(options).map_err(error)?;
-        let report = maps::Sweep::from_bytes(&bytes);
+        let report = maps::Sweep::from_bytes(bytes);
         Ok(SweepReport { live: report.live, expired: report.expired, stale: report.stale })
     }
 
@@ -341,11 +342,11 @@ fn open_slots(
     mtu: u16,
 ) -> Result<Vec<Slot>, Error> {
     let name = |number: u32| format!("{}{number}", options.interface_prefix);
-    let mut existing = std::collections::HashMap::new();
+    let mut existing = BTreeMap::new();
     for interface in netlink.interfaces()? {
         existing.insert(interface.name.clone(), interface);
     }
-    let mut made = Vec::new();
+    let mut made = HashSet::new();
     for number in 1..=options.slots {
         let name = name(number);
         match existing.get(&name) {
@@ -357,7 +358,7 @@ fn open_slots(
             None => {
                 tap::create(&name)?;
                 sysctl::disable_ipv6(&name)?;
-                made.push(name);
+                made.insert(name);
             }
         }
     }
@@ -367,6 +368,7 @@ fn open_slots(
             existing.insert(interface.name.clone(), interface);
         }
     }
+    forget_slots(state, existing.values())?;
 
     let mut slots = Vec::with_capacity(options.slots as usize);
     for number in 1..=options.slots {
@@ -379,6 +381,21 @@ fn open_slots(
         slots.push(slot);
     }
     Ok(slots)
+}
+
+/// Removes the entries of TAPs that are gone.
+fn forget_slots<'a>(
+    state: &mut State,
+    interfaces: impl Iterator<Item = &'a Interface>,
+) -> Result<(), Error> {
+    let indices: HashSet<u32> = interfaces.map(|interface| interface.index).collect();
+    let entries: Result<Vec<u32>, _> = state.slots.keys().collect();
+    for ifindex in entries.map_err(|source| Error::map(names::SLOTS, source))? {
+        if !indices.contains(&ifindex) {
+            state.slots.remove(&ifindex).map_err(|source| Error::map(names::SLOTS, source))?;
+        }
+    }
+    Ok(())
 }
 
 /// Enters a slot into the map. A TAP that was there keeps its attachment; a new one, whose index

@@ -1,21 +1,379 @@
 //! A proxy's data path.
-use super::{DropCount, Error, ProxyOptions, ProxyVpc};
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Debug, Formatter};
+use std::net::Ipv4Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use aya::maps::{HashMap, MapData};
+use ipnetwork::Ipv4Network;
+use rtnetlink::packet_route::link::InfoKind;
+use warren_abi::maps::{self, BlockKey, names, programs};
+use warren_abi::nat::{BLOCK_PORTS, block_of};
+use warren_abi::wire::{Ipv4, Mac};
+
+use super::counters::{self, Counters};
+use super::netlink::{Interface, Netlink};
+use super::programs::{MapSpec, Pins, Programs};
+use super::sysctl::{self, ExpeditedRcu};
+use super::{
+    DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, underlay,
+};
+
+/// VPCs that a proxy can serve.
+const MAX_VPCS: u32 = 4096;
+
+/// Blocks of ports, over all VPCs: a quarter of a million.
+const MAX_BLOCKS: u32 = 1 << 18;
 
 /// The data path of a proxy, open. All methods may be called from any thread.
-#[derive(Debug)]
-pub struct ProxyDatapath {}
+///
+/// Dropping it changes nothing: packets flow on.
+pub struct ProxyDatapath {
+    state: Mutex<State>,
+}
+
+struct State {
+    netlink: Netlink,
+    programs: Programs,
+    vpcs: HashMap<MapData, u32, maps::ProxyVpc>,
+    interfaces: HashMap<MapData, u32, maps::ProxyVpc>,
+    blocks: HashMap<MapData, BlockKey, Ipv4>,
+    counters: Counters,
+}
+
+impl Debug for ProxyDatapath {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ProxyDatapath").finish_non_exhaustive()
+    }
+}
 
 impl ProxyDatapath {
-    /// Makes the data path, or adopts the one that is there and replaces its programs.
-    pub fn open(options: &ProxyOptions) -> Result<Self, Error> { unimplemented!("{options:?}") }
-    /// Makes a VPC known, or replaces what was known; blocks not listed any more are removed.
-    pub fn apply_vpc(&self, vpc: &ProxyVpc) -> Result<(), Error> { unimplemented!("{vpc:?}") }
-    /// Forgets a VPC; nothing if unknown.
-    pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> { unimplemented!("{vni}") }
+    /// Makes the data path, or adopts the one that is there and replaces its programs, one by
+    /// one, with no packet lost.
+    ///
+    /// Interfaces are those of the calling thread's network namespace. Needs the capabilities
+    /// `CAP_BPF` and `CAP_NET_ADMIN`, and the right to write `/proc/sys`.
+    pub fn open(options: &ProxyOptions) -> Result<Self, Error> {
+        check_address("underlay address", options.underlay_address)?;
+        let device = underlay::device_name(&options.interface_prefix)?;
+        let mut netlink = Netlink::open()?;
+        let underlay = underlay::find(
+            &mut netlink,
+            &options.underlay_interface,
+            options.underlay_address,
+        )?;
+        let mut programs = Programs::load(
+            &options.object,
+            &underlay,
+            Pins::open(&options.bpffs)?,
+            &[
+                MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS),
+                MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS),
+                MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
+                MapSpec::new::<u32, u64>(names::DROPS, counters::entries(MAX_VPCS)),
+            ],
+            &[programs::TUNNEL_PROXY, programs::VPC],
+        )?;
+        let _expedited = ExpeditedRcu::new();
+        underlay::open_device(
+            &mut netlink,
+            &mut programs,
+            programs::TUNNEL_PROXY,
+            &device,
+            underlay::inner_mtu(&underlay),
+        )?;
+        for link in programs.pins().link_names()? {
+            if link.starts_with(LINK_PREFIX) {
+                // Where the interface is gone, the VPC waits to be applied again.
+                programs.replace(programs::VPC, &link)?;
+            }
+        }
+        let state = State {
+            netlink,
+            vpcs: programs.map(names::PROXY_VPCS)?,
+            interfaces: programs.map(names::INTERFACES)?,
+            blocks: programs.map(names::BLOCKS)?,
+            counters: Counters::new(programs.map(names::DROPS)?),
+            programs,
+        };
+        Ok(Self { state: Mutex::new(state) })
+    }
+
+    /// Makes a VPC known, or replaces what was known: blocks that are not listed any more are
+    /// removed, without a gap for those that are.
+    pub fn apply_vpc(&self, vpc: &ProxyVpc) -> Result<(), Error> {
+        check_vni(vpc.vni)?;
+        check_address("shared address", vpc.shared_address)?;
+        if let Some(gateway) = vpc.gateway {
+            check_address("gateway", gateway)?;
+        }
+        let blocks = blocks(vpc)?;
+        let mut state = self.lock();
+        let interface = state.netlink.interface(&vpc.interface)?;
+        let Some(mac) = interface.mac else {
+            let remedy = "give an Ethernet interface";
+            return Err(Error::invalid("VPC interface", &vpc.interface, remedy));
+        };
+        let before = state.vpc(vpc.vni)?;
+        match state.interface_owner(interface.index)? {
+            Some(owner) if owner != vpc.vni => {
+                let remedy = "give an interface that serves no other VPC";
+                return Err(Error::invalid("VPC interface", &vpc.interface, remedy));
+            }
+            _ => {}
+        }
+        let scope = match before {
+            Some(before) => before.scope,
+            None => state.free_scope()?,
+        };
+        if let Some(before) = before.filter(|before| before.ifindex != interface.index) {
+            state.leave_interface(&before)?;
+        }
+
+        state.set_blocks(vpc.vni, &blocks)?;
+        let value = maps::ProxyVpc {
+            vni: vpc.vni,
+            ifindex: interface.index,
+            shared_address: vpc.shared_address.into(),
+            network: vpc.cidr.network().into(),
+            mask: vpc.cidr.mask().into(),
+            gateway: vpc.gateway.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
+            scope,
+            mac: Mac::new(mac),
+            reserved: [0; 2],
+        };
+        state
+            .interfaces
+            .insert(interface.index, value, 0)
+            .map_err(|source| Error::map(names::INTERFACES, source))?;
+        state
+            .vpcs
+            .insert(vpc.vni, value, 0)
+            .map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+        state.enter_interface(vpc, &interface, before.map(|before| before.shared_address.into()))
+    }
+
+    /// Forgets a VPC; nothing if unknown. Its interface is left up, without the shared address.
+    pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> {
+        let mut state = self.lock();
+        let Some(vpc) = state.vpc(vni)? else { return Ok(()) };
+        state.leave_interface(&vpc)?;
+        state.vpcs.remove(&vni).map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+        state.set_blocks(vni, &BTreeMap::new())
+    }
+
     /// The VPCs that the programs know, in the order of their VNIs.
-    pub fn vpcs(&self) -> Result<Vec<ProxyVpc>, Error> { unimplemented!() }
-    /// The counters that are not zero.
-    pub fn drops(&self) -> Result<Vec<DropCount>, Error> { unimplemented!() }
-    /// Removes everything that `open` and `apply_vpc` made, open here or not.
-    pub fn uninstall(options: &ProxyOptions) -> Result<(), Error> { unimplemented!("{options:?}") }
+    pub fn vpcs(&self) -> Result<Vec<ProxyVpc>, Error> {
+        let mut state = self.lock();
+        let interfaces = state.netlink.interfaces()?;
+        let mut holders = state.holders()?;
+        let mut vpcs = Vec::new();
+        for vpc in state.all_vpcs()? {
+            let name = interfaces
+                .iter()
+                .find(|interface| interface.index == vpc.ifindex)
+                .map_or_else(String::new, |interface| interface.name.clone());
+            let cidr = Ipv4Network::with_netmask(vpc.network.into(), vpc.mask.into());
+            vpcs.push(ProxyVpc {
+                vni: vpc.vni,
+                interface: name,
+                shared_address: vpc.shared_address.into(),
+                cidr: cidr.map_err(|_| {
+                    let remedy = "remove the VPC and apply it again";
+                    Error::invalid("mask in the map", Ipv4Addr::from(vpc.mask), remedy)
+                })?,
+                gateway: Some(vpc.gateway.into()).filter(|gateway: &Ipv4Addr| {
+                    !gateway.is_unspecified()
+                }),
+                holders: holders.remove(&vpc.vni).unwrap_or_default(),
+            });
+        }
+        vpcs.sort_unstable_by_key(|vpc| vpc.vni);
+        Ok(vpcs)
+    }
+
+    /// The counters that are not zero, by VNI; 0 is of no VPC. Those of a VPC go with it.
+    pub fn drops(&self) -> Result<Vec<DropCount>, Error> {
+        let state = self.lock();
+        let mut found = Vec::new();
+        state.counters.read(0, 0, &mut found)?;
+        let mut vpcs = state.all_vpcs()?;
+        vpcs.sort_unstable_by_key(|vpc| vpc.vni);
+        for vpc in vpcs {
+            state.counters.read(vpc.scope, vpc.vni, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    /// Removes everything that [`ProxyDatapath::open`] and [`ProxyDatapath::apply_vpc`] made, open
+    /// or not: pins, shared addresses, the VXLAN device. No error if nothing is there.
+    pub fn uninstall(options: &ProxyOptions) -> Result<(), Error> {
+        let device = underlay::device_name(&options.interface_prefix)?;
+        let _expedited = ExpeditedRcu::new();
+        let mut netlink = Netlink::open()?;
+        let interfaces = netlink.interfaces()?;
+        for vpc in pinned_vpcs(&options.bpffs)? {
+            let found = interfaces.iter().find(|interface| interface.index == vpc.ifindex);
+            if let Some(interface) = found {
+                netlink.remove_address(interface, vpc.shared_address.into())?;
+            }
+        }
+        Pins::remove_all(&options.bpffs)?;
+        for interface in interfaces {
+            if interface.kind == Some(InfoKind::Vxlan) && interface.name == device {
+                netlink.delete(&interface)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // What a panic leaves half done, the next application of the VPC completes.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Beginning of the names of links on VPCs' interfaces.
+const LINK_PREFIX: &str = "vpc-";
+
+impl State {
+    fn all_vpcs(&self) -> Result<Vec<maps::ProxyVpc>, Error> {
+        all_vpcs(&self.vpcs)
+    }
+
+    fn vpc(&self, vni: u32) -> Result<Option<maps::ProxyVpc>, Error> {
+        Ok(self.all_vpcs()?.into_iter().find(|vpc| vpc.vni == vni))
+    }
+
+    fn interface_owner(&self, ifindex: u32) -> Result<Option<u32>, Error> {
+        Ok(self.all_vpcs()?.into_iter().find(|vpc| vpc.ifindex == ifindex).map(|vpc| vpc.vni))
+    }
+
+    /// A scope that no VPC has, its counters at zero.
+    fn free_scope(&mut self) -> Result<u32, Error> {
+        let taken: BTreeSet<u32> = self.all_vpcs()?.iter().map(|vpc| vpc.scope).collect();
+        let Some(scope) = (1..=MAX_VPCS).find(|scope| !taken.contains(scope)) else {
+            let remedy = "remove a VPC first, or use another proxy";
+            return Err(Error::invalid("number of VPCs", MAX_VPCS, remedy));
+        };
+        self.counters.clear(scope)?;
+        Ok(scope)
+    }
+
+    /// Prepares an interface in a VPC: program first, so that the kernel's own stack behind the
+    /// shared address is out of reach; then the address, from which the kernel sends ARP.
+    fn enter_interface(
+        &mut self,
+        vpc: &ProxyVpc,
+        interface: &Interface,
+        before: Option<Ipv4Addr>,
+    ) -> Result<(), Error> {
+        let _expedited = ExpeditedRcu::new();
+        sysctl::disable_ipv6(&interface.name)?;
+        let link = format!("{LINK_PREFIX}{}", vpc.vni);
+        self.programs.attach(programs::VPC, &link, &interface.name)?;
+        if let Some(before) = before.filter(|before| *before != vpc.shared_address) {
+            self.netlink.remove_address(interface, before)?;
+        }
+        self.netlink.add_address(interface, vpc.shared_address)?;
+        self.netlink.set_up(interface, interface.mtu)
+    }
+
+    fn leave_interface(&mut self, vpc: &maps::ProxyVpc) -> Result<(), Error> {
+        let _expedited = ExpeditedRcu::new();
+        let interfaces = self.netlink.interfaces()?;
+        if let Some(interface) = interfaces.iter().find(|found| found.index == vpc.ifindex) {
+            self.netlink.remove_address(interface, vpc.shared_address.into())?;
+        }
+        self.programs.pins().remove_link(&format!("{LINK_PREFIX}{}", vpc.vni))?;
+        self.interfaces
+            .remove(&vpc.ifindex)
+            .map_err(|source| Error::map(names::INTERFACES, source))
+    }
+
+    /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away
+    /// with the others.
+    fn set_blocks(&mut self, vni: u32, wanted: &BTreeMap<(u32, u32), Ipv4>) -> Result<(), Error> {
+        let error = |source| Error::map(names::BLOCKS, source);
+        let mut unwanted = Vec::new();
+        let mut present = BTreeMap::new();
+        for entry in self.blocks.iter() {
+            let (key, holder) = entry.map_err(error)?;
+            let place = (key.shared_address.0, key.block);
+            if key.vni != vni {
+                continue;
+            }
+            present.insert(place, holder);
+            if !wanted.contains_key(&place) {
+                unwanted.push(key);
+            }
+        }
+        for (&(shared_address, block), holder) in wanted {
+            if present.get(&(shared_address, block)) != Some(holder) {
+                let key = BlockKey { vni, shared_address: Ipv4(shared_address), block };
+                self.blocks.insert(key, holder, 0).map_err(error)?;
+            }
+        }
+        for key in unwanted {
+            self.blocks.remove(&key).map_err(error)?;
+        }
+        Ok(())
+    }
+
+    /// Who holds which ports, by VNI, adjacent blocks joined.
+    fn holders(&self) -> Result<std::collections::HashMap<u32, Vec<(PortRange, Ipv4Addr)>>, Error> {
+        let mut blocks = BTreeMap::new();
+        for entry in self.blocks.iter() {
+            let (key, holder) = entry.map_err(|source| Error::map(names::BLOCKS, source))?;
+            blocks.insert((key.vni, key.block), Ipv4Addr::from(holder));
+        }
+        let mut holders = std::collections::HashMap::<u32, Vec<(PortRange, Ipv4Addr)>>::new();
+        for ((vni, block), holder) in blocks {
+            let base = block * BLOCK_PORTS;
+            let ranges = holders.entry(vni).or_default();
+            match ranges.last_mut() {
+                Some((range, last)) if *last == holder && range.end() == base => {
+                    range.count += BLOCK_PORTS;
+                }
+                _ => ranges.push((PortRange { base: base as u16, count: BLOCK_PORTS }, holder)),
+            }
+        }
+        Ok(holders)
+    }
+}
+
+fn all_vpcs(map: &HashMap<MapData, u32, maps::ProxyVpc>) -> Result<Vec<maps::ProxyVpc>, Error> {
+    map.iter()
+        .map(|entry| entry.map(|(_, vpc)| vpc))
+        .collect::<Result<_, _>>()
+        .map_err(|source| Error::map(names::PROXY_VPCS, source))
+}
+
+/// The VPCs in a pinned map; none if there is no such map.
+fn pinned_vpcs(directory: &std::path::Path) -> Result<Vec<maps::ProxyVpc>, Error> {
+    let path = directory.join("maps").join(names::PROXY_VPCS);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let map = MapData::from_pin(&path)
+        .and_then(|data| HashMap::try_from(aya::maps::Map::HashMap(data)));
+    all_vpcs(&map.map_err(|source| Error::map(names::PROXY_VPCS, source))?)
+}
+
+/// The blocks of a VPC and who holds them, by shared address and block.
+fn blocks(vpc: &ProxyVpc) -> Result<BTreeMap<(u32, u32), Ipv4>, Error> {
+    let shared = Ipv4::from(vpc.shared_address).0;
+    let mut blocks = BTreeMap::new();
+    for &(range, holder) in &vpc.holders {
+        range.check()?;
+        check_address("holder of ports", holder)?;
+        for block in block_of(range.base)..range.end() / BLOCK_PORTS {
+            if blocks.insert((shared, block), holder.into()).is_some() {
+                let ports = format!("{} ports from {}", range.count, range.base);
+                return Err(Error::invalid("port range", ports, "give each block one holder"));
+            }
+        }
+    }
+    Ok(blocks)
 }

@@ -1,0 +1,233 @@
+//! Interfaces and addresses, by rtnetlink.
+//!
+//! Messages are built by `rtnetlink`, but sent on a blocking socket: the data path is opened before
+//! there is a runtime, in the network namespace of the calling thread.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
+};
+use rtnetlink::packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use rtnetlink::{AddressMessageBuilder, LinkUnspec, LinkVxlan};
+use warren_abi::wire::VXLAN_PORT;
+
+use super::Error;
+
+/// A network interface.
+#[derive(Clone, Debug)]
+pub(super) struct Interface {
+    pub index: u32,
+    pub name: String,
+    /// Largest IP packet, in bytes.
+    pub mtu: u32,
+    /// None unless it is an Ethernet device.
+    pub mac: Option<[u8; 6]>,
+    pub kind: Option<InfoKind>,
+}
+
+/// A connection to the kernel's routing subsystem.
+pub(super) struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Netlink {
+    /// A connection in the network namespace of the calling thread.
+    pub fn open() -> Result<Self, Error> {
+        let open = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind_auto()?;
+            socket.connect(&SocketAddr::new(0, 0))?;
+            Ok(Self { socket, sequence: 0 })
+        };
+        open().map_err(|source| Error::system("open", "rtnetlink socket", source))
+    }
+
+    /// All interfaces.
+    pub fn interfaces(&mut self) -> Result<Vec<Interface>, Error> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let answers = self
+            .request(request, NLM_F_DUMP)
+            .map_err(|source| Error::system("list", "interfaces", source))?;
+        Ok(answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewLink(link) => Some(interface(link)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// The interface of this name.
+    pub fn interface(&mut self, name: &str) -> Result<Interface, Error> {
+        let request = LinkUnspec::new_with_name(name).build();
+        match self.request(RouteNetlinkMessage::GetLink(request), 0) {
+            Ok(answers) => answers
+                .into_iter()
+                .find_map(|answer| match answer {
+                    RouteNetlinkMessage::NewLink(link) => Some(interface(link)),
+                    _ => None,
+                })
+                .ok_or_else(|| Error::NoInterface { name: name.to_owned() }),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+                Err(Error::NoInterface { name: name.to_owned() })
+            }
+            Err(source) => Err(Error::system("look up", name, source)),
+        }
+    }
+
+    /// Makes a VXLAN device that takes packets of every VNI and tells each one's, and is down.
+    pub fn create_vxlan(&mut self, name: &str) -> Result<(), Error> {
+        let link = LinkVxlan::new(name, 0)
+            .collect_metadata(true)
+            .learning(false)
+            .port(VXLAN_PORT)
+            .build();
+        self.request(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK)
+            .map(drop)
+            .map_err(|source| Error::system("create VXLAN device", name, source))
+    }
+
+    /// Sets an interface's MTU and takes it up.
+    pub fn set_up(&mut self, interface: &Interface, mtu: u32) -> Result<(), Error> {
+        let link = LinkUnspec::new_with_index(interface.index).mtu(mtu).up().build();
+        self.request(RouteNetlinkMessage::SetLink(link), NLM_F_ACK)
+            .map(drop)
+            .map_err(|source| Error::system("take up", &interface.name, source))
+    }
+
+    /// Removes an interface; no error if it is gone already.
+    pub fn delete(&mut self, interface: &Interface) -> Result<(), Error> {
+        let link = LinkUnspec::new_with_index(interface.index).build();
+        match self.request(RouteNetlinkMessage::DelLink(link), NLM_F_ACK) {
+            Err(source) if source.raw_os_error() != Some(libc::ENODEV) => {
+                Err(Error::system("remove", &interface.name, source))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The IPv4 addresses of an interface.
+    pub fn addresses(&mut self, interface: &Interface) -> Result<Vec<Ipv4Addr>, Error> {
+        let request = AddressMessageBuilder::<Ipv4Addr>::new().build();
+        let answers = self
+            .request(RouteNetlinkMessage::GetAddress(request), NLM_F_DUMP)
+            .map_err(|source| Error::system("list addresses of", &interface.name, source))?;
+        let mut addresses = Vec::new();
+        for answer in answers {
+            let RouteNetlinkMessage::NewAddress(answer) = answer else { continue };
+            if answer.header.index != interface.index {
+                continue;
+            }
+            for attribute in answer.attributes {
+                if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
+                    addresses.push(address);
+                }
+            }
+        }
+        Ok(addresses)
+    }
+
+    /// Gives an interface an address, without a route to it.
+    pub fn add_address(&mut self, interface: &Interface, address: Ipv4Addr) -> Result<(), Error> {
+        let mut request = host_address(interface, address);
+        request.attributes.push(AddressAttribute::Flags(AddressFlags::Noprefixroute));
+        let flags = NLM_F_CREATE | NLM_F_REPLACE | NLM_F_ACK;
+        self.request(RouteNetlinkMessage::NewAddress(request), flags)
+            .map(drop)
+            .map_err(|source| Error::system("add the shared address to", &interface.name, source))
+    }
+
+    /// Takes an address from an interface; no error if it has it not.
+    pub fn remove_address(
+        &mut self,
+        interface: &Interface,
+        address: Ipv4Addr,
+    ) -> Result<(), Error> {
+        let request = RouteNetlinkMessage::DelAddress(host_address(interface, address));
+        match self.request(request, NLM_F_ACK) {
+            Err(source) if source.raw_os_error() != Some(libc::EADDRNOTAVAIL) => {
+                Err(Error::system("take the shared address from", &interface.name, source))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends a request; returns what the kernel answers, until the end of its answer.
+    fn request(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.sequence += 1;
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+
+        let mut answers = Vec::new();
+        loop {
+            let (datagram, _) = self.socket.recv_from_full()?;
+            let mut rest = datagram.as_slice();
+            while !rest.is_empty() {
+                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                let length = (answer.header.length as usize).next_multiple_of(4);
+                rest = rest.get(length..).unwrap_or_default();
+                // What an earlier request left unread, after an error, is none of this one's.
+                if answer.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match answer.payload {
+                    NetlinkPayload::Error(error) if error.code.is_some() => {
+                        return Err(error.to_io());
+                    }
+                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::InnerMessage(message) => answers.push(message),
+                    _ => {}
+                }
+            }
+            if flags & (NLM_F_ACK | NLM_F_DUMP) == 0 && !answers.is_empty() {
+                return Ok(answers);
+            }
+        }
+    }
+}
+
+fn host_address(interface: &Interface, address: Ipv4Addr) -> AddressMessage {
+    AddressMessageBuilder::<Ipv4Addr>::new().index(interface.index).address(address, 32).build()
+}
+
+fn interface(link: LinkMessage) -> Interface {
+    let mut interface = Interface {
+        index: link.header.index,
+        name: String::new(),
+        mtu: 0,
+        mac: None,
+        kind: None,
+    };
+    for attribute in link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => interface.name = name,
+            LinkAttribute::Mtu(mtu) => interface.mtu = mtu,
+            LinkAttribute::Address(address) => interface.mac = address.try_into().ok(),
+            LinkAttribute::LinkInfo(infos) => {
+                interface.kind = infos.into_iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    interface
+}

@@ -1,0 +1,67 @@
+//! TAP devices, by the ioctls of `/dev/net/tun`.
+//!
+//! Not by `tokio-tun`, which knows no `IFF_VNET_HDR`.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::Error;
+
+nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::ifreq);
+nix::ioctl_write_int_bad!(tun_set_persist, libc::TUNSETPERSIST);
+nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
+nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_size, libc::TUNSETVNETHDRSZ, libc::c_int);
+
+/// Size of `struct virtio_net_hdr_mrg_rxbuf`, the header of modern virtio devices (virtio 1.2,
+/// 5.1.6).
+const VNET_HEADER: libc::c_int = 12;
+
+/// Makes a TAP that stays when nobody has it open; or, if it is there, makes sure that it stays.
+pub(super) fn create(name: &str) -> Result<(), Error> {
+    let create = || {
+        let tap = attach(name)?;
+        // SAFETY: the descriptor is open; the request takes an integer.
+        unsafe { tun_set_persist(tap.as_raw_fd(), 1) }?;
+        Ok(())
+    };
+    create().map_err(|source| Error::system("create TAP", name, source))
+}
+
+/// Opens a TAP's only queue: non-blocking, header of 12 bytes, no offloads.
+pub(super) fn open(name: &str) -> Result<OwnedFd, Error> {
+    let open = || {
+        let tap = attach(name)?;
+        // SAFETY: the descriptor is open; the requests take an integer and a pointer to one.
+        unsafe {
+            tun_set_vnet_hdr_size(tap.as_raw_fd(), &VNET_HEADER)?;
+            tun_set_offload(tap.as_raw_fd(), 0)?;
+        }
+        Ok(tap.into())
+    };
+    open().map_err(|source| Error::system("open TAP", name, source))
+}
+
+fn attach(name: &str) -> io::Result<File> {
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // SAFETY: all of its fields are integers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays 0.
+    let room = request.ifr_name.len() - 1;
+    if name.len() > room {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags =
+        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: the descriptor is open; the request points to a whole `ifreq`.
+    unsafe { tun_set_iff(tun.as_raw_fd(), &raw const request) }?;
+    Ok(tun)
+}
