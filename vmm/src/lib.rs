@@ -3,7 +3,21 @@
 //! - [`client`]: what `warrend` uses: a [`client::Zygote`] forks parked microVMs, a
 //!   [`client::MicroVm`] releases and stops one, [`client::invoke`] calls its function.
 //! - [`control`]: the messages between the client and the processes.
+//! - [`template`] boots a guest and saves it; [`snapshot`] is the file.
+//! - [`zygote`] forks; in the child, `instance` lives: a `machine` with its `devices`, and a
+//!   `server` for its socket.
 #![deny(missing_docs)]
 
+mod boot;
 pub mod client;
 pub mod control;
+mod cpu;
+mod devices;
+mod instance;
+mod machine;
+mod memory;
+mod server;
+pub mod snapshot;
+pub mod template;
+mod timer;
+pub mod zygote;

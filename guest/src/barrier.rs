@@ -1,0 +1,77 @@
+//! The release barrier: nothing of the function runs before the VMM lets go of it.
+
+use core::arch::asm;
+use core::ptr;
+
+use warren_abi::microvm::{
+    BOOT_ADDRESS, Boot, COMMAND_PREFAULT, COMMAND_RELEASE, IDENTITY_ADDRESS, Identity,
+};
+
+use crate::net::COLD_BYTES;
+use crate::port;
+
+/// How much of the heap a call with small messages and short connections touches, in bytes.
+const HOT_HEAP: u64 = 0x5_0000;
+
+/// How much of the stack, in bytes.
+const HOT_STACK: u64 = 0x6000;
+
+/// How much of each large buffer, in bytes.
+const HOT_BUFFER: u64 = 0x2000;
+
+const PAGE: u64 = 4096;
+
+/// Waits for the release, and returns the identity to apply.
+pub fn wait(heap_start: u64) -> Identity {
+    loop {
+        port::barrier();
+        // SAFETY: the VMM maps the page and changes it only while the guest stands at the barrier.
+        let command = unsafe { ptr::read_volatile(&raw const (*(BOOT_ADDRESS as *const Boot)).command) };
+        match command {
+            COMMAND_PREFAULT => prefault(heap_start),
+            // SAFETY: the VMM wrote a whole Identity before it gave this command.
+            COMMAND_RELEASE => unsafe {
+                return ptr::read_volatile(IDENTITY_ADDRESS as *const Identity);
+            },
+            _ => {}
+        }
+    }
+}
+
+/// Writes to every page that will be needed soon. In a clone the host then copies it and maps it
+/// for writing now, and not one fault after the other when somebody waits.
+fn prefault(heap_start: u64) {
+    unsafe extern "C" {
+        static mut data_start: u8;
+        static mut bss_start: u8;
+        static mut bss_end: u8;
+    }
+    let stack = stack_pointer();
+    let (data, bss, end) =
+        ((&raw const data_start) as u64, (&raw const bss_start) as u64, (&raw const bss_end) as u64);
+    let cold = crate::net::cold_buffers();
+    touch(data, cold[0]);
+    touch(bss, end);
+    for buffer in cold {
+        touch(buffer, buffer + HOT_BUFFER.min(COLD_BYTES as u64));
+    }
+    touch(heap_start, heap_start + HOT_HEAP);
+    touch(stack - HOT_STACK, stack);
+}
+
+fn stack_pointer() -> u64 {
+    let pointer: u64;
+    // SAFETY: copies a register.
+    unsafe { asm!("mov {}, rsp", out(reg) pointer, options(nomem, nostack, preserves_flags)) };
+    pointer
+}
+
+fn touch(start: u64, end: u64) {
+    let mut page = start & !(PAGE - 1);
+    while page < end {
+        // SAFETY: `lock or` with 0 leaves what is there as it is, whoever owns it, and the caller
+        // names mapped, writable memory. No compiler knows of this access.
+        unsafe { asm!("lock or byte ptr [{}], 0", in(reg) page, options(nostack)) };
+        page += PAGE;
+    }
+}

@@ -1,0 +1,126 @@
+//! The invocation channel: calls that come over vsock, each a length and so many bytes.
+
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+
+use virtio_drivers::device::socket::{
+    SocketError, VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEventType,
+};
+use virtio_drivers::transport::mmio::MmioTransport;
+use warren_abi::microvm::{INVOCATION_MAX, INVOCATION_PORT};
+
+use crate::hal::GuestHal;
+
+/// Size of each buffer posted for reception: a packet's header and its bytes.
+const PACKET: usize = 4096;
+
+/// How much a connection may send ahead, in bytes.
+const CREDIT: u32 = 16 * 1024;
+
+/// The most that is sent in one packet.
+const CHUNK: usize = 32 * 1024;
+
+/// The invocation channel's connections.
+pub struct Calls {
+    manager: VsockConnectionManager<GuestHal, MmioTransport<'static>, PACKET>,
+    callers: VecDeque<Caller>,
+    scratch: Vec<u8>,
+}
+
+struct Caller {
+    peer: VsockAddr,
+    received: Vec<u8>,
+    /// Bytes taken since the caller was told how much it may send.
+    taken: u32,
+}
+
+/// The caller cannot take so much now.
+pub struct NoCredit;
+
+impl Calls {
+    /// Takes the device over and listens.
+    pub fn new(transport: MmioTransport<'static>) -> Self {
+        let driver = VirtIOSocket::new(transport).expect("the VMM's vsock device");
+        let mut manager = VsockConnectionManager::new_with_capacity(driver, CREDIT);
+        manager.listen(INVOCATION_PORT);
+        Self { manager, callers: VecDeque::new(), scratch: alloc::vec![0; CREDIT as usize] }
+    }
+
+    /// Takes what the device has received.
+    pub fn poll(&mut self) {
+        while let Some(event) = self.manager.poll().expect("packets of the VMM") {
+            let peer = event.source;
+            match event.event_type {
+                VsockEventType::ConnectionRequest => {
+                    self.callers.push_back(Caller { peer, received: Vec::new(), taken: 0 });
+                }
+                VsockEventType::Received { .. } => self.receive(peer),
+                VsockEventType::Disconnected { .. } => {
+                    self.callers.retain(|caller| caller.peer != peer);
+                }
+                VsockEventType::Connected
+                | VsockEventType::CreditRequest
+                | VsockEventType::CreditUpdate => {}
+            }
+        }
+    }
+
+    fn receive(&mut self, peer: VsockAddr) {
+        let Some(caller) = self.callers.iter_mut().find(|caller| caller.peer == peer) else {
+            return;
+        };
+        // Errors mean that the connection is gone, which an event tells.
+        while let Ok(length @ 1..) =
+            self.manager.recv(peer, INVOCATION_PORT, &mut self.scratch)
+        {
+            caller.received.extend_from_slice(&self.scratch[..length]);
+            caller.taken += length as u32;
+        }
+        if caller.taken >= CREDIT / 2 {
+            caller.taken = 0;
+            let _ = self.manager.update_credit(peer, INVOCATION_PORT);
+        }
+    }
+
+    /// Takes the next whole request, of callers in turn. Who sends a request that is too long is
+    /// disconnected.
+    pub fn next(&mut self) -> Option<(VsockAddr, Vec<u8>)> {
+        for _ in 0..self.callers.len() {
+            let mut caller = self.callers.pop_front()?;
+            let peer = caller.peer;
+            let Some(header) = caller.received.first_chunk::<4>() else {
+                self.callers.push_back(caller);
+                continue;
+            };
+            let length = u32::from_le_bytes(*header);
+            if length > INVOCATION_MAX {
+                let _ = self.manager.force_close(peer, INVOCATION_PORT);
+                continue;
+            }
+            let end = 4 + length as usize;
+            if caller.received.len() < end {
+                self.callers.push_back(caller);
+                continue;
+            }
+            let rest = caller.received.split_off(end);
+            let mut request = core::mem::replace(&mut caller.received, rest);
+            request.drain(..4);
+            self.callers.push_back(caller);
+            return Some((peer, request));
+        }
+        None
+    }
+
+    /// Sends as much as one packet takes, and returns how much that was. A caller that is gone
+    /// takes everything.
+    pub fn send(&mut self, peer: VsockAddr, bytes: &[u8]) -> Result<usize, NoCredit> {
+        let chunk = &bytes[..bytes.len().min(CHUNK)];
+        match self.manager.send(peer, INVOCATION_PORT, chunk) {
+            Ok(()) => Ok(chunk.len()),
+            Err(virtio_drivers::Error::SocketDeviceError(
+                SocketError::InsufficientBufferSpaceInPeer,
+            )) => Err(NoCredit),
+            Err(_) => Ok(bytes.len()),
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! The machine as a function sees it, and the loop that serves calls.
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::ptr::{self, NonNull};
+
+use rand_chacha::ChaCha20Rng;
+use rand_chacha::rand_core::Rng;
+use smoltcp::iface::Interface;
+use virtio_drivers::device::socket::VsockAddr;
+use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
+use warren_abi::microvm::{
+    ABI_VERSION, BOOT_ADDRESS, Boot, Identity, MMIO_BYTES, NET_MMIO, VSOCK_MMIO, WAIT_FOREVER,
+};
+
+use crate::calls::{Calls, NoCredit};
+use crate::clock::Clock;
+use crate::net::{NetDevice, Sockets};
+use crate::{barrier, heap, identity, net, port};
+
+/// What a program does with a call.
+pub trait Function {
+    /// Answers a request.
+    fn call(&mut self, machine: &mut Machine, request: &[u8]) -> Vec<u8>;
+}
+
+/// A deadline passed.
+#[derive(Debug)]
+pub struct Timeout;
+
+/// Devices, network and identity of a released clone.
+pub struct Machine {
+    pub(crate) clock: Clock,
+    pub(crate) identity: Identity,
+    /// The first bytes that the random generator gave.
+    pub(crate) first_random: [u8; 32],
+    pub(crate) random: ChaCha20Rng,
+    pub(crate) device: NetDevice,
+    pub(crate) interface: Interface,
+    pub(crate) sockets: Sockets,
+    calls: Calls,
+}
+
+/// Boots, stands at the release barrier, takes its identity and serves calls for ever.
+pub fn run(function: &mut dyn Function) -> ! {
+    // SAFETY: the VMM maps this page and has filled it.
+    let boot = unsafe { ptr::read_volatile(BOOT_ADDRESS as *const Boot) };
+    // SAFETY: called once, first of all, with what the VMM set aside for the heap.
+    unsafe { heap::init(boot.heap_start, boot.heap_end) };
+    assert_eq!(boot.abi_version, ABI_VERSION, "guest and VMM must be of one release");
+    let device = NetDevice::new(transport(NET_MMIO));
+    let calls = Calls::new(transport(VSOCK_MMIO));
+    let sockets = Sockets::new();
+
+    let identity = barrier::wait(boot.heap_start);
+    let mut machine = Machine::new(identity, device, sockets, calls);
+    port::ready();
+    loop {
+        while let Some((caller, request)) = machine.calls.next() {
+            let reply = function.call(&mut machine, &request);
+            machine.answer(caller, &reply);
+        }
+        machine.wait(u64::MAX);
+    }
+}
+
+fn transport(address: u64) -> MmioTransport<'static> {
+    let header = NonNull::new(address as *mut VirtIOHeader).expect("registers do not lie at 0");
+    // SAFETY: the VMM answers all accesses to this window, and nothing else uses it.
+    unsafe { MmioTransport::new(header, MMIO_BYTES as usize) }.expect("a virtio-mmio device")
+}
+
+impl Machine {
+    fn new(identity: Identity, mut device: NetDevice, sockets: Sockets, calls: Calls) -> Self {
+        let clock = Clock::new(&identity);
+        let mut random = identity::random_generator(&identity);
+        let mut first_random = [0; 32];
+        random.fill_bytes(&mut first_random);
+        device.mtu = identity.mtu;
+        let interface =
+            net::interface(&identity, random.next_u64(), &mut device, clock.instant());
+        Self { clock, identity, first_random, random, device, interface, sockets, calls }
+    }
+
+    /// Host name of this clone.
+    pub fn hostname(&self) -> String {
+        identity::hostname(&self.identity)
+    }
+
+    /// Nanoseconds since release.
+    pub fn now_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
+    /// Sends what is queued, then sleeps until something came, a timer of the network is due, or
+    /// this time (nanoseconds since release) is reached.
+    pub fn wait(&mut self, until_ns: u64) {
+        self.poll();
+        let now = self.clock.instant();
+        let network = self.interface.poll_delay(now, &self.sockets.set);
+        let mut microseconds = u64::from(WAIT_FOREVER);
+        if let Some(delay) = network {
+            microseconds = microseconds.min(delay.total_micros());
+        }
+        if until_ns != u64::MAX {
+            let left = until_ns.saturating_sub(self.now_ns()).div_ceil(1000);
+            microseconds = microseconds.min(left);
+        }
+        port::wait(microseconds as u32);
+        self.poll();
+    }
+
+    /// [`Machine::wait`], unless the time has passed.
+    pub(crate) fn wait_before(&mut self, deadline_ns: u64) -> Result<(), Timeout> {
+        if self.now_ns() >= deadline_ns {
+            return Err(Timeout);
+        }
+        self.wait(deadline_ns);
+        Ok(())
+    }
+
+    fn poll(&mut self) {
+        self.interface.poll(self.clock.instant(), &mut self.device, &mut self.sockets.set);
+        self.calls.poll();
+    }
+
+    fn answer(&mut self, caller: VsockAddr, reply: &[u8]) {
+        let mut frame = Vec::with_capacity(4 + reply.len());
+        frame.extend_from_slice(&(reply.len() as u32).to_le_bytes());
+        frame.extend_from_slice(reply);
+        let mut sent = 0;
+        while sent < frame.len() {
+            match self.calls.send(caller, &frame[sent..]) {
+                Ok(length) => sent += length,
+                Err(NoCredit) => self.wait(u64::MAX),
+            }
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! The network: virtio-net under smoltcp.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::cell::{RefCell, UnsafeCell};
+
+use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::phy::{self, Device, DeviceCapabilities, Medium};
+use smoltcp::socket::{tcp, udp};
+use smoltcp::time::Instant;
+use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
+use virtio_drivers::device::net::VirtIONetRaw;
+use virtio_drivers::transport::mmio::MmioTransport;
+use warren_abi::microvm::Identity;
+
+use crate::hal::GuestHal;
+
+/// Descriptors in each queue; also how many buffers are posted for reception.
+const QUEUE: usize = 64;
+
+/// Header that precedes each frame (virtio 1.2, 5.1.6).
+const HEADER: usize = 12;
+
+/// One frame with its header.
+type Buffer = Box<[u8; 2048]>;
+
+/// Size of the largest buffers.
+pub const COLD_BYTES: usize = 256 * 1024;
+
+/// A buffer outside of the heap: see `prefault` for why.
+#[repr(C, align(4096))]
+struct Cold(UnsafeCell<[u8; COLD_BYTES]>);
+
+// SAFETY: there is one thread, and `sockets`, called once, takes the only references.
+unsafe impl Sync for Cold {}
+
+#[unsafe(link_section = ".bss.cold")]
+static TCP_RX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
+#[unsafe(link_section = ".bss.cold")]
+static TCP_TX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
+#[unsafe(link_section = ".bss.cold")]
+static UDP_RX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
+
+/// Addresses of the large buffers, ascending.
+pub fn cold_buffers() -> [u64; 3] {
+    let mut addresses =
+        [&TCP_RX, &TCP_TX, &UDP_RX].map(|buffer| buffer.0.get().addr() as u64);
+    addresses.sort_unstable();
+    addresses
+}
+
+/// The sockets that calls use, one call at a time.
+pub struct Sockets {
+    pub set: SocketSet<'static>,
+    pub tcp: SocketHandle,
+    pub udp: SocketHandle,
+}
+
+impl Sockets {
+    /// Makes them; called once.
+    pub fn new() -> Self {
+        let take = |buffer: &'static Cold| -> &'static mut [u8] {
+            // SAFETY: called once for each buffer, because `machine::run` makes one `Sockets`.
+            unsafe { &mut *buffer.0.get() }
+        };
+        let mut set = SocketSet::new(Vec::with_capacity(2));
+        let mut tcp = tcp::Socket::new(
+            tcp::SocketBuffer::new(take(&TCP_RX)),
+            tcp::SocketBuffer::new(take(&TCP_TX)),
+        );
+        tcp.set_nagle_enabled(false);
+        let metadata = |count| vec![udp::PacketMetadata::EMPTY; count];
+        let udp = udp::Socket::new(
+            udp::PacketBuffer::new(metadata(256), take(&UDP_RX)),
+            udp::PacketBuffer::new(metadata(32), vec![0; 16 * 1024]),
+        );
+        let (tcp, udp) = (set.add(tcp), set.add(udp));
+        Self { set, tcp, udp }
+    }
+}
+
+/// The interface of a clone: its MAC, its address, and everything through the gateway.
+pub fn interface(
+    identity: &Identity,
+    seed: u64,
+    device: &mut NetDevice,
+    now: Instant,
+) -> Interface {
+    let mut config = Config::new(EthernetAddress(identity.mac).into());
+    config.random_seed = seed;
+    let mut interface = Interface::new(config, device, now);
+    let (address, gateway) = (Ipv4Address::from(identity.ipv4), Ipv4Address::from(identity.gateway));
+    // smoltcp takes ARP replies only from its own network, so a /32 could not reach the gateway:
+    // take the smallest network that holds both, but at least a /16, whose broadcast address no
+    // guest has.
+    let common = (address.to_bits() ^ gateway.to_bits()).leading_zeros() as u8;
+    interface.update_ip_addrs(|addresses| {
+        // The list is empty and holds one.
+        let _ = addresses.push(IpCidr::new(address.into(), common.min(16)));
+    });
+    // The table is empty and holds one.
+    let _ = interface.routes_mut().add_default_ipv4_route(gateway);
+    interface
+}
+
+/// virtio-net for smoltcp. The two tokens that smoltcp holds at a time share it.
+pub struct NetDevice {
+    inner: RefCell<Inner>,
+    pub mtu: u16,
+}
+
+struct Inner {
+    driver: VirtIONetRaw<GuestHal, MmioTransport<'static>, QUEUE>,
+    /// The buffer that each descriptor holds, by token.
+    receiving: [Option<Buffer>; QUEUE],
+    /// The same for transmission, with its length.
+    sending: [Option<(Buffer, usize)>; QUEUE],
+    /// Unused buffers for transmission, the one used last on top: few pages stay in use.
+    free: Vec<Buffer>,
+}
+
+impl NetDevice {
+    /// Takes the device over and posts all buffers for reception.
+    pub fn new(transport: MmioTransport<'static>) -> Self {
+        let driver = VirtIONetRaw::new(transport).expect("the VMM's network device");
+        let mut inner = Inner {
+            driver,
+            receiving: [const { None }; QUEUE],
+            sending: [const { None }; QUEUE],
+            free: (0..QUEUE).map(|_| Box::new([0; 2048])).collect(),
+        };
+        for _ in 0..QUEUE {
+            inner.post(Box::new([0; 2048]));
+        }
+        Self { inner: RefCell::new(inner), mtu: 1500 }
+    }
+
+    /// Sends a frame as it is; `false` if the queue is full.
+    pub fn send(&self, frame: &[u8]) -> bool {
+        let mut inner = self.inner.borrow_mut();
+        inner.reclaim();
+        let Some(mut buffer) = inner.free.pop() else { return false };
+        buffer[..HEADER].fill(0);
+        let length = frame.len().min(buffer.len() - HEADER);
+        buffer[HEADER..HEADER + length].copy_from_slice(&frame[..length]);
+        inner.transmit(buffer, HEADER + length);
+        true
+    }
+}
+
+impl Inner {
+    fn post(&mut self, mut buffer: Buffer) {
+        // SAFETY: the buffer goes into `receiving`, where nothing touches it until the device has
+        // returned it.
+        let token = unsafe { self.driver.receive_begin(&mut buffer[..]) };
+        let token = token.expect("as many buffers as descriptors");
+        self.receiving[usize::from(token)] = Some(buffer);
+    }
+
+    fn take_received(&mut self) -> Option<(Buffer, usize)> {
+        let token = self.driver.poll_receive()?;
+        let mut buffer = self.receiving[usize::from(token)].take()?;
+        // SAFETY: the same buffer that was posted with this token.
+        let (_, length) = unsafe { self.driver.receive_complete(token, &mut buffer[..]) }
+            .expect("the VMM returns whole frames");
+        Some((buffer, length.min(2048 - HEADER)))
+    }
+
+    fn transmit(&mut self, buffer: Buffer, length: usize) {
+        // SAFETY: the buffer goes into `sending`, where nothing touches it until the device has
+        // returned it.
+        let token = unsafe { self.driver.transmit_begin(&buffer[..length]) };
+        let token = token.expect("as many buffers as descriptors");
+        self.sending[usize::from(token)] = Some((buffer, length));
+    }
+
+    fn reclaim(&mut self) {
+        while let Some(token) = self.driver.poll_transmit() {
+            let Some((buffer, length)) = self.sending[usize::from(token)].take() else { return };
+            // SAFETY: the same buffer that was sent with this token. The result is its length.
+            let _ = unsafe { self.driver.transmit_complete(token, &buffer[..length]) };
+            self.free.push(buffer);
+        }
+    }
+}
+
+impl Device for NetDevice {
+    type RxToken<'a> = RxToken<'a>;
+    type TxToken<'a> = TxToken<'a>;
+
+    fn receive(&mut self, _: Instant) -> Option<(RxToken<'_>, TxToken<'_>)> {
+        let mut inner = self.inner.borrow_mut();
+        inner.reclaim();
+        // A frame may need an answer.
+        if inner.free.is_empty() {
+            return None;
+        }
+        let (buffer, length) = inner.take_received()?;
+        drop(inner);
+        let device = &self.inner;
+        Some((RxToken { device, buffer, length }, TxToken { device }))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<TxToken<'_>> {
+        let mut inner = self.inner.borrow_mut();
+        inner.reclaim();
+        (!inner.free.is_empty()).then_some(TxToken { device: &self.inner })
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ethernet;
+        // smoltcp counts the Ethernet header in.
+        capabilities.max_transmission_unit = usize::from(self.mtu) + 14;
+        capabilities.max_burst_size = Some(QUEUE);
+        capabilities
+    }
+}
+
+pub struct RxToken<'a> {
+    device: &'a RefCell<Inner>,
+    buffer: Buffer,
+    length: usize,
+}
+
+impl phy::RxToken for RxToken<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, take: F) -> R {
+        let result = take(&self.buffer[HEADER..HEADER + self.length]);
+        self.device.borrow_mut().post(self.buffer);
+        result
+    }
+}
+
+pub struct TxToken<'a> {
+    device: &'a RefCell<Inner>,
+}
+
+impl phy::TxToken for TxToken<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, fill: F) -> R {
+        let buffer = self.device.borrow_mut().free.pop();
+        let mut buffer = buffer.expect("checked when the token was made");
+        buffer[..HEADER].fill(0);
+        let result = fill(&mut buffer[HEADER..HEADER + length]);
+        self.device.borrow_mut().transmit(buffer, HEADER + length);
+        result
+    }
+}

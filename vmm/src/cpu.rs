@@ -1,0 +1,172 @@
+//! The virtual processor: its state at boot, saved, and loaded into a clone.
+
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr,
+    kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd};
+use serde::{Deserialize, Serialize};
+
+use crate::boot;
+
+/// Feature bits that the guest's code (x86-64-v3) and its saved state (XCR0 = 7) need, of CPUID
+/// leaf 1 ECX and leaf 7 EBX, and their names (Intel SDM volume 2, CPUID).
+const FEATURES: [(u32, char, u32, &str); 13] = [
+    (1, 'c', 0, "sse3"),
+    (1, 'c', 9, "ssse3"),
+    (1, 'c', 12, "fma"),
+    (1, 'c', 19, "sse4.1"),
+    (1, 'c', 20, "sse4.2"),
+    (1, 'c', 22, "movbe"),
+    (1, 'c', 23, "popcnt"),
+    (1, 'c', 27, "osxsave"),
+    (1, 'c', 28, "avx"),
+    (7, 'b', 3, "bmi1"),
+    (7, 'b', 5, "avx2"),
+    (7, 'b', 8, "bmi2"),
+    (7, 'b', 0, "fsgsbase"),
+];
+
+/// x87, SSE and AVX state.
+const XCR0: u64 = 7;
+
+/// Everything of a processor that a clone continues with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CpuState {
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments, control registers, descriptor tables.
+    pub sregs: kvm_sregs,
+    /// XCR0.
+    pub xcr0: u64,
+    /// XSAVE area, without the zero words at its end.
+    pub xsave: Vec<u32>,
+}
+
+/// The names of the features that a guest needs.
+pub fn required_features() -> Vec<String> {
+    FEATURES.iter().map(|feature| feature.3.to_owned()).collect()
+}
+
+/// Which of these features this host does not offer to guests.
+pub fn missing_features(required: &[String], cpuid: &CpuId) -> Vec<String> {
+    let present = |name: &str| {
+        let Some(&(leaf, register, bit, _)) = FEATURES.iter().find(|feature| feature.3 == name)
+        else {
+            return false;
+        };
+        cpuid.as_slice().iter().any(|entry| {
+            let value = if register == 'c' { entry.ecx } else { entry.ebx };
+            entry.function == leaf && entry.index == 0 && value >> bit & 1 == 1
+        })
+    };
+    required.iter().filter(|name| !present(name)).cloned().collect()
+}
+
+/// What this host's KVM can offer to a guest.
+pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    // OSXSAVE mirrors CR4, which is set in all our guests; KVM leaves it clear here.
+    for entry in cpuid.as_mut_slice() {
+        if entry.function == 1 && entry.ecx >> 26 & 1 == 1 {
+            entry.ecx |= 1 << 27;
+        }
+    }
+    Ok(cpuid)
+}
+
+/// Ring 3 at the program's entry point, with its stack at the end of memory.
+pub fn boot_state(vcpu: &VcpuFd, entry: u64, memory: u64) -> Result<CpuState, kvm_ioctls::Error> {
+    let user = |selector, type_, l, db| kvm_segment {
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        dpl: 3,
+        db,
+        s: 1,
+        l,
+        g: 1,
+        ..kvm_segment::default()
+    };
+    let mut sregs = vcpu.get_sregs()?;
+    sregs.cs = user(0x33, 11, 1, 0);
+    let data = user(0x2b, 3, 0, 1);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment {
+        base: boot::TSS,
+        limit: boot::TSS_LIMIT,
+        selector: 0x40,
+        type_: 11,
+        present: 1,
+        ..kvm_segment::default()
+    };
+    sregs.ldt = kvm_segment { unusable: 1, ..kvm_segment::default() };
+    (sregs.gdt.base, sregs.gdt.limit) = (boot::GDT, boot::GDT_LIMIT);
+    (sregs.idt.base, sregs.idt.limit) = (boot::IDT, boot::IDT_LIMIT);
+    // PE, MP, ET, NE, WP, AM, PG; PAE, OSFXSR, OSXMMEXCPT, FSGSBASE, OSXSAVE; LME, LMA, NXE and,
+    // because PVM insists, SCE.
+    sregs.cr0 = 0x8005_0033;
+    sregs.cr3 = boot::PML4;
+    sregs.cr4 = 0x5_0620;
+    sregs.efer = 0xd01;
+    let regs = kvm_regs { rip: entry, rsp: memory, rflags: 2, ..kvm_regs::default() };
+    // x87 and MXCSR as after reset: all exceptions masked (Intel SDM volume 1, 8.1.5 and 10.2.3).
+    let mut xsave = vec![0; 7];
+    xsave[0] = 0x037f;
+    xsave[6] = 0x1f80;
+    Ok(CpuState { regs, sregs, xcr0: XCR0, xsave })
+}
+
+/// Reads the state of a processor that does not run.
+pub fn save(vcpu: &VcpuFd) -> Result<CpuState, kvm_ioctls::Error> {
+    let xsave = vcpu.get_xsave()?.region;
+    let used = xsave.iter().rposition(|&word| word != 0).map_or(0, |last| last + 1);
+    Ok(CpuState {
+        regs: vcpu.get_regs()?,
+        sregs: vcpu.get_sregs()?,
+        xcr0: vcpu.get_xcrs()?.xcrs[0].value,
+        xsave: xsave[..used].to_vec(),
+    })
+}
+
+/// Loads a state into a fresh processor. The order matters: modes, then what they enable, then the
+/// registers.
+pub fn load(vcpu: &VcpuFd, cpuid: &CpuId, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
+    vcpu.set_cpuid2(cpuid)?;
+    vcpu.set_sregs(&state.sregs)?;
+    let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
+    xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: state.xcr0, ..kvm_xcr::default() };
+    vcpu.set_xcrs(&xcrs)?;
+    let mut xsave = kvm_xsave::default();
+    for (word, saved) in xsave.region.iter_mut().zip(&state.xsave) {
+        *word = *saved;
+    }
+    // SAFETY: the kernel reads 4096 bytes, the size of `region`, unless the process asked for
+    // dynamically enabled features (arch_prctl), which this one never does.
+    unsafe { vcpu.set_xsave(&xsave) }?;
+    count_as_host(vcpu);
+    vcpu.set_regs(&state.regs)
+}
+
+nix::ioctl_write_ptr!(set_device_attr, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
+
+/// Lets the guest's time stamp counter count as the host's does, so that the host can name a moment
+/// on the guest's clock (KVM API, devices/vcpu, 5.1: `KVM_VCPU_TSC_OFFSET`, Linux 5.16). KVM without
+/// this attribute (PVM) does not virtualise the counter in ring 3, so there it is so anyway.
+fn count_as_host(vcpu: &VcpuFd) {
+    let offset = 0u64;
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: (&raw const offset).addr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the descriptor is a vCPU's, and the attribute points to the 8 bytes that the kernel
+    // reads for it.
+    if let Err(errno) = unsafe { set_device_attr(vcpu.as_raw_fd(), &raw const attribute) } {
+        tracing::debug!(%errno, "KVM does not set the offset of the time stamp counter");
+    }
+}

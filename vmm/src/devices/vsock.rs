@@ -1,0 +1,448 @@
+//! virtio-vsock (virtio 1.2, 5.10) over Unix stream sockets: connections from the host only.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::poll::PollFlags;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
+use vm_memory::{Bytes, GuestMemoryMmap};
+use warren_abi::microvm::GUEST_CID;
+
+use super::mmio::{Kind, Mmio, MmioState, QueueKind};
+use super::{QueueError, next_chain};
+
+/// virtio-vsock. The guest's driver sends one packet at a time and spins until it is used, so it
+/// notifies.
+pub static KIND: Kind = Kind {
+    id: 19,
+    queues: &[
+        QueueKind { name: "vsock rx", size: 8, notify: false },
+        QueueKind { name: "vsock tx", size: 8, notify: true },
+        QueueKind { name: "vsock event", size: 8, notify: false },
+    ],
+};
+const RX: usize = 0;
+const TX: usize = 1;
+
+/// The host's context identifier.
+const HOST_CID: u64 = 2;
+
+/// How much the guest may send ahead on a connection, in bytes.
+const CREDIT: u32 = 256 * 1024;
+
+/// The longest packet taken from the guest, in bytes.
+const PACKET_MAX: u32 = 64 * 1024;
+
+/// Connections at a time.
+pub const CONNECTIONS_MAX: usize = 64;
+
+/// Packets without data that wait for the guest; only a hostile one lets so many collect.
+const WAITING_MAX: usize = 256;
+
+/// `VIRTIO_VSOCK_TYPE_STREAM`.
+const STREAM: u16 = 1;
+
+// Operations (5.10.6).
+const REQUEST: u16 = 1;
+const RESPONSE: u16 = 2;
+const RST: u16 = 3;
+const SHUTDOWN: u16 = 4;
+const RW: u16 = 5;
+const CREDIT_UPDATE: u16 = 6;
+const CREDIT_REQUEST: u16 = 7;
+
+/// Both directions (5.10.6.1).
+const SHUTDOWN_BOTH: u32 = 3;
+
+/// The vsock device and its connections.
+pub struct Vsock {
+    mmio: Mmio,
+    connections: Vec<Connection>,
+    /// Packets without data, for the guest.
+    waiting: VecDeque<Header>,
+    next_port: u32,
+    buffer: Vec<u8>,
+}
+
+#[derive(Clone, Copy)]
+struct Header {
+    host_port: u32,
+    guest_port: u32,
+    operation: u16,
+    flags: u32,
+    forwarded: u32,
+}
+
+struct Connection {
+    stream: UnixStream,
+    host_port: u32,
+    guest_port: u32,
+    /// The guest accepted it.
+    established: bool,
+    /// The guest's side is closed: what is queued still goes out, then the connection ends.
+    closing: bool,
+    /// The stream has ended: nothing more to read from it.
+    ended: bool,
+    /// The stream may have something to read.
+    readable: bool,
+    /// For the stream, when it does not take it at once.
+    outgoing: VecDeque<u8>,
+    /// Bytes from the guest, all of them, and those that the stream took (5.10.6.3, wrapping).
+    received: u32,
+    forwarded: u32,
+    /// `forwarded`, as the guest last heard it.
+    announced: u32,
+    /// Bytes to the guest, and what it said of its buffer.
+    sent: u32,
+    guest_buffer: u32,
+    guest_forwarded: u32,
+}
+
+impl Vsock {
+    /// A device after reset.
+    pub fn new() -> Self {
+        Self {
+            mmio: Mmio::new(&KIND),
+            connections: Vec::new(),
+            waiting: VecDeque::new(),
+            next_port: 1024,
+            buffer: vec![0; PACKET_MAX as usize],
+        }
+    }
+
+    /// A device in a saved state, without connections.
+    pub fn load(state: &MmioState, memory: &GuestMemoryMmap) -> Result<Self, QueueError> {
+        Ok(Self { mmio: Mmio::load(&KIND, state, memory)?, ..Self::new() })
+    }
+
+    /// Saves the device. Connections are not part of a template: there is no host side to them.
+    pub fn save(&self) -> MmioState {
+        self.mmio.save()
+    }
+
+    /// Reads a register.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        self.mmio.read(offset, data, &GUEST_CID.to_le_bytes());
+    }
+
+    /// Writes a register.
+    pub fn write(
+        &mut self,
+        offset: u64,
+        data: &[u8],
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), QueueError> {
+        match self.mmio.write(offset, data, memory)? {
+            Some(TX) => self.transmit(memory),
+            _ => Ok(()),
+        }
+    }
+
+    /// Connects a stream to a port of the guest's. If there are too many it is dropped, which
+    /// closes it.
+    pub fn connect(&mut self, stream: UnixStream, guest_port: u32) {
+        if self.connections.len() >= CONNECTIONS_MAX {
+            return;
+        }
+        let host_port = self.next_port;
+        self.next_port = self.next_port.wrapping_add(1).max(1024);
+        let connection = Connection {
+            stream,
+            host_port,
+            guest_port,
+            established: false,
+            closing: false,
+            ended: false,
+            readable: false,
+            outgoing: VecDeque::new(),
+            received: 0,
+            forwarded: 0,
+            announced: 0,
+            sent: 0,
+            guest_buffer: 0,
+            guest_forwarded: 0,
+        };
+        self.waiting.push_back(connection.header(REQUEST, 0));
+        self.connections.push(connection);
+    }
+
+    /// Takes all packets that the guest queued.
+    pub fn transmit(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        if !self.mmio.ready(TX) {
+            return Ok(());
+        }
+        let error = |error: &dyn std::fmt::Display| QueueError::new("vsock tx", error);
+        while let Some(mut chain) = next_chain(&mut self.mmio.queues[TX], memory, "vsock tx")? {
+            let head = chain.head_index();
+            let packet = VsockPacket::from_tx_virtq_chain(memory, &mut chain, PACKET_MAX)
+                .map_err(|e| error(&e))?;
+            let data = match packet.data_slice() {
+                Some(slice) => {
+                    let data = &mut self.buffer[..slice.len()];
+                    slice.copy_to(data);
+                    data.len()
+                }
+                None => 0,
+            };
+            self.take_packet(&packet, data);
+            self.mmio.queues[TX].add_used(memory, head, 0).map_err(|e| error(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Acts on a packet whose data is in `buffer`.
+    fn take_packet<B: vm_memory::bitmap::BitmapSlice>(
+        &mut self,
+        packet: &VsockPacket<'_, B>,
+        length: usize,
+    ) {
+        let operation = packet.op();
+        let known = self.connections.iter_mut().position(|connection| {
+            connection.host_port == packet.dst_port() && connection.guest_port == packet.src_port()
+        });
+        let valid = packet.src_cid() == GUEST_CID
+            && packet.dst_cid() == HOST_CID
+            && packet.type_() == STREAM;
+        let Some(index) = known.filter(|_| valid) else {
+            // Answered so that the guest forgets it too, but never a reset by a reset.
+            if operation != RST && self.waiting.len() < WAITING_MAX {
+                self.waiting.push_back(Header {
+                    host_port: packet.dst_port(),
+                    guest_port: packet.src_port(),
+                    operation: RST,
+                    flags: 0,
+                    forwarded: 0,
+                });
+            }
+            return;
+        };
+        let connection = &mut self.connections[index];
+        connection.guest_buffer = packet.buf_alloc();
+        connection.guest_forwarded = packet.fwd_cnt();
+        let mut reply = None;
+        match operation {
+            RESPONSE if !connection.established => {
+                connection.established = true;
+                connection.readable = true;
+                // The guest's first bytes come later: a fresh socket takes this line at once.
+                let line = format!("OK {}\n", connection.host_port);
+                write_some(&mut connection.stream, line.as_bytes());
+            }
+            RW if connection.established && connection.has_room_for(length) => {
+                connection.received = connection.received.wrapping_add(length as u32);
+                connection.forward(&self.buffer[..length]);
+                if connection.forwarded.wrapping_sub(connection.announced) > CREDIT / 2 {
+                    reply = Some(CREDIT_UPDATE);
+                }
+            }
+            CREDIT_UPDATE => {}
+            CREDIT_REQUEST => reply = Some(CREDIT_UPDATE),
+            SHUTDOWN if packet.flags() & SHUTDOWN_BOTH != SHUTDOWN_BOTH => {}
+            RST => connection.closing = true,
+            // A shutdown of both directions; or what the protocol does not allow here.
+            _ => {
+                connection.closing = true;
+                reply = Some(RST);
+            }
+        }
+        if let Some(operation) = reply.filter(|_| self.waiting.len() < WAITING_MAX) {
+            let header = connection.header(operation, 0);
+            connection.announced = connection.forwarded;
+            self.waiting.push_back(header);
+        }
+        self.forget_closed();
+    }
+
+    /// Hands packets to the guest while there are any and it has buffers; returns whether it did.
+    pub fn receive(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
+        if !self.mmio.ready(RX) {
+            return Ok(false);
+        }
+        let Self { mmio, connections, waiting, buffer, .. } = self;
+        let queue = &mut mmio.queues[RX];
+        let mut received = false;
+        while let Some(header) = waiting.front().copied() {
+            if !deliver(queue, memory, |_| Some((header, &[])))? {
+                return Ok(received);
+            }
+            waiting.pop_front();
+            received = true;
+        }
+        for connection in connections {
+            while connection.room_in_guest() > 0
+                && deliver(queue, memory, |room| connection.read(&mut buffer[..], room))?
+            {
+                received = true;
+            }
+        }
+        Ok(received)
+    }
+
+    /// The streams to wait for, and for what.
+    pub fn poll_fds(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
+        self.connections.iter().map(|connection| {
+            let mut events = PollFlags::empty();
+            if connection.room_in_guest() == 0 && !connection.ended && connection.established {
+                // It is read when the guest has made room.
+            } else if !connection.readable && !connection.ended {
+                events |= PollFlags::POLLIN;
+            }
+            if !connection.outgoing.is_empty() {
+                events |= PollFlags::POLLOUT;
+            }
+            (connection.stream.as_fd(), events)
+        })
+    }
+
+    /// Acts on what poll said of the streams, in the order of [`Vsock::poll_fds`].
+    pub fn polled(&mut self, events: impl Iterator<Item = PollFlags>) {
+        for (connection, events) in self.connections.iter_mut().zip(events) {
+            let failed = events.intersects(PollFlags::POLLERR | PollFlags::POLLHUP);
+            if failed && !connection.established {
+                // The guest has not answered yet, and nobody waits for it any more.
+                connection.ended = true;
+            } else if failed || events.contains(PollFlags::POLLIN) {
+                connection.readable |= !connection.ended;
+            }
+            if failed || events.contains(PollFlags::POLLOUT) {
+                connection.flush();
+                let credit = connection.forwarded.wrapping_sub(connection.announced);
+                if credit > CREDIT / 2 && self.waiting.len() < WAITING_MAX {
+                    self.waiting.push_back(connection.header(CREDIT_UPDATE, 0));
+                    connection.announced = connection.forwarded;
+                }
+            }
+        }
+        self.forget_closed();
+    }
+
+    fn forget_closed(&mut self) {
+        self.connections.retain(|connection| !connection.closing || !connection.outgoing.is_empty());
+    }
+}
+
+/// Puts one packet into the guest's next buffer; `false` if it has none, or `packet`, which is told
+/// how many bytes of data there is room for, has nothing.
+fn deliver<'b>(
+    queue: &mut Queue,
+    memory: &GuestMemoryMmap,
+    packet: impl FnOnce(usize) -> Option<(Header, &'b [u8])>,
+) -> Result<bool, QueueError> {
+    let error = |error: &dyn std::fmt::Display| QueueError::new("vsock rx", error);
+    let Some(mut chain) = next_chain(queue, memory, "vsock rx")? else { return Ok(false) };
+    let head = chain.head_index();
+    let mut buffer = VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX)
+        .map_err(|e| error(&e))?;
+    let room = buffer.data_slice().map_or(0, |slice| slice.len());
+    if room == 0 {
+        return Err(error(&"a buffer has no room for data"));
+    }
+    let Some((header, data)) = packet(room) else {
+        queue.go_to_previous_position();
+        return Ok(false);
+    };
+    buffer
+        .set_src_cid(HOST_CID)
+        .set_dst_cid(GUEST_CID)
+        .set_src_port(header.host_port)
+        .set_dst_port(header.guest_port)
+        .set_len(data.len() as u32)
+        .set_type(STREAM)
+        .set_op(header.operation)
+        .set_flags(header.flags)
+        .set_buf_alloc(CREDIT)
+        .set_fwd_cnt(header.forwarded);
+    if let Some(slice) = buffer.data_slice() {
+        slice.write_slice(data, 0).map_err(|e| error(&e))?;
+    }
+    queue
+        .add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32)
+        .map_err(|e| error(&e))?;
+    Ok(true)
+}
+
+impl Connection {
+    fn header(&self, operation: u16, flags: u32) -> Header {
+        Header {
+            host_port: self.host_port,
+            guest_port: self.guest_port,
+            operation,
+            flags,
+            forwarded: self.forwarded,
+        }
+    }
+
+    /// How much the guest can take now: 0 also if there is nothing to be read.
+    fn room_in_guest(&self) -> usize {
+        if !self.established || self.ended || self.closing {
+            return 0;
+        }
+        let on_the_way = self.sent.wrapping_sub(self.guest_forwarded);
+        self.guest_buffer.saturating_sub(on_the_way) as usize
+    }
+
+    /// The next packet for the guest out of the stream.
+    fn read<'b>(&mut self, buffer: &'b mut [u8], room: usize) -> Option<(Header, &'b [u8])> {
+        if !self.readable {
+            return None;
+        }
+        let room = room.min(self.room_in_guest()).min(buffer.len());
+        match self.stream.read(&mut buffer[..room]) {
+            Ok(length @ 1..) => {
+                self.sent = self.sent.wrapping_add(length as u32);
+                self.announced = self.forwarded;
+                Some((self.header(RW, 0), &buffer[..length]))
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.readable = false;
+                None
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => None,
+            // The end, or as good as.
+            Ok(_) | Err(_) => {
+                self.ended = true;
+                Some((self.header(SHUTDOWN, SHUTDOWN_BOTH), &[]))
+            }
+        }
+    }
+
+    /// Whether the guest keeps to the buffer that it was promised.
+    fn has_room_for(&self, length: usize) -> bool {
+        let held = self.received.wrapping_sub(self.forwarded) as usize;
+        held + length <= CREDIT as usize
+    }
+
+    /// Passes bytes of the guest's on to the stream, or keeps them until it takes them.
+    fn forward(&mut self, mut data: &[u8]) {
+        if self.outgoing.is_empty() {
+            let taken = write_some(&mut self.stream, data);
+            self.forwarded = self.forwarded.wrapping_add(taken as u32);
+            data = &data[taken..];
+        }
+        self.outgoing.extend(data);
+    }
+
+    fn flush(&mut self) {
+        while !self.outgoing.is_empty() {
+            let taken = write_some(&mut self.stream, self.outgoing.as_slices().0);
+            if taken == 0 {
+                return;
+            }
+            self.outgoing.drain(..taken);
+            self.forwarded = self.forwarded.wrapping_add(taken as u32);
+        }
+    }
+}
+
+/// Writes what the stream takes. One that is broken takes everything: its reader is gone, which
+/// reading from it will tell.
+fn write_some(stream: &mut UnixStream, data: &[u8]) -> usize {
+    match stream.write(data) {
+        Ok(length) => length,
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
+        Err(_) => data.len(),
+    }
+}

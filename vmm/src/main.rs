@@ -1,0 +1,104 @@
+//! The `warren-vmm` program: makes templates, and runs the zygote that `warrend` starts.
+#![deny(missing_docs)]
+
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+use warren_vmm::{template, zygote};
+
+/// Snapshot-cloned microVMs.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boots a guest program up to its release barrier and saves it as a template.
+    Template {
+        /// The guest's program.
+        #[arg(long, value_name = "ELF")]
+        guest: PathBuf,
+        /// Where to write the template.
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// Guest memory, in MiB: a multiple of 2, 4 to 512.
+        #[arg(long, default_value_t = 8)]
+        memory: u64,
+        /// How to print what was made.
+        #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
+        output_format: OutputFormat,
+    },
+    /// Forks microVMs from a template for the client at the other end of a socket (see
+    /// warren_vmm::client); not for people.
+    Zygote {
+        /// The template.
+        #[arg(long, value_name = "FILE")]
+        template: PathBuf,
+        /// Directory of the microVMs' sockets.
+        #[arg(long, value_name = "DIR")]
+        run_dir: PathBuf,
+        /// Descriptor of the control socket (SOCK_SEQPACKET).
+        #[arg(long, value_name = "N")]
+        control_fd: RawFd,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OutputFormat {
+    Text,
+    Json,
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()))
+        .with_writer(std::io::stderr)
+        .init();
+    match Arguments::parse().command {
+        Command::Template { guest, output, memory, output_format } => {
+            let summary = template::make(&guest, &output, memory << 20)?;
+            match output_format {
+                OutputFormat::Json => println!("{}", serde_json::to_string(&summary)?),
+                OutputFormat::Text => println!(
+                    "{}: {} MiB of memory in {} KiB",
+                    output.display(),
+                    summary.memory_bytes >> 20,
+                    summary.file_bytes >> 10
+                ),
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Zygote { template, run_dir, control_fd } => {
+            let control = take_control(control_fd).context("--control-fd")?;
+            match zygote::run(&template, &run_dir, control)? {
+                zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
+                zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
+            }
+        }
+    }
+}
+
+/// Takes the control socket to a descriptor that is not a standard one, closes whatever else was
+/// inherited, and leaves `/dev/null` in its place.
+fn take_control(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    // SAFETY: the caller of this program handed the descriptor over to it; nothing else uses it.
+    let inherited = unsafe { OwnedFd::from_raw_fd(fd) };
+    let control = fcntl(&inherited, FcntlArg::F_DUPFD_CLOEXEC(3))?;
+    // SAFETY: just made by fcntl, owned by nobody else.
+    let control = unsafe { OwnedFd::from_raw_fd(control) };
+    if fd == 0 {
+        let null = std::fs::File::open("/dev/null")?;
+        nix::unistd::dup2_stdin(&null)?;
+        // Standard input stays open for good.
+        std::mem::forget(inherited);
+    }
+    Ok(control)
+}

@@ -1,0 +1,113 @@
+//! Makes a template: boots a guest up to its release barrier and saves it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
+use warren_abi::microvm::ABI_VERSION;
+
+use crate::boot::{self, BootError};
+use crate::control::EndReason;
+use crate::cpu;
+use crate::machine::{Exit, Machine, MachineError};
+use crate::memory::{GuestRam, create_memfd};
+use crate::snapshot::{self, Header, SnapshotError, Template};
+
+/// Why there is no template.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// There is no usable `/dev/kvm`.
+    #[error("cannot open /dev/kvm: {0}; load the kvm module and give this user access to it")]
+    NoKvm(kvm_ioctls::Error),
+    /// KVM does not say what processors it offers.
+    #[error("KVM: {0}")]
+    Kvm(kvm_ioctls::Error),
+    /// The program cannot be read.
+    #[error("{}: {source}", path.display())]
+    Program {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The program cannot be loaded.
+    #[error("{}: {source}", path.display())]
+    Boot {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: BootError,
+    },
+    /// No memory for it.
+    #[error("guest memory: {0}")]
+    Memory(io::Error),
+    /// The machine cannot be made.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest did not come to its barrier.
+    #[error("the guest ended before its release barrier: {0}")]
+    Guest(EndReason),
+    /// The file cannot be written or read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+}
+
+/// What was made.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Summary {
+    /// Size of guest memory.
+    pub memory_bytes: u64,
+    /// Size of the file.
+    pub file_bytes: u64,
+}
+
+/// Opens KVM and asks what it offers to guests.
+pub fn open_kvm() -> Result<(Kvm, CpuId), TemplateError> {
+    let kvm = Kvm::new().map_err(TemplateError::NoKvm)?;
+    let cpuid = cpu::supported_cpuid(&kvm).map_err(TemplateError::Kvm)?;
+    Ok((kvm, cpuid))
+}
+
+/// Boots the program and saves it at its barrier.
+pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary, TemplateError> {
+    let elf = std::fs::read(program)
+        .map_err(|source| TemplateError::Program { path: program.to_owned(), source })?;
+    let (kvm, cpuid) = open_kvm()?;
+    let memfd = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let ram = GuestRam::map(Arc::new(memfd), memory_bytes, true).map_err(TemplateError::Memory)?;
+    let entry = boot::load(&ram, &elf)
+        .map_err(|source| TemplateError::Boot { path: program.to_owned(), source })?;
+    let mut machine = Machine::new(&kvm, ram)?;
+    machine.boot_cpu(&cpuid, entry)?;
+    loop {
+        match machine.run().map_err(TemplateError::Guest)? {
+            Exit::Barrier => break,
+            Exit::Kicked => {}
+            exit @ (Exit::Ready | Exit::Wait(_)) => {
+                let error = format!("{exit:?} before the barrier");
+                return Err(TemplateError::Guest(EndReason::Protocol { error }));
+            }
+        }
+    }
+    let header = Header {
+        abi_version: ABI_VERSION,
+        cpu_features: cpu::required_features(),
+        machine: machine.save()?,
+    };
+    snapshot::write(output, &header, &machine.ram)?;
+    let file_bytes = std::fs::metadata(output).map_or(0, |metadata| metadata.len());
+    Ok(Summary { memory_bytes, file_bytes })
+}
+
+/// Loads a template for this host.
+pub fn load(path: &Path, cpuid: &CpuId) -> Result<Template, SnapshotError> {
+    let template = snapshot::read(path)?;
+    let missing = cpu::missing_features(&template.header.cpu_features, cpuid);
+    if missing.is_empty() {
+        Ok(template)
+    } else {
+        Err(SnapshotError::Cpu { path: path.to_owned(), missing })
+    }
+}
