@@ -1,0 +1,144 @@
+//! A host's and a proxy's data path, open, on the harness's topology.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use warren_dataplane::datapath::{
+    DEFAULT_FLOWS, DropCount, DropReason, HostDatapath, HostOptions, HostVpc, PortRange,
+    ProxyDatapath, ProxyOptions, ProxyVpc,
+};
+use warren_netns::fleet::built;
+use warren_netns::rundir::RunDir;
+use warren_netns::topology::{CIDR, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
+
+/// VNI of the first VPC.
+pub const VNI_A: u32 = 100;
+/// VNI of the second VPC.
+pub const VNI_B: u32 = 200;
+/// The host's ports, in both VPCs.
+pub const PORTS: PortRange = PortRange { base: 4096, count: 1024 };
+/// Slots of the host.
+pub const SLOTS: u32 = 4;
+
+/// Everything that a test of the data path needs. What it made is gone when it is dropped.
+pub struct Bed {
+    pub topology: Topology,
+    pub run: RunDir,
+    pub host: Option<HostDatapath>,
+    pub proxy: Option<ProxyDatapath>,
+}
+
+impl Bed {
+    /// Opens both data paths, and makes both VPCs known to both.
+    pub fn new() -> Self {
+        let mut bed = Self::closed();
+        bed.open();
+        for vni in [VNI_A, VNI_B] {
+            bed.apply_host(vni, PORTS);
+            bed.apply_proxy(vni, vec![(PORTS, HOST)]);
+        }
+        bed
+    }
+
+    /// The topology alone.
+    pub fn closed() -> Self {
+        let topology = Topology::new().expect("the topology can be made");
+        let run = RunDir::new().expect("a BPF file system can be mounted");
+        Self { topology, run, host: None, proxy: None }
+    }
+
+    /// Opens both data paths, as they would be by a process that starts.
+    pub fn open(&mut self) {
+        self.reopen_host();
+        self.reopen_proxy();
+    }
+
+    /// Leaves the host's data path as a killed process does, and opens it anew.
+    pub fn reopen_host(&mut self) {
+        self.host = None;
+        let options = self.host_options();
+        let open = || HostDatapath::open(&options);
+        self.host = Some(self.topology.host.run(open).expect("the host's data path opens"));
+    }
+
+    /// Leaves the proxy's data path as a killed process does, and opens it anew.
+    pub fn reopen_proxy(&mut self) {
+        self.proxy = None;
+        let options = self.proxy_options();
+        let open = || ProxyDatapath::open(&options);
+        self.proxy = Some(self.topology.proxy.run(open).expect("the proxy's data path opens"));
+    }
+
+    pub fn host_options(&self) -> HostOptions {
+        HostOptions {
+            bpffs: self.run.bpf().join("host"),
+            object: object(),
+            underlay_interface: UNDERLAY.to_owned(),
+            underlay_address: HOST,
+            slots: SLOTS,
+            interface_prefix: "wrn".to_owned(),
+            flows: DEFAULT_FLOWS,
+        }
+    }
+
+    pub fn proxy_options(&self) -> ProxyOptions {
+        ProxyOptions {
+            bpffs: self.run.bpf().join("proxy"),
+            object: object(),
+            underlay_interface: UNDERLAY.to_owned(),
+            underlay_address: PROXY,
+            interface_prefix: "wrn".to_owned(),
+        }
+    }
+
+    pub fn host(&self) -> &HostDatapath {
+        self.host.as_ref().expect("the host's data path is open")
+    }
+
+    pub fn proxy(&self) -> &ProxyDatapath {
+        self.proxy.as_ref().expect("the proxy's data path is open")
+    }
+
+    pub fn apply_host(&self, vni: u32, ports: PortRange) {
+        let vpc = HostVpc { vni, shared_address: SHARED, ports, proxy_address: PROXY };
+        self.host().apply_vpc(&vpc).expect("the host takes the VPC");
+    }
+
+    pub fn apply_proxy(&self, vni: u32, holders: Vec<(PortRange, Ipv4Addr)>) {
+        let vpc = proxy_vpc(vni, holders);
+        let apply = || self.proxy().apply_vpc(&vpc);
+        self.topology.proxy.run(apply).expect("the proxy takes the VPC");
+    }
+
+    /// How many packets the host dropped for a reason, by slot.
+    pub fn host_drops(&self, slot: u32, reason: DropReason) -> u64 {
+        count(&self.host().drops().expect("counters can be read"), slot, reason)
+    }
+
+    /// How many packets the proxy dropped for a reason, by VNI.
+    pub fn proxy_drops(&self, vni: u32, reason: DropReason) -> u64 {
+        count(&self.proxy().drops().expect("counters can be read"), vni, reason)
+    }
+}
+
+/// A VPC as the proxy of the topology knows it.
+pub fn proxy_vpc(vni: u32, holders: Vec<(PortRange, Ipv4Addr)>) -> ProxyVpc {
+    ProxyVpc {
+        vni,
+        interface: VPC_INTERFACES[usize::from(vni == VNI_B)].to_owned(),
+        shared_address: SHARED,
+        cidr: CIDR.parse().expect("it is a CIDR"),
+        gateway: None,
+        holders,
+    }
+}
+
+fn count(drops: &[DropCount], scope: u32, reason: DropReason) -> u64 {
+    let found = drops.iter().find(|drop| drop.scope == scope && drop.reason == reason);
+    found.map_or(0, |drop| drop.packets)
+}
+
+fn object() -> Vec<u8> {
+    let path: PathBuf = built("warren-ebpf.o").expect("the programs are built");
+    std::fs::read(path).expect("the programs can be read")
+}

@@ -1,0 +1,9 @@
+//! The data path of a host and of a proxy, in namespaces: no daemon, no microVM, no KVM. Guests
+//! are namespaces behind a slot's TAP, or tests that write frames.
+
+mod bed;
+mod flows;
+mod guest;
+mod hostile;
+mod lifecycle;
+mod traffic;
