@@ -102,9 +102,9 @@ pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary,
 }
 
 /// Loads a template for this host.
-pub fn load(path: &Path, cpuid: &CpuId) -> Result<Template, SnapshotError> {
+pub fn load(path: &Path) -> Result<Template, SnapshotError> {
     let template = snapshot::read(path)?;
-    let missing = cpu::missing_features(&template.header.cpu_features, cpuid);
+    let missing = cpu::missing_features(&template.header.cpu_features);
     if missing.is_empty() {
         Ok(template)
     } else {

@@ -103,7 +103,7 @@ pub fn run(template: &Path, run_dir: &Path, control: OwnedFd) -> Result<Ended, Z
 
 fn load(path: &Path) -> Result<(Kvm, CpuId, Template), TemplateError> {
     let (kvm, cpuid) = template::open_kvm()?;
-    let template = template::load(path, &cpuid)?;
+    let template = template::load(path)?;
     Ok((kvm, cpuid, template))
 }
 
