@@ -1,0 +1,183 @@
+//! The command line.
+
+use std::net::Ipv4Addr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use warren_proto::endpoint::Endpoint;
+
+use crate::error::EXIT_CODES;
+use crate::probe::Operation;
+
+/// Runs microVMs that stand in your VPCs.
+#[derive(Debug, Parser)]
+#[command(name = "warren", version, after_help = EXIT_CODES)]
+pub struct Arguments {
+    /// Where the control plane listens: unix:PATH or an http URL with a numeric address.
+    #[arg(
+        long,
+        global = true,
+        env = "WARREN_ENDPOINT",
+        default_value = "unix:/run/warren/control.sock"
+    )]
+    pub endpoint: Endpoint,
+    /// How to print results.
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Virtual private clouds: the networks that microVMs stand in.
+    #[command(subcommand)]
+    Vpc(VpcCommand),
+    /// MicroVMs.
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Hosts and proxy nodes.
+    #[command(subcommand)]
+    Host(HostCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VpcCommand {
+    /// Make a VPC known.
+    Create(VpcCreate),
+    /// List the VPCs.
+    Ls,
+}
+
+#[derive(Debug, Args)]
+pub struct VpcCreate {
+    /// Name: lower-case letters, digits and inner hyphens.
+    pub name: String,
+    /// The VPC's addresses, such as 10.1.0.0/16.
+    #[arg(long)]
+    pub cidr: String,
+    /// Address in the VPC that all its microVMs are seen as. It must be free.
+    #[arg(long, value_name = "ADDRESS")]
+    pub shared_address: Ipv4Addr,
+    /// Interface of the proxy nodes that stands in the VPC.
+    #[arg(long)]
+    pub interface: String,
+    /// Next hop in the VPC for addresses outside the CIDR.
+    #[arg(long, value_name = "ADDRESS")]
+    pub gateway: Option<Ipv4Addr>,
+    /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
+    #[arg(long, value_name = "PORTS", default_value_t = 1024)]
+    pub ports_per_host: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// List the hosts and proxies.
+    Ls,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Start microVMs.
+    Run(VmRun),
+    /// List the microVMs.
+    Ls,
+    /// Stop microVMs.
+    Stop {
+        /// Ids, or their beginnings.
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+    },
+    /// Let a microVM try its network.
+    Probe {
+        /// Id, or its beginning.
+        id: String,
+        /// The microVM gives up after so many milliseconds.
+        #[arg(long, value_name = "MILLISECONDS", default_value_t = 5000)]
+        timeout_ms: u32,
+        #[command(subcommand)]
+        operation: Operation,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct VmRun {
+    /// VPC that they stand in.
+    #[arg(long)]
+    pub vpc: String,
+    /// Host name that the microVM sees; made of its id otherwise.
+    #[arg(long, visible_alias = "name")]
+    pub hostname: Option<String>,
+    /// Host to start on; the one with the most free slots otherwise.
+    #[arg(long)]
+    pub host: Option<String>,
+    /// How many to start, at the same time.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_may_stand_anywhere() {
+        for line in [
+            "warren --endpoint http://192.0.2.1:7 --output json vm ls",
+            "warren vm ls -o json --endpoint http://192.0.2.1:7",
+        ] {
+            let arguments = parse(line).unwrap();
+            assert_eq!(arguments.endpoint.to_string(), "http://192.0.2.1:7");
+            assert_eq!(arguments.output, Output::Json);
+        }
+        let error = parse("warren --endpoint localhost vm ls").unwrap_err().to_string();
+        assert!(error.contains("write unix:/PATH or http://ADDRESS:PORT"), "{error}");
+    }
+
+    #[test]
+    fn vpc_create() {
+        let line = "warren vpc create blue --cidr 10.1.0.0/16 --shared-address 10.1.0.9 \
+                    --interface eth1 --gateway 10.1.0.1 --ports-per-host 64";
+        let Command::Vpc(VpcCommand::Create(vpc)) = parse(line).unwrap().command else { panic!() };
+        assert_eq!(vpc.name, "blue");
+        assert_eq!(vpc.shared_address, Ipv4Addr::new(10, 1, 0, 9));
+        assert_eq!(vpc.gateway, Some(Ipv4Addr::new(10, 1, 0, 1)));
+        assert_eq!(vpc.ports_per_host, 64);
+        let error = parse("warren vpc create blue --cidr 10.1.0.0/16").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument);
+    }
+
+    #[test]
+    fn vm_run() {
+        let Command::Vm(VmCommand::Run(run)) =
+            parse("warren vm run --vpc blue --name web --host h1 --count 3").unwrap().command
+        else {
+            panic!()
+        };
+        assert_eq!((run.hostname.as_deref(), run.host.as_deref()), (Some("web"), Some("h1")));
+        assert_eq!(run.count, 3);
+        assert!(parse("warren vm run --vpc blue --count 0").is_err());
+        assert!(parse("warren vm stop").is_err(), "without an id");
+    }
+}

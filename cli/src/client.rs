@@ -1,0 +1,68 @@
+//! Calls to the control plane.
+
+use tonic::transport::Channel;
+use tonic::{Response, Status};
+use warren_proto::endpoint::{Endpoint, connect};
+use warren_proto::v1::control_service_client::ControlServiceClient;
+use warren_proto::v1::{
+    CallInstanceRequest, CreateVpcRequest, Host, Instance, ListHostsRequest, ListInstancesRequest,
+    ListVpcsRequest, RunInstanceRequest, RunInstanceResponse, StopInstanceRequest, Vpc,
+};
+
+use crate::error::Error;
+
+/// A connection to the control plane.
+#[derive(Clone)]
+pub struct Client {
+    endpoint: Endpoint,
+    service: ControlServiceClient<Channel>,
+}
+
+impl Client {
+    pub async fn connect(endpoint: Endpoint) -> Result<Self, Error> {
+        let service = ControlServiceClient::new(connect(&endpoint).await?);
+        Ok(Self { endpoint, service })
+    }
+
+    pub async fn create_vpc(&mut self, vpc: Vpc) -> Result<Vpc, Error> {
+        let answer = self.service.create_vpc(CreateVpcRequest { vpc: Some(vpc) }).await;
+        self.unwrap(answer)?.vpc.ok_or(Error::Incomplete("the VPC"))
+    }
+
+    pub async fn vpcs(&mut self) -> Result<Vec<Vpc>, Error> {
+        let answer = self.service.list_vpcs(ListVpcsRequest {}).await;
+        Ok(self.unwrap(answer)?.vpcs)
+    }
+
+    pub async fn hosts(&mut self) -> Result<Vec<Host>, Error> {
+        let answer = self.service.list_hosts(ListHostsRequest {}).await;
+        Ok(self.unwrap(answer)?.hosts)
+    }
+
+    pub async fn instances(&mut self) -> Result<Vec<Instance>, Error> {
+        let answer = self.service.list_instances(ListInstancesRequest {}).await;
+        Ok(self.unwrap(answer)?.instances)
+    }
+
+    pub async fn run(&mut self, request: RunInstanceRequest) -> Result<RunInstanceResponse, Error> {
+        let answer = self.service.run_instance(request).await;
+        self.unwrap(answer)
+    }
+
+    pub async fn stop(&mut self, id: String) -> Result<(), Error> {
+        let answer = self.service.stop_instance(StopInstanceRequest { id }).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn call(&mut self, id: String, invocation: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let answer = self.service.call_instance(CallInstanceRequest { id, invocation }).await;
+        Ok(self.unwrap(answer)?.reply)
+    }
+
+    fn unwrap<T>(&self, answer: Result<Response<T>, Status>) -> Result<T, Error> {
+        match answer {
+            Ok(response) => Ok(response.into_inner()),
+            Err(status) => Err(Error::Refused { endpoint: self.endpoint.clone(), status }),
+        }
+    }
+}

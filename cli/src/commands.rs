@@ -1,0 +1,182 @@
+//! What each command does: call, then print.
+
+use std::io::Write;
+
+use tokio::task::JoinSet;
+use warren_abi::probe::{Reply, decode, encode};
+use warren_proto::v1::{Instance, RunInstanceRequest, Vpc};
+
+use crate::args::{
+    Arguments, Command, HostCommand, Output, VmCommand, VmRun, VpcCommand, VpcCreate,
+};
+use crate::client::Client;
+use crate::error::Error;
+use crate::probe::Operation;
+use crate::render::{self, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+
+/// Runs the command and prints its result on standard output.
+pub async fn run(arguments: Arguments) -> Result<(), Error> {
+    let Arguments { endpoint, output, command } = arguments;
+    // Before connecting: what is wrong with the arguments can be told without a control plane.
+    if let Command::Vm(VmCommand::Run(VmRun { hostname: Some(_), count: 2.., .. })) = &command {
+        return Err(Error::Usage("--hostname names one microVM: leave it out with --count".into()));
+    }
+    let mut client = Client::connect(endpoint).await?;
+    match command {
+        Command::Vpc(VpcCommand::Create(vpc)) => {
+            let vpc = client.create_vpc(definition(vpc)).await?;
+            print(&render::one(output, &VpcRow::from(vpc)))
+        }
+        Command::Vpc(VpcCommand::Ls) => {
+            let rows: Vec<_> = client.vpcs().await?.into_iter().map(VpcRow::from).collect();
+            print(&render::list(output, &rows))
+        }
+        Command::Host(HostCommand::Ls) => {
+            let rows: Vec<_> = client.hosts().await?.into_iter().map(HostRow::from).collect();
+            print(&render::list(output, &rows))
+        }
+        Command::Vm(VmCommand::Ls) => {
+            let rows = instance_rows(client.instances().await?);
+            print(&render::list(output, &rows))
+        }
+        Command::Vm(VmCommand::Run(run)) => start(client, output, run).await,
+        Command::Vm(VmCommand::Stop { ids }) => stop(client, output, &ids).await,
+        Command::Vm(VmCommand::Probe { id, timeout_ms, operation }) => {
+            probe(client, output, &id, timeout_ms, operation).await
+        }
+    }
+}
+
+fn definition(vpc: VpcCreate) -> Vpc {
+    Vpc {
+        name: vpc.name,
+        vni: 0,
+        cidr: vpc.cidr,
+        shared_address: vpc.shared_address.to_string(),
+        interface: vpc.interface,
+        gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
+        ports_per_host: vpc.ports_per_host,
+    }
+}
+
+async fn start(client: Client, output: Output, run: VmRun) -> Result<(), Error> {
+    let request = RunInstanceRequest {
+        vpc: run.vpc,
+        hostname: run.hostname.unwrap_or_default(),
+        host: run.host.unwrap_or_default(),
+        invocation: None,
+    };
+    let mut starts = JoinSet::new();
+    for _ in 0..run.count {
+        let (mut client, request) = (client.clone(), request.clone());
+        starts.spawn(async move { client.run(request).await });
+    }
+    let (started, errors) = split(starts.join_all().await);
+    let rows = started_rows(started)?;
+    print(&render::list(output, &rows))?;
+    all_done(errors, run.count as usize)
+}
+
+async fn stop(mut client: Client, output: Output, ids: &[String]) -> Result<(), Error> {
+    let instances = client.instances().await?;
+    // All are resolved before the first is stopped: a typing error stops none.
+    let mut found: Vec<String> =
+        ids.iter().map(|id| resolve(&instances, id)).collect::<Result<_, _>>()?;
+    found.sort();
+    found.dedup();
+    let all = found.len();
+    let mut stops = JoinSet::new();
+    for id in found {
+        let mut client = client.clone();
+        stops.spawn(async move { client.stop(id.clone()).await.map(|()| StoppedRow { id }) });
+    }
+    let (mut stopped, errors) = split(stops.join_all().await);
+    stopped.sort_by(|a, b| a.id.cmp(&b.id));
+    print(&render::list(output, &stopped))?;
+    all_done(errors, all)
+}
+
+async fn probe(
+    mut client: Client,
+    output: Output,
+    id: &str,
+    timeout_ms: u32,
+    operation: Operation,
+) -> Result<(), Error> {
+    let request = operation.into_request(timeout_ms)?;
+    let id = resolve(&client.instances().await?, id)?;
+    let reply = client.call(id, encode(&request)).await?;
+    let reply: Reply = decode(&reply).map_err(|_| Error::NotAProbe)?;
+    print(&render::probe(output, &reply))?;
+    reply.outcome.map(drop).map_err(Error::Probe)
+}
+
+/// The whole id of the one instance whose id begins with `prefix`.
+fn resolve(instances: &[Instance], prefix: &str) -> Result<String, Error> {
+    let mut ids: Vec<_> = instances
+        .iter()
+        .map(|instance| &instance.id)
+        .filter(|id| !prefix.is_empty() && id.starts_with(prefix))
+        .cloned()
+        .collect();
+    match (ids.pop(), ids.is_empty()) {
+        (None, _) => Err(Error::NoInstance(prefix.into())),
+        (Some(id), true) => Ok(id),
+        (Some(last), false) => {
+            ids.push(last);
+            Err(Error::Ambiguous { prefix: prefix.into(), ids })
+        }
+    }
+}
+
+fn split<T>(results: Vec<Result<T, Error>>) -> (Vec<T>, Vec<Error>) {
+    let (mut done, mut errors) = (Vec::new(), Vec::new());
+    for result in results {
+        match result {
+            Ok(value) => done.push(value),
+            Err(error) => errors.push(error),
+        }
+    }
+    (done, errors)
+}
+
+fn all_done(errors: Vec<Error>, all: usize) -> Result<(), Error> {
+    let failed = errors.len();
+    match errors.into_iter().next() {
+        None => Ok(()),
+        Some(error) if all == 1 => Err(error),
+        Some(first) => Err(Error::Some { failed, all, first: Box::new(first) }),
+    }
+}
+
+fn print(text: &str) -> Result<(), Error> {
+    // Nothing at all where nothing came about: the error says it.
+    if text.is_empty() {
+        return Ok(());
+    }
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{text}") {
+        // `warren vm ls | head` is no failure.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_are_resolved_when_unambiguous() {
+        let instances: Vec<_> = ["3a10", "3a20", "77"]
+            .map(|id| Instance { id: id.into(), ..Instance::default() })
+            .to_vec();
+        assert_eq!(resolve(&instances, "3a1").unwrap(), "3a10");
+        assert_eq!(resolve(&instances, "7").unwrap(), "77");
+        assert!(
+            matches!(resolve(&instances, "3a"), Err(Error::Ambiguous { ids, .. }) if ids.len() == 2)
+        );
+        assert!(matches!(resolve(&instances, "9"), Err(Error::NoInstance(id)) if id == "9"));
+        assert!(matches!(resolve(&instances, ""), Err(Error::NoInstance(_))));
+    }
+}

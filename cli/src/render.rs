@@ -1,0 +1,60 @@
+//! Results as text: tables for people, JSON for programs.
+
+mod probe;
+mod rows;
+
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use crate::args::Output;
+
+pub use probe::probe;
+pub use rows::{HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+
+/// Something that is a row of a table and an object in JSON.
+pub trait Row: Serialize {
+    /// Its table's header.
+    const HEADER: &'static [&'static str];
+    /// Its cells, as many as the header has.
+    fn cells(&self) -> Vec<String>;
+}
+
+/// Several rows. In JSON an array, even of one.
+pub fn list<R: Row>(output: Output, rows: &[R]) -> String {
+    match output {
+        Output::Json => pretty(rows),
+        Output::Table => table(R::HEADER, rows.iter().map(Row::cells)),
+    }
+}
+
+/// One row. In JSON an object.
+pub fn one<R: Row>(output: Output, row: &R) -> String {
+    match output {
+        Output::Json => pretty(row),
+        Output::Table => table(R::HEADER, [row.cells()]),
+    }
+}
+
+fn pretty<T: Serialize + ?Sized>(value: &T) -> String {
+    // Only maps with keys that are no texts, or a failing Serialize, can fail: there are none.
+    serde_json::to_string_pretty(value).unwrap_or_default()
+}
+
+fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header).add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let lines: Vec<_> = table.lines().map(|line| line.trim_end().to_owned()).collect();
+    lines.join("\n")
+}
+
+/// Nanoseconds as microseconds, to a tenth.
+fn us(nanoseconds: u64) -> String {
+    format!("{:.1} µs", nanoseconds as f64 / 1000.0)
+}
+
+fn dash(text: Option<&str>) -> String {
+    text.unwrap_or("-").to_owned()
+}

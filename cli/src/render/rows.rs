@@ -1,0 +1,395 @@
+//! The rows of each table.
+
+use serde::Serialize;
+use warren_proto::v1;
+
+use super::{Row, dash, us};
+use crate::error::Error;
+
+/// A VPC.
+#[derive(Serialize)]
+pub struct VpcRow {
+    name: String,
+    vni: u32,
+    cidr: String,
+    shared_address: String,
+    interface: String,
+    gateway: Option<String>,
+    ports_per_host: u32,
+}
+
+impl From<v1::Vpc> for VpcRow {
+    fn from(vpc: v1::Vpc) -> Self {
+        Self {
+            name: vpc.name,
+            vni: vpc.vni,
+            cidr: vpc.cidr,
+            shared_address: vpc.shared_address,
+            interface: vpc.interface,
+            gateway: some(vpc.gateway),
+            ports_per_host: vpc.ports_per_host,
+        }
+    }
+}
+
+impl Row for VpcRow {
+    const HEADER: &'static [&'static str] =
+        &["NAME", "VNI", "CIDR", "SHARED ADDRESS", "INTERFACE", "GATEWAY", "PORTS PER HOST"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.name.clone(),
+            self.vni.to_string(),
+            self.cidr.clone(),
+            self.shared_address.clone(),
+            self.interface.clone(),
+            dash(self.gateway.as_deref()),
+            self.ports_per_host.to_string(),
+        ]
+    }
+}
+
+/// A host or proxy.
+#[derive(Serialize)]
+pub struct HostRow {
+    name: String,
+    role: &'static str,
+    alive: bool,
+    /// Missing when it was not heard of since the control plane started.
+    heartbeat_age_ms: Option<u64>,
+    slots: u32,
+    instances: u32,
+    parked: u32,
+    underlay_address: String,
+    endpoint: String,
+    version: String,
+}
+
+impl From<v1::Host> for HostRow {
+    fn from(host: v1::Host) -> Self {
+        let role = match host.role() {
+            v1::Role::Host => "host",
+            v1::Role::Proxy => "proxy",
+            v1::Role::Unspecified => "unknown",
+        };
+        // Every agent reports its version with its first heartbeat.
+        let heard_of = host.alive || !host.version.is_empty();
+        Self {
+            name: host.name,
+            role,
+            alive: host.alive,
+            heartbeat_age_ms: heard_of.then_some(host.heartbeat_age_ms),
+            slots: host.slots,
+            instances: host.instances,
+            parked: host.parked,
+            underlay_address: host.underlay_address,
+            endpoint: host.endpoint,
+            version: host.version,
+        }
+    }
+}
+
+impl Row for HostRow {
+    const HEADER: &'static [&'static str] = &[
+        "NAME",
+        "ROLE",
+        "ALIVE",
+        "LAST HEARD",
+        "SLOTS",
+        "INSTANCES",
+        "PARKED",
+        "UNDERLAY",
+        "ENDPOINT",
+        "VERSION",
+    ];
+
+    fn cells(&self) -> Vec<String> {
+        let of_host =
+            |number: u32| if self.role == "host" { number.to_string() } else { "-".into() };
+        let heard = self.heartbeat_age_ms.map(|age| format!("{:.1} s", age as f64 / 1000.0));
+        vec![
+            self.name.clone(),
+            self.role.to_owned(),
+            if self.alive { "yes" } else { "no" }.to_owned(),
+            dash(heard.as_deref()),
+            of_host(self.slots),
+            of_host(self.instances),
+            of_host(self.parked),
+            self.underlay_address.clone(),
+            self.endpoint.clone(),
+            dash(some(self.version.clone()).as_deref()),
+        ]
+    }
+}
+
+/// A microVM.
+#[derive(Serialize)]
+pub struct InstanceRow {
+    id: String,
+    #[serde(skip)]
+    short_id: String,
+    hostname: String,
+    vpc: String,
+    host: String,
+    address: String,
+    mac: String,
+    slot: u32,
+    pid: u32,
+    state: &'static str,
+    reason: Option<String>,
+}
+
+impl InstanceRow {
+    fn new(instance: v1::Instance, id_length: usize) -> Self {
+        let state = match instance.state() {
+            v1::InstanceState::Running => "running",
+            v1::InstanceState::Failed => "failed",
+            v1::InstanceState::Unspecified => "unknown",
+        };
+        Self {
+            short_id: instance.id.chars().take(id_length).collect(),
+            id: instance.id,
+            hostname: instance.hostname,
+            vpc: instance.vpc,
+            host: instance.host,
+            address: instance.address,
+            mac: instance.mac,
+            slot: instance.slot,
+            pid: instance.pid,
+            state,
+            reason: some(instance.reason),
+        }
+    }
+}
+
+/// The rows of these microVMs. Ids are shortened to 8 characters, or as many as tell them apart.
+pub fn instance_rows(instances: Vec<v1::Instance>) -> Vec<InstanceRow> {
+    let length = id_length(instances.iter().map(|instance| instance.id.as_str()).collect());
+    instances.into_iter().map(|instance| InstanceRow::new(instance, length)).collect()
+}
+
+fn id_length(mut ids: Vec<&str>) -> usize {
+    ids.sort_unstable();
+    let common =
+        |pair: &[&str]| pair[0].chars().zip(pair[1].chars()).take_while(|(a, b)| a == b).count();
+    ids.windows(2).map(|pair| common(pair) + 1).max().unwrap_or(0).max(8)
+}
+
+impl Row for InstanceRow {
+    const HEADER: &'static [&'static str] =
+        &["ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "PID", "STATE", "REASON"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.short_id.clone(),
+            self.hostname.clone(),
+            self.vpc.clone(),
+            self.host.clone(),
+            self.slot.to_string(),
+            self.address.clone(),
+            self.pid.to_string(),
+            self.state.to_owned(),
+            dash(self.reason.as_deref()),
+        ]
+    }
+}
+
+/// A microVM that was just started, and how long that took on its host.
+#[derive(Serialize)]
+pub struct StartedRow {
+    #[serde(flatten)]
+    instance: InstanceRow,
+    timings: Option<StartTimings>,
+}
+
+/// Nanoseconds from the moment the host's agent had the request.
+#[derive(Serialize)]
+struct StartTimings {
+    requested_unix_ns: u64,
+    cloned_ns: u64,
+    attach_start_ns: u64,
+    attach_end_ns: u64,
+    released_ns: u64,
+    ready_ns: u64,
+    cold: bool,
+}
+
+/// The rows of these started microVMs.
+pub fn started_rows(started: Vec<v1::RunInstanceResponse>) -> Result<Vec<StartedRow>, Error> {
+    let mut instances = Vec::with_capacity(started.len());
+    let mut timings = Vec::with_capacity(started.len());
+    for response in started {
+        instances.push(response.instance.ok_or(Error::Incomplete("the instance"))?);
+        timings.push(response.timings.map(|timings| StartTimings {
+            requested_unix_ns: timings.requested_unix_ns,
+            cloned_ns: timings.cloned_ns,
+            attach_start_ns: timings.attach_start_ns,
+            attach_end_ns: timings.attach_end_ns,
+            released_ns: timings.released_ns,
+            ready_ns: timings.ready_ns,
+            cold: timings.cold,
+        }));
+    }
+    let rows = instance_rows(instances).into_iter().zip(timings);
+    Ok(rows.map(|(instance, timings)| StartedRow { instance, timings }).collect())
+}
+
+impl Row for StartedRow {
+    const HEADER: &'static [&'static str] =
+        &["ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "PID", "READY AFTER", "POOL"];
+
+    fn cells(&self) -> Vec<String> {
+        let mut cells = self.instance.cells();
+        cells.truncate(7);
+        let timings = self.timings.as_ref();
+        let pool = |timings: &StartTimings| if timings.cold { "cold" } else { "parked" };
+        cells.push(dash(timings.map(|timings| us(timings.ready_ns)).as_deref()));
+        cells.push(dash(timings.map(pool)));
+        cells
+    }
+}
+
+/// A microVM that was just stopped.
+#[derive(Serialize)]
+pub struct StoppedRow {
+    /// Id.
+    pub id: String,
+}
+
+impl Row for StoppedRow {
+    const HEADER: &'static [&'static str] = &["STOPPED"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.id.clone()]
+    }
+}
+
+fn some(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Output;
+    use crate::render::{list, one};
+
+    fn instance(id: &str) -> v1::Instance {
+        v1::Instance {
+            id: id.into(),
+            vpc: "blue".into(),
+            host: "h1".into(),
+            hostname: "web".into(),
+            address: "169.254.1.2".into(),
+            mac: "02:00:00:00:00:01".into(),
+            slot: 1,
+            pid: 4711,
+            state: v1::InstanceState::Running.into(),
+            reason: String::new(),
+        }
+    }
+
+    #[test]
+    fn vpcs() {
+        let row = VpcRow::from(v1::Vpc {
+            name: "blue".into(),
+            vni: 4096,
+            cidr: "10.1.0.0/16".into(),
+            shared_address: "10.1.0.9".into(),
+            interface: "eth1".into(),
+            gateway: String::new(),
+            ports_per_host: 1024,
+        });
+        assert_eq!(
+            one(Output::Table, &row),
+            "NAME  VNI   CIDR         SHARED ADDRESS  INTERFACE  GATEWAY  PORTS PER HOST\n\
+             blue  4096  10.1.0.0/16  10.1.0.9        eth1       -        1024"
+        );
+        let json: serde_json::Value = serde_json::from_str(&one(Output::Json, &row)).unwrap();
+        assert_eq!(json["vni"], 4096);
+        assert!(json["gateway"].is_null());
+    }
+
+    #[test]
+    fn hosts() {
+        let host = v1::Host {
+            name: "h1".into(),
+            role: v1::Role::Host.into(),
+            endpoint: "http://192.0.2.1:7701".into(),
+            underlay_address: "192.0.2.1".into(),
+            slots: 64,
+            parked: 8,
+            instances: 3,
+            alive: true,
+            heartbeat_age_ms: 449,
+            version: "0.1.0".into(),
+        };
+        let never_heard_of = v1::Host {
+            name: "p1".into(),
+            role: v1::Role::Proxy.into(),
+            alive: false,
+            version: String::new(),
+            ..host.clone()
+        };
+        let rows = [HostRow::from(host), HostRow::from(never_heard_of)];
+        assert_eq!(
+            list(Output::Table, &rows),
+            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED  UNDERLAY   ENDPOINT               VERSION\n\
+             h1    host   yes    0.4 s       64     3          8       192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
+             p1    proxy  no     -           -      -          -       192.0.2.1  http://192.0.2.1:7701  -"
+        );
+        let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
+        assert_eq!(json[0]["heartbeat_age_ms"], 449);
+        assert!(json[1]["heartbeat_age_ms"].is_null());
+    }
+
+    #[test]
+    fn instances_have_short_ids_in_tables_and_whole_ones_in_json() {
+        let failed = v1::Instance {
+            state: v1::InstanceState::Failed.into(),
+            reason: "killed by signal 9".into(),
+            ..instance("22222222-bbbb")
+        };
+        let rows = instance_rows(vec![instance("11111111-aaaa"), failed]);
+        assert_eq!(
+            list(Output::Table, &rows),
+            "ID        HOSTNAME  VPC   HOST  SLOT  ADDRESS      PID   STATE    REASON\n\
+             11111111  web       blue  h1    1     169.254.1.2  4711  running  -\n\
+             22222222  web       blue  h1    1     169.254.1.2  4711  failed   killed by signal 9"
+        );
+        let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
+        assert_eq!(json[0]["id"], "11111111-aaaa");
+        assert_eq!(json[1]["state"], "failed");
+        assert!(json[0].get("short_id").is_none());
+    }
+
+    #[test]
+    fn short_ids_are_as_long_as_it_takes() {
+        assert_eq!(id_length(vec![]), 8);
+        assert_eq!(id_length(vec!["abcdefghij-1", "b", "abcdefghij-2"]), 12);
+    }
+
+    #[test]
+    fn nothing_is_a_header_or_an_empty_array() {
+        let none: [StoppedRow; 0] = [];
+        assert_eq!(list(Output::Table, &none), "STOPPED");
+        assert_eq!(list(Output::Json, &none), "[]");
+    }
+
+    #[test]
+    fn started_ones_tell_how_long_it_took() {
+        let timings = v1::StartTimings { ready_ns: 1_234_567, ..v1::StartTimings::default() };
+        let response = v1::RunInstanceResponse {
+            instance: Some(instance("11111111-aaaa")),
+            timings: Some(timings),
+            reply: None,
+        };
+        let rows = started_rows(vec![response]).unwrap();
+        let text = list(Output::Table, &rows);
+        assert!(text.ends_with("4711  1234.6 µs    parked"), "{text}");
+        let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
+        assert_eq!(json[0]["id"], "11111111-aaaa");
+        assert_eq!(json[0]["timings"]["ready_ns"], 1_234_567);
+        assert!(started_rows(vec![v1::RunInstanceResponse::default()]).is_err());
+    }
+}
