@@ -142,3 +142,12 @@ fn object() -> Vec<u8> {
     let path: PathBuf = built("warren-ebpf.o").expect("the programs are built");
     std::fs::read(path).expect("the programs can be read")
 }
+
+/// Waits until something is so that becomes so in a moment.
+pub fn eventually(mut so: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + crate::guest::PATIENCE;
+    while !so() {
+        assert!(std::time::Instant::now() < deadline, "it did not become so");
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
