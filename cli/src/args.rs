@@ -101,7 +101,7 @@ pub enum VmCommand {
         /// Id, or its beginning.
         id: String,
         /// The microVM gives up after so many milliseconds.
-        #[arg(long, value_name = "MILLISECONDS", default_value_t = 5000)]
+        #[arg(long, value_name = "MILLISECONDS", default_value_t = 5000, global = true)]
         timeout_ms: u32,
         #[command(subcommand)]
         operation: Operation,

@@ -343,15 +343,16 @@ impl Fleet {
         self.settled_at
     }
 
-    /// False as long as a proxy of the time before a restart may not have had the time to register
-    /// again: its addresses are not to be moved for that.
+    /// False as long as a proxy of the time before a restart did not register again and may be
+    /// about to: its addresses are not to be moved for that.
     pub fn is_settled(&self) -> bool {
+        let was_heard = |member: &Member| member.last_heartbeat.is_some();
         Instant::now() >= self.settled_at
             || self
                 .lock()
                 .by_name
                 .values()
-                .all(|member| member.registration.role == Role::Host || member.open.is_some())
+                .all(|member| member.registration.role == Role::Host || was_heard(member))
     }
 
     fn lock(&self) -> MutexGuard<'_, Members> {

@@ -50,11 +50,7 @@ impl FromStr for Endpoint {
             return Ok(Self::Unix(path.into()));
         }
         let address = text.strip_prefix("http://").ok_or_else(invalid)?;
-        address
-            .trim_end_matches('/')
-            .parse()
-            .map(Self::Tcp)
-            .map_err(|_| invalid())
+        address.trim_end_matches('/').parse().map(Self::Tcp).map_err(|_| invalid())
     }
 }
 
@@ -147,10 +143,7 @@ fn explain(endpoint: &Endpoint, error: &transport::Error) -> ConnectError {
         }
         let Some(next) = cause.source() else {
             let reason = cause.to_string();
-            return ConnectError::Other {
-                endpoint: endpoint.clone(),
-                reason,
-            };
+            return ConnectError::Other { endpoint: endpoint.clone(), reason };
         };
         cause = next;
     }
@@ -162,11 +155,7 @@ mod tests {
 
     #[test]
     fn text_and_back() {
-        for text in [
-            "unix:/run/warren/agent.sock",
-            "http://192.0.2.1:7700",
-            "http://[::1]:7700",
-        ] {
+        for text in ["unix:/run/warren/agent.sock", "http://192.0.2.1:7700", "http://[::1]:7700"] {
             let endpoint: Endpoint = text.parse().unwrap();
             assert_eq!(endpoint.to_string(), text);
             let json = serde_json::to_string(&endpoint).unwrap();
@@ -178,14 +167,9 @@ mod tests {
 
     #[test]
     fn what_is_no_endpoint_is_refused_with_an_example() {
-        for text in [
-            "",
-            "unix:",
-            "unix:relative",
-            "http://host:1",
-            "http://192.0.2.1",
-            "192.0.2.1:1",
-        ] {
+        for text in
+            ["", "unix:", "unix:relative", "http://host:1", "http://192.0.2.1", "192.0.2.1:1"]
+        {
             let error = text.parse::<Endpoint>().unwrap_err().to_string();
             assert!(error.contains(&format!("\"{text}\"")), "{error}");
             assert!(error.contains("http://127.0.0.1:7700"), "{error}");
@@ -197,10 +181,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let endpoint = Endpoint::Unix(directory.path().join("absent.sock"));
         let error = connect(&endpoint).await.unwrap_err();
-        assert!(
-            matches!(error, ConnectError::NothingListens(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, ConnectError::NothingListens(_)), "{error:?}");
         assert!(error.to_string().contains(&endpoint.to_string()), "{error}");
 
         // A port that was just closed.
@@ -208,9 +189,6 @@ mod tests {
         let endpoint = Endpoint::Tcp(listener.local_addr().unwrap());
         drop(listener);
         let error = connect(&endpoint).await.unwrap_err();
-        assert!(
-            matches!(error, ConnectError::NothingListens(_)),
-            "{error:?}"
-        );
+        assert!(matches!(error, ConnectError::NothingListens(_)), "{error:?}");
     }
 }

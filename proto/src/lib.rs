@@ -3,13 +3,7 @@
 #![deny(missing_docs)]
 
 /// Package `warren.v1`.
-#[allow(
-    missing_docs,
-    unused_qualifications,
-    clippy::all,
-    clippy::pedantic,
-    reason = "generated"
-)]
+#[allow(missing_docs, unused_qualifications, clippy::all, clippy::pedantic, reason = "generated")]
 pub mod v1 {
     tonic::include_proto!("warren.v1");
 

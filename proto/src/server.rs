@@ -109,23 +109,15 @@ impl Listeners {
         for endpoint in endpoints {
             listeners.push(match endpoint {
                 Endpoint::Tcp(address) => {
-                    let listener = TcpListener::bind(address)
-                        .await
-                        .map_err(because(endpoint))?;
+                    let listener = TcpListener::bind(address).await.map_err(because(endpoint))?;
                     let address = listener.local_addr().map_err(because(endpoint))?;
-                    Listener {
-                        endpoint: Endpoint::Tcp(address),
-                        socket: Socket::Tcp(listener),
-                    }
+                    Listener { endpoint: Endpoint::Tcp(address), socket: Socket::Tcp(listener) }
                 }
                 Endpoint::Unix(path) => {
                     make_way(endpoint, path).await?;
                     let (listener, file) = bind_unix(path).map_err(because(endpoint))?;
                     let socket = Socket::Unix(listener, file);
-                    Listener {
-                        endpoint: endpoint.clone(),
-                        socket,
-                    }
+                    Listener { endpoint: endpoint.clone(), socket }
                 }
             });
         }
@@ -134,10 +126,7 @@ impl Listeners {
 
     /// What was bound, with the ports that the operating system chose.
     pub fn endpoints(&self) -> Vec<Endpoint> {
-        self.0
-            .iter()
-            .map(|listener| listener.endpoint.clone())
-            .collect()
+        self.0.iter().map(|listener| listener.endpoint.clone()).collect()
     }
 
     /// Serves until `shutdown` completes; calls that still run then have 2 s to end. Unix sockets
@@ -184,13 +173,9 @@ impl Listeners {
             ended = &mut all_ended => return ended,
             () = shutdown => {}
         }
-        health
-            .set_service_status("", ServingStatus::NotServing)
-            .await;
+        health.set_service_status("", ServingStatus::NotServing).await;
         let _ = stop.send(());
-        tokio::time::timeout(GRACE, all_ended)
-            .await
-            .unwrap_or(Ok(()))
+        tokio::time::timeout(GRACE, all_ended).await.unwrap_or(Ok(()))
     }
 }
 
@@ -203,9 +188,7 @@ async fn with_health_and_reflection(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name("grpc.health.v1.Health");
     for name in services.names {
-        reporter
-            .set_service_status(name, ServingStatus::Serving)
-            .await;
+        reporter.set_service_status(name, ServingStatus::Serving).await;
         reflection = reflection.with_service_name(name);
     }
     let mut routes = services.routes;
@@ -217,10 +200,7 @@ async fn with_health_and_reflection(
 fn because(endpoint: &Endpoint) -> impl Fn(io::Error) -> ServeError {
     move |source| match source.kind() {
         io::ErrorKind::AddrInUse => ServeError::Taken(endpoint.clone()),
-        _ => ServeError::Listen {
-            endpoint: endpoint.clone(),
-            source,
-        },
+        _ => ServeError::Listen { endpoint: endpoint.clone(), source },
     }
 }
 
@@ -259,13 +239,7 @@ fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let inode = fs::symlink_metadata(&beside)?.ino();
     fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
     fs::rename(&beside, path)?;
-    Ok((
-        listener,
-        SocketFile {
-            path: path.to_owned(),
-            inode,
-        },
-    ))
+    Ok((listener, SocketFile { path: path.to_owned(), inode }))
 }
 
 /// Removes the socket at the end, unless another server took its place meanwhile.
@@ -297,16 +271,10 @@ mod tests {
     async fn serves_on_each_endpoint_and_leaves_no_socket() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("made/for/it.sock");
-        let endpoints = [
-            Endpoint::Unix(path.clone()),
-            "http://127.0.0.1:0".parse().unwrap(),
-        ];
+        let endpoints = [Endpoint::Unix(path.clone()), "http://127.0.0.1:0".parse().unwrap()];
         let listeners = Listeners::bind(&endpoints).await.unwrap();
         let bound = listeners.endpoints();
-        assert_eq!(
-            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
 
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = tokio::spawn(listeners.serve(Services::default(), async {
@@ -314,11 +282,7 @@ mod tests {
         }));
         for endpoint in &bound {
             let mut client = HealthClient::new(connect(endpoint).await.unwrap());
-            let reply = client
-                .check(HealthCheckRequest::default())
-                .await
-                .unwrap()
-                .into_inner();
+            let reply = client.check(HealthCheckRequest::default()).await.unwrap().into_inner();
             assert_eq!(reply.status, 1, "SERVING at {endpoint}");
         }
         stop.send(()).unwrap();
@@ -333,13 +297,8 @@ mod tests {
         let path = directory.path().join("a.sock");
         let endpoint = Endpoint::Unix(path.clone());
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        let first = Listeners::bind(std::slice::from_ref(&endpoint))
-            .await
-            .unwrap();
-        let error = Listeners::bind(std::slice::from_ref(&endpoint))
-            .await
-            .err()
-            .unwrap();
+        let first = Listeners::bind(std::slice::from_ref(&endpoint)).await.unwrap();
+        let error = Listeners::bind(std::slice::from_ref(&endpoint)).await.err().unwrap();
         assert!(matches!(error, ServeError::Taken(_)), "{error}");
         drop(first);
         assert!(!path.exists());

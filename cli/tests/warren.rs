@@ -1,0 +1,152 @@
+//! The `warren` binary against a control plane with agents that only remember what they are told.
+
+#[path = "../../control/tests/fake/mod.rs"]
+mod fake;
+
+use std::process::Output;
+
+use fake::{Told, World};
+use serde_json::Value;
+use warren_abi::probe::{Outcome, Reply, Request, Timings, decode, encode};
+
+/// Runs a command line.
+async fn warren(world: &World, line: &str) -> Output {
+    tokio::process::Command::new(env!("CARGO_BIN_EXE_warren"))
+        .args(line.split_whitespace())
+        .env("WARREN_ENDPOINT", world.endpoint().to_string())
+        .output()
+        .await
+        .unwrap()
+}
+
+/// Standard output of a command that must succeed.
+async fn done(world: &World, line: &str) -> String {
+    let output = warren(world, line).await;
+    assert!(output.status.success(), "{line}: {output:?}");
+    assert!(output.stderr.is_empty(), "{line}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+async fn json(world: &World, line: &str) -> Value {
+    serde_json::from_str(&done(world, &format!("{line} --output json")).await).unwrap()
+}
+
+/// Exit code and standard error of a command that must fail.
+async fn failed(world: &World, line: &str) -> (i32, String) {
+    let output = warren(world, line).await;
+    assert!(!output.status.success(), "{line}: {output:?}");
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+const CREATE: &str =
+    "vpc create blue --cidr 10.1.0.0/16 --shared-address 10.1.0.9 --interface eth1";
+
+#[tokio::test]
+async fn from_an_empty_fleet_to_microvms_and_back() {
+    let world = World::new().await;
+    assert_eq!(json(&world, "vpc ls").await, serde_json::json!([]));
+    let vpc = json(&world, CREATE).await;
+    assert_eq!(vpc["vni"], 4096);
+    assert_eq!(json(&world, CREATE).await, vpc, "the same again is no error");
+
+    let (code, error) = failed(&world, "vm run --vpc blue").await;
+    assert_eq!(
+        (code, error.as_str()),
+        (3, "error: no host is alive: start warrend in its host role on one\n")
+    );
+    let _h1 = world.host("h1", 1).await;
+    let _p1 = world.proxy("p1", 9).await;
+    let hosts = done(&world, "host ls").await;
+    assert!(
+        hosts.starts_with("NAME") && hosts.contains("\nh1") && hosts.contains("\np1"),
+        "{hosts}"
+    );
+
+    let started = json(&world, "vm run --vpc blue --count 3").await;
+    let ids: Vec<_> =
+        started.as_array().unwrap().iter().map(|vm| vm["id"].as_str().unwrap()).collect();
+    assert_eq!(ids.len(), 3);
+    assert_eq!(started[0]["timings"]["ready_ns"], 1_500_000);
+    let table = done(&world, "vm run --vpc blue --hostname web --host h1").await;
+    assert!(table.contains("web") && table.contains("1500.0 µs"), "{table}");
+    let listed = json(&world, "vm ls").await;
+    assert_eq!(listed.as_array().unwrap().len(), 4);
+
+    // Two run, the third is one too many for 4 slots: those that started are told.
+    let stopped = json(&world, &format!("vm stop {} {}", &ids[0][..13], ids[1])).await;
+    assert_eq!(stopped.as_array().unwrap().len(), 2);
+    let output = warren(&world, "vm run --vpc blue --count 3 --output json").await;
+    assert_eq!(output.status.code(), Some(5));
+    let started: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(started.as_array().unwrap().len(), 2);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        error.starts_with("error: 1 of 3 failed, the first because no host has a free"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn errors_are_sentences_with_codes() {
+    let world = World::new().await;
+    done(&world, CREATE).await;
+    let other = CREATE.replace("10.1.0.0/16", "10.1.0.0/17");
+    let cases = [
+        (other.as_str(), 1, "VPC \"blue\" exists with another definition"),
+        (
+            "vpc create x --cidr 10.1.0.1/16 --shared-address 10.1.0.8 --interface e",
+            2,
+            "write 10.1.0.0/16",
+        ),
+        ("vm run --vpc red", 4, "there is no VPC \"red\""),
+        ("vm stop 3a", 4, "hint: `warren vm ls` lists them"),
+        ("vm run --vpc blue --name web --count 2", 2, "--hostname names one microVM"),
+        ("vm probe 3a tcp-connect nowhere", 2, "invalid value 'nowhere'"),
+        (
+            "--endpoint unix:/nowhere/control.sock vm ls",
+            3,
+            "nothing listens at unix:/nowhere/control.sock",
+        ),
+        ("--endpoint unix:/nowhere/control.sock vm ls", 3, "hint: start warren-control"),
+    ];
+    for (line, code, part) in cases {
+        let (got, error) = failed(&world, line).await;
+        assert_eq!(got, code, "{line}: {error}");
+        assert!(error.contains(part), "{line}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn probes_report_outcomes_and_failures() {
+    let world = World::new().await;
+    let (h1, _p1) = (world.host("h1", 1).await, world.proxy("p1", 9).await);
+    done(&world, CREATE).await;
+    let started = json(&world, "vm run --vpc blue").await;
+    let id = started[0]["id"].as_str().unwrap();
+    let answer = |outcome| {
+        let timings =
+            Timings { start_ns: 1000, connected_ns: 3500, first_byte_ns: 0, end_ns: 9000 };
+        *h1.behaviour.reply.lock().unwrap() = Some(encode(&Reply { outcome, timings }));
+    };
+
+    answer(Ok(Outcome::Done));
+    let line = format!("vm probe {} tcp-connect 10.1.0.20:6379 --timeout-ms 70", &id[..8]);
+    let text = done(&world, &line).await;
+    assert!(text.starts_with("done\n") && text.contains("connected after 2.5 µs"), "{text}");
+    let asked = world.log.all().pop().unwrap().1;
+    let Told::Invoke(invoke) = asked else { panic!("{asked:?}") };
+    assert_eq!(invoke.id, id);
+    assert_eq!(decode::<Request>(&invoke.invocation).unwrap().timeout_ms, 70);
+
+    answer(Err("connection refused".into()));
+    let output = warren(&world, &format!("{line} --output json")).await;
+    assert_eq!(output.status.code(), Some(6));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["error"], "connection refused");
+    assert_eq!(output.stderr, b"error: the probe failed: connection refused\n");
+
+    *h1.behaviour.reply.lock().unwrap() = Some(vec![255; 3]);
+    let (code, error) = failed(&world, &line).await;
+    assert_eq!(code, 1);
+    assert!(error.contains("not a probe's"), "{error}");
+}
