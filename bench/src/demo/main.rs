@@ -6,6 +6,7 @@ mod scene;
 mod starts;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Parser;
@@ -31,17 +32,26 @@ pub fn step(text: &str) {
     eprintln!("  ✓ {text}");
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     if let Some(missing) = missing() {
-        bail!("the demo cannot run here: {missing}");
+        bail!("cannot run here: {missing}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         tokio::select! {
             // Dropping the demo ends and removes everything it made.
-            result = demo(&arguments) => result,
+            result = demo(arguments) => result,
             _ = tokio::signal::ctrl_c() => bail!("interrupted; everything was removed again"),
         }
     })
@@ -79,6 +89,7 @@ async fn demo(arguments: &Arguments) -> Result<()> {
     let median = starts.median();
     println!("\nOne start, the median of {} (instance {}):\n", starts.len(), median.id);
     println!("{}", waterfall(&median.stages()));
+    println!("The slowest one:\n\n{}", waterfall(&starts.slowest().stages()));
     println!("Times in microseconds, counts as they are:\n\n{}", figures.table());
     if let Some(path) = &arguments.json {
         figures.write(path)?;

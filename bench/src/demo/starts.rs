@@ -75,6 +75,12 @@ impl Starts {
         sorted[(sorted.len() - 1) / 2]
     }
 
+    /// The one whose first reply took longest.
+    pub fn slowest(&self) -> &Start {
+        let by_time = |a: &&Start, b: &&Start| a.first_reply_us().total_cmp(&b.first_reply_us());
+        self.0.iter().max_by(by_time).expect("there are starts")
+    }
+
     /// Fails if a count that must be 0 is not, or a tenant was seen at several addresses.
     pub fn verdict(&self, figures: &Figures) -> Result<()> {
         for key in ["isolation_violations", "duplicate_identities", "leftovers"] {

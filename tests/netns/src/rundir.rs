@@ -32,14 +32,19 @@ impl RunDir {
         self.dir.path().join("bpf")
     }
 
-    /// Everything that is pinned now.
+    /// Everything that is pinned now, without what the kernel itself puts there
+    /// (`CONFIG_BPF_PRELOAD`: `maps.debug` and `progs.debug`).
     pub fn pins(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut open = vec![self.bpf()];
         while let Some(dir) = open.pop() {
             for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
                 let path = entry.path();
-                if path.is_dir() { open.push(path) } else { found.push(path) }
+                if path.is_dir() {
+                    open.push(path);
+                } else if path.extension().is_none_or(|extension| extension != "debug") {
+                    found.push(path);
+                }
             }
         }
         found
