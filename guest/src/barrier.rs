@@ -4,16 +4,17 @@ use core::arch::asm;
 use core::ptr;
 
 use warren_abi::microvm::{
-    BOOT_ADDRESS, Boot, COMMAND_PREFAULT, COMMAND_RELEASE, IDENTITY_ADDRESS, Identity,
+    BOOT_ADDRESS, Boot, COMMAND_PREFAULT, COMMAND_RELEASE, IDENTITY_ADDRESS, Identity, STACK_BYTES,
 };
 
 use crate::net::COLD_BYTES;
-use crate::port;
+use crate::{heap, port};
 
-/// How much of the heap a call with small messages and short connections touches, in bytes.
-const HOT_HEAP: u64 = 0x5_0000;
+/// How much more of the heap a call with small messages and short connections touches than was used
+/// at the barrier, in bytes.
+const HOT_HEAP: u64 = 0x1_0000;
 
-/// How much of the stack, in bytes.
+/// How much of the stack below where it is at the barrier, in bytes.
 const HOT_STACK: u64 = 0x6000;
 
 /// How much of each large buffer, in bytes.
@@ -22,13 +23,13 @@ const HOT_BUFFER: u64 = 0x2000;
 const PAGE: u64 = 4096;
 
 /// Waits for the release, and returns the identity to apply.
-pub fn wait(heap_start: u64) -> Identity {
+pub fn wait(boot: &Boot) -> Identity {
     loop {
         port::barrier();
         // SAFETY: the VMM maps the page and changes it only while the guest stands at the barrier.
         let command = unsafe { ptr::read_volatile(&raw const (*(BOOT_ADDRESS as *const Boot)).command) };
         match command {
-            COMMAND_PREFAULT => prefault(heap_start),
+            COMMAND_PREFAULT => prefault(boot),
             // SAFETY: the VMM wrote a whole Identity before it gave this command.
             COMMAND_RELEASE => unsafe {
                 return ptr::read_volatile(IDENTITY_ADDRESS as *const Identity);
@@ -38,10 +39,12 @@ pub fn wait(heap_start: u64) -> Identity {
     }
 }
 
-/// Writes to every page that will be needed soon. In a clone the host then copies it and maps it
-/// for writing now, and not one fault after the other when somebody waits.
-fn prefault(heap_start: u64) {
+/// Touches every page that will be needed soon: in a clone the host then maps it, and copies it if
+/// it is to be written, now and not one fault after the other when somebody waits.
+fn prefault(boot: &Boot) {
     unsafe extern "C" {
+        static text_start: u8;
+        static rodata_end: u8;
         static mut data_start: u8;
         static mut bss_start: u8;
         static mut bss_end: u8;
@@ -50,13 +53,16 @@ fn prefault(heap_start: u64) {
     let (data, bss, end) =
         ((&raw const data_start) as u64, (&raw const bss_start) as u64, (&raw const bss_end) as u64);
     let cold = crate::net::cold_buffers();
+    look((&raw const text_start) as u64, (&raw const rodata_end) as u64);
+    look(IDENTITY_ADDRESS, IDENTITY_ADDRESS + 1);
     touch(data, cold[0]);
     touch(bss, end);
     for buffer in cold {
         touch(buffer, buffer + HOT_BUFFER.min(COLD_BYTES as u64));
     }
-    touch(heap_start, heap_start + HOT_HEAP);
-    touch(stack - HOT_STACK, stack);
+    touch(boot.heap_start, boot.heap_start + heap::used() + HOT_HEAP);
+    // An unmapped page lies between heap and stack.
+    touch(stack - HOT_STACK, boot.heap_end + PAGE + STACK_BYTES);
 }
 
 fn stack_pointer() -> u64 {
@@ -72,6 +78,15 @@ fn touch(start: u64, end: u64) {
         // SAFETY: `lock or` with 0 leaves what is there as it is, whoever owns it, and the caller
         // names mapped, writable memory. No compiler knows of this access.
         unsafe { asm!("lock or byte ptr [{}], 0", in(reg) page, options(nostack)) };
+        page += PAGE;
+    }
+}
+
+fn look(start: u64, end: u64) {
+    let mut page = start & !(PAGE - 1);
+    while page < end {
+        // SAFETY: the caller names mapped memory.
+        unsafe { ptr::read_volatile(page as *const u8) };
         page += PAGE;
     }
 }

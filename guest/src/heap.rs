@@ -25,6 +25,12 @@ pub unsafe fn init(start: u64, end: u64) {
     unsafe { heap.init(start as *mut u8, (end - start) as usize) };
 }
 
+/// How much is in use, in bytes. First fit keeps it, but for a few holes, at the beginning.
+pub fn used() -> u64 {
+    // SAFETY: as in `init`.
+    unsafe { &*HEAP.0.get() }.used() as u64
+}
+
 // SAFETY: blocks come from `Heap`, which hands out each at most once, sized and aligned as asked.
 unsafe impl GlobalAlloc for GuestHeap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

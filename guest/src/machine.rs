@@ -52,7 +52,7 @@ pub fn run(function: &mut dyn Function) -> ! {
     let calls = Calls::new(transport(VSOCK_MMIO));
     let sockets = Sockets::new();
 
-    let identity = barrier::wait(boot.heap_start);
+    let identity = barrier::wait(&boot);
     let mut machine = Machine::new(identity, device, sockets, calls);
     port::ready();
     loop {

@@ -116,8 +116,10 @@ struct Inner {
     receiving: [Option<Buffer>; QUEUE],
     /// The same for transmission, with its length.
     sending: [Option<(Buffer, usize)>; QUEUE],
-    /// Unused buffers for transmission, the one used last on top: few pages stay in use.
+    /// Unused buffers for transmission, the one used last on top. More are made when they are
+    /// needed, so that a clone with little to say touches few pages.
     free: Vec<Buffer>,
+    in_flight: usize,
 }
 
 impl NetDevice {
@@ -128,7 +130,8 @@ impl NetDevice {
             driver,
             receiving: [const { None }; QUEUE],
             sending: [const { None }; QUEUE],
-            free: (0..QUEUE).map(|_| Box::new([0; 2048])).collect(),
+            free: Vec::with_capacity(QUEUE),
+            in_flight: 0,
         };
         for _ in 0..QUEUE {
             inner.post(Box::new([0; 2048]));
@@ -140,7 +143,10 @@ impl NetDevice {
     pub fn send(&self, frame: &[u8]) -> bool {
         let mut inner = self.inner.borrow_mut();
         inner.reclaim();
-        let Some(mut buffer) = inner.free.pop() else { return false };
+        if inner.in_flight == QUEUE {
+            return false;
+        }
+        let mut buffer = inner.take_free();
         buffer[..HEADER].fill(0);
         let length = frame.len().min(buffer.len() - HEADER);
         buffer[HEADER..HEADER + length].copy_from_slice(&frame[..length]);
@@ -167,7 +173,12 @@ impl Inner {
         Some((buffer, length.min(2048 - HEADER)))
     }
 
+    fn take_free(&mut self) -> Buffer {
+        self.free.pop().unwrap_or_else(|| Box::new([0; 2048]))
+    }
+
     fn transmit(&mut self, buffer: Buffer, length: usize) {
+        self.in_flight += 1;
         // SAFETY: the buffer goes into `sending`, where nothing touches it until the device has
         // returned it.
         let token = unsafe { self.driver.transmit_begin(&buffer[..length]) };
@@ -181,6 +192,7 @@ impl Inner {
             // SAFETY: the same buffer that was sent with this token. The result is its length.
             let _ = unsafe { self.driver.transmit_complete(token, &buffer[..length]) };
             self.free.push(buffer);
+            self.in_flight -= 1;
         }
     }
 }
@@ -193,7 +205,7 @@ impl Device for NetDevice {
         let mut inner = self.inner.borrow_mut();
         inner.reclaim();
         // A frame may need an answer.
-        if inner.free.is_empty() {
+        if inner.in_flight == QUEUE {
             return None;
         }
         let (buffer, length) = inner.take_received()?;
@@ -205,7 +217,7 @@ impl Device for NetDevice {
     fn transmit(&mut self, _: Instant) -> Option<TxToken<'_>> {
         let mut inner = self.inner.borrow_mut();
         inner.reclaim();
-        (!inner.free.is_empty()).then_some(TxToken { device: &self.inner })
+        (inner.in_flight < QUEUE).then_some(TxToken { device: &self.inner })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -238,8 +250,7 @@ pub struct TxToken<'a> {
 
 impl phy::TxToken for TxToken<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, fill: F) -> R {
-        let buffer = self.device.borrow_mut().free.pop();
-        let mut buffer = buffer.expect("checked when the token was made");
+        let mut buffer = self.device.borrow_mut().take_free();
         buffer[..HEADER].fill(0);
         let result = fill(&mut buffer[HEADER..HEADER + length]);
         self.device.borrow_mut().transmit(buffer, HEADER + length);

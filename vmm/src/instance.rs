@@ -1,6 +1,7 @@
 //! A microVM's life: parked at its barrier, released with an identity, running until it ends.
 
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -19,6 +20,20 @@ use crate::server::{Event, Server};
 /// How often sockets are looked at while the guest is kept busy by its network.
 const SOCKET_INTERVAL: Duration = Duration::from_millis(1);
 
+/// What is in the identity page of a parked clone.
+const NOBODY: Identity = Identity {
+    wall_clock_ns: 0,
+    tsc: 0,
+    tsc_hz: 0,
+    entropy: [0; 64],
+    instance_id: [0; 16],
+    hostname: [0; 64],
+    ipv4: [0; 4],
+    gateway: [0; 4],
+    mac: [0; 6],
+    mtu: 0,
+};
+
 /// One microVM with its socket.
 pub struct Instance {
     slot: u32,
@@ -30,10 +45,13 @@ pub struct Instance {
 
 /// Runs a microVM until it ends, and tells its clients why.
 ///
-/// `make` makes the machine; if it cannot, clients hear of that as well.
+/// `make` makes the machine; if it cannot, clients hear of that as well. When they hear that it
+/// ended its slot is free: the TAP is closed and the socket at `path` removed. What takes long,
+/// giving memory and machine back to the kernel, comes after.
 pub fn run(
     slot: u32,
     listener: UnixListener,
+    path: &Path,
     make: impl FnOnce() -> Result<Machine, EndReason>,
 ) -> EndReason {
     let mut server = match Server::new(listener) {
@@ -43,6 +61,7 @@ pub fn run(
     let machine = match make() {
         Ok(machine) => machine,
         Err(reason) => {
+            let _ = std::fs::remove_file(path);
             server.ended(&reason);
             return reason;
         }
@@ -53,6 +72,8 @@ pub fn run(
         Ok(never) => match never {},
         Err(reason) => reason,
     };
+    instance.machine.net.close_tap();
+    let _ = std::fs::remove_file(path);
     instance.server.ended(&reason);
     reason
 }
@@ -85,6 +106,8 @@ impl Instance {
 
     /// Lets the guest take its page faults, so that it has none after the release.
     fn park(&mut self) -> Result<(), EndReason> {
+        // The page of the identity becomes this clone's own.
+        self.machine.write_identity(&NOBODY)?;
         self.machine.command(COMMAND_PREFAULT)?;
         self.run_until(Exit::Barrier)?;
         self.machine.command(COMMAND_PARK)
@@ -210,7 +233,8 @@ impl Instance {
         let mut flags = wait(fds, timeout)?.into_iter();
         self.polled_at = Instant::now();
         if has_tap && flags.next().is_some_and(|flags| flags.contains(PollFlags::POLLERR)) {
-            self.machine.net.lose_tap();
+            tracing::warn!("the microVM's TAP is gone: its interface was removed");
+            self.machine.net.close_tap();
         }
         self.machine.vsock.polled(flags.by_ref().take(streams));
         let mut events = Vec::new();

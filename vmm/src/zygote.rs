@@ -201,7 +201,7 @@ impl Zygote {
         let prepared = setsid()
             .and_then(|_| sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None));
         let reason = match prepared {
-            Ok(()) => instance::run(slot, listener, || {
+            Ok(()) => instance::run(slot, listener, &socket_path(&run_dir, slot), || {
                 // Descriptors that are not needed to run are closed here: KVM's and the template's.
                 Ok(Machine::clone_from(&kvm, &cpuid, memory, memory_bytes, &state, tap)?)
             }),
@@ -212,7 +212,6 @@ impl Zygote {
         } else {
             tracing::warn!(%reason, "microVM ended");
         }
-        let _ = std::fs::remove_file(socket_path(&run_dir, slot));
         reason
     }
 

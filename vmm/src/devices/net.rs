@@ -154,9 +154,8 @@ impl Net {
         Ok(self.tap.as_ref().filter(|_| wanted).map(AsFd::as_fd))
     }
 
-    /// Gives the TAP up after poll reported an error on it: its interface was removed.
-    pub fn lose_tap(&mut self) {
-        tracing::warn!("the microVM's TAP is gone: its interface was removed");
+    /// Closes the TAP: frames go nowhere from now on, and another process can attach to it.
+    pub fn close_tap(&mut self) {
         self.tap = None;
     }
 
