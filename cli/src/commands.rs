@@ -72,8 +72,9 @@ async fn start(client: Client, output: Output, run: VmRun) -> Result<(), Error> 
         starts.spawn(async move { client.run(request).await });
     }
     let (started, errors) = split(starts.join_all().await);
-    let rows = started_rows(started)?;
-    print(&render::list(output, &rows))?;
+    if !started.is_empty() {
+        print(&render::list(output, &started_rows(started)?))?;
+    }
     all_done(errors, run.count as usize)
 }
 
@@ -92,7 +93,9 @@ async fn stop(mut client: Client, output: Output, ids: &[String]) -> Result<(), 
     }
     let (mut stopped, errors) = split(stops.join_all().await);
     stopped.sort_by(|a, b| a.id.cmp(&b.id));
-    print(&render::list(output, &stopped))?;
+    if !stopped.is_empty() {
+        print(&render::list(output, &stopped))?;
+    }
     all_done(errors, all)
 }
 
@@ -150,10 +153,6 @@ fn all_done(errors: Vec<Error>, all: usize) -> Result<(), Error> {
 }
 
 fn print(text: &str) -> Result<(), Error> {
-    // Nothing at all where nothing came about: the error says it.
-    if text.is_empty() {
-        return Ok(());
-    }
     let mut out = std::io::stdout().lock();
     match writeln!(out, "{text}") {
         // `warren vm ls | head` is no failure.

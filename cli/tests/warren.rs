@@ -49,6 +49,8 @@ async fn from_an_empty_fleet_to_microvms_and_back() {
     assert_eq!(vpc["vni"], 4096);
     assert_eq!(json(&world, CREATE).await, vpc, "the same again is no error");
 
+    let output = warren(&world, "vm run --vpc blue").await;
+    assert!(output.stdout.is_empty(), "no header without a microVM: {output:?}");
     let (code, error) = failed(&world, "vm run --vpc blue").await;
     assert_eq!(
         (code, error.as_str()),

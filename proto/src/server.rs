@@ -24,6 +24,7 @@ use crate::v1::DESCRIPTOR_SET;
 
 /// Calls that run when the server is told to stop have this long to end.
 const GRACE: Duration = Duration::from_secs(2);
+const HEALTH: &str = "grpc.health.v1.Health";
 
 /// Why a server could not listen or serve.
 #[derive(Debug, thiserror::Error)]
@@ -183,17 +184,20 @@ async fn with_health_and_reflection(
     services: Services,
 ) -> Result<(tonic_health::server::HealthReporter, Routes), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
-    let mut reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(DESCRIPTOR_SET)
-        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-        .with_service_name("grpc.health.v1.Health");
+    let reflection = || {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(HEALTH);
+        services.names.iter().fold(builder, |builder, name| builder.with_service_name(*name))
+    };
+    let mut routes = services.routes;
+    routes.add_service(health).add_service(reflection().build_v1()?);
+    // The grpcurl that distributions ship asks in this version only.
+    routes.add_service(reflection().build_v1alpha()?);
     for name in services.names {
         reporter.set_service_status(name, ServingStatus::Serving).await;
-        reflection = reflection.with_service_name(name);
     }
-    let mut routes = services.routes;
-    routes.add_service(health);
-    routes.add_service(reflection.build_v1()?);
     Ok((reporter, routes.routes().prepare()))
 }
 
@@ -263,9 +267,25 @@ mod tests {
     use tokio::sync::oneshot;
     use tonic_health::pb::HealthCheckRequest;
     use tonic_health::pb::health_client::HealthClient;
+    use tonic_reflection::pb::v1::ServerReflectionRequest;
+    use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
     use super::*;
     use crate::endpoint::connect;
+
+    async fn reflected_services(endpoint: &Endpoint) -> Vec<String> {
+        let mut client = ServerReflectionClient::new(connect(endpoint).await.unwrap());
+        let list = MessageRequest::ListServices(String::new());
+        let request = ServerReflectionRequest { message_request: Some(list), ..Default::default() };
+        let answers = client.server_reflection_info(tokio_stream::once(request)).await.unwrap();
+        let answer = answers.into_inner().message().await.unwrap().unwrap();
+        let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+            panic!("{answer:?}")
+        };
+        list.service.into_iter().map(|service| service.name).collect()
+    }
 
     #[tokio::test]
     async fn serves_on_each_endpoint_and_leaves_no_socket() {
@@ -284,6 +304,7 @@ mod tests {
             let mut client = HealthClient::new(connect(endpoint).await.unwrap());
             let reply = client.check(HealthCheckRequest::default()).await.unwrap().into_inner();
             assert_eq!(reply.status, 1, "SERVING at {endpoint}");
+            assert_eq!(reflected_services(endpoint).await, [HEALTH]);
         }
         stop.send(()).unwrap();
         serving.await.unwrap().unwrap();
