@@ -28,7 +28,7 @@ pub mod tcp {
 pub const TICK_NS: u64 = 1 << 30;
 
 /// The tick in which a moment of `CLOCK_MONOTONIC`, in nanoseconds, lies.
-#[inline(always)]
+#[inline]
 pub const fn tick(ns: u64) -> u32 {
     (ns / TICK_NS) as u32
 }
@@ -51,42 +51,43 @@ impl FlowState {
 
     const BOTH_FIN: u32 = Self::GUEST_FIN | Self::PEER_FIN;
 
-    #[inline(always)]
+    #[inline]
     const fn pack(tick: u32, marks: u32) -> Self {
         Self((tick as u64) << 32 | marks as u64)
     }
 
     /// A flow that the guest's packet begins: any of UDP and ICMP, a SYN of TCP.
-    #[inline(always)]
+    #[inline]
     pub const fn begin(protocol: u8, now: u32) -> Self {
         Self::pack(now, if protocol == TCP { Self::GUEST_SYN } else { 0 })
     }
 
     /// Whether a packet with these TCP flags (0 for other protocols) can begin a flow.
-    #[inline(always)]
+    #[inline]
     pub const fn can_begin(protocol: u8, flags: u8) -> bool {
         protocol != TCP || flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN
     }
 
     /// The tick of the last packet that kept the flow alive.
-    #[inline(always)]
+    #[inline]
     pub const fn last_tick(self) -> u32 {
         (self.0 >> 32) as u32
     }
 
-    #[inline(always)]
+    #[inline]
     const fn marks(self) -> u32 {
         self.0 as u32
     }
 
     /// The sweep decided to remove it: to every packet, it is not there.
-    #[inline(always)]
+    #[inline]
     pub const fn is_ended(self) -> bool {
         self.marks() & Self::ENDED != 0
     }
 
     /// What the sweep puts in its place before it removes it.
-    #[inline(always)]
+    #[inline]
+    #[must_use]
     pub const fn ended(self) -> Self {
         Self::pack(self.last_tick(), self.marks() | Self::ENDED)
     }
@@ -96,7 +97,7 @@ impl FlowState {
     ///
     /// A reset from outside does not end an established flow: it may be forged (RFC 7857,
     /// section 2).
-    #[inline(always)]
+    #[inline]
     const fn is_closed(marks: u32) -> bool {
         marks & Self::BOTH_FIN == Self::BOTH_FIN
             || marks & Self::GUEST_RST != 0
@@ -104,7 +105,8 @@ impl FlowState {
     }
 
     /// The state after a packet with these TCP flags (0 for other protocols).
-    #[inline(always)]
+    #[inline]
+    #[must_use]
     pub const fn after(self, direction: Direction, flags: u8, now: u32) -> Self {
         let mut marks = self.marks();
         match direction {
@@ -139,7 +141,7 @@ impl FlowState {
     }
 
     /// How many ticks this flow may be idle.
-    #[inline(always)]
+    #[inline]
     pub const fn timeout(self, protocol: u8, timers: &Timers) -> u32 {
         let marks = self.marks();
         if protocol == ICMP {
@@ -158,7 +160,7 @@ impl FlowState {
     }
 
     /// Whether it was idle for longer than it may be.
-    #[inline(always)]
+    #[inline]
     pub const fn is_expired(self, protocol: u8, timers: &Timers, now: u32) -> bool {
         // A packet on another CPU may have stamped it with a later tick than the sweep's.
         let idle = now.wrapping_sub(self.last_tick()) as i32;

@@ -81,19 +81,19 @@ pub struct Attachment(pub u64);
 
 impl Attachment {
     /// Attached to a VPC, or detached (VNI 0).
-    #[inline(always)]
+    #[inline]
     pub const fn new(vni: u32, generation: u32) -> Self {
         Self((generation as u64) << 32 | vni as u64)
     }
 
     /// The VPC; 0 while detached.
-    #[inline(always)]
+    #[inline]
     pub const fn vni(self) -> u32 {
         self.0 as u32
     }
 
     /// Counts the slot's attachments; a flow carries the one it began under.
-    #[inline(always)]
+    #[inline]
     pub const fn generation(self) -> u32 {
         (self.0 >> 32) as u32
     }

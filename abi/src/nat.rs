@@ -9,7 +9,7 @@ pub const BLOCK_PORTS: u32 = 64;
 pub const MAX_PROBES: u32 = 64;
 
 /// The block that a port belongs to.
-#[inline(always)]
+#[inline]
 pub const fn block_of(port: u16) -> u32 {
     port as u32 / BLOCK_PORTS
 }
@@ -19,7 +19,7 @@ pub const fn block_of(port: u16) -> u32 {
 /// `random` scatters both the start (RFC 6056, algorithm 1: ports are not to be guessed) and the
 /// stride. The stride is odd: if `count` is a power of two, the first `count` probes meet each
 /// port once.
-#[inline(always)]
+#[inline]
 pub fn probe_port(base: u32, count: NonZeroU32, random: u32, probe: u32) -> u16 {
     let stride = (random >> 16) | 1;
     let offset = random.wrapping_add(probe.wrapping_mul(stride)) % count;
@@ -28,7 +28,7 @@ pub fn probe_port(base: u32, count: NonZeroU32, random: u32, probe: u32) -> u16 
 
 /// The UDP source port of a flow's outer header, 49152 to 65535 (RFC 7348, section 5): the same
 /// for all of its packets, so that the underlay keeps them in order.
-#[inline(always)]
+#[inline]
 pub const fn tunnel_port(addresses: u32, ports: u32, protocol: u8) -> u16 {
     // The finaliser of MurmurHash3.
     let mut hash = addresses ^ ports.rotate_left(13) ^ (protocol as u32) << 24;

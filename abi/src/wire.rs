@@ -12,19 +12,19 @@ pub struct Ipv4(pub u32);
 
 impl Ipv4 {
     /// From octets.
-    #[inline(always)]
+    #[inline]
     pub const fn new(octets: [u8; 4]) -> Self {
         Self(u32::from_ne_bytes(octets))
     }
 
     /// As a number in the order of the processor: adding 1 yields the next address.
-    #[inline(always)]
+    #[inline]
     pub const fn to_bits(self) -> u32 {
         u32::from_be(self.0)
     }
 
     /// Whether it lies in `network`, of which only the bits set in `mask` count.
-    #[inline(always)]
+    #[inline]
     pub const fn is_in(self, network: Self, mask: Self) -> bool {
         (self.0 ^ network.0) & mask.0 == 0
     }
@@ -49,13 +49,13 @@ pub struct Be16(pub u16);
 
 impl Be16 {
     /// From a number in the order of the processor.
-    #[inline(always)]
+    #[inline]
     pub const fn new(value: u16) -> Self {
         Self(value.to_be())
     }
 
     /// The number in the order of the processor.
-    #[inline(always)]
+    #[inline]
     pub const fn get(self) -> u16 {
         u16::from_be(self.0)
     }
@@ -68,21 +68,16 @@ pub struct Mac(pub [u16; 3]);
 
 impl Mac {
     /// From octets.
-    #[inline(always)]
+    #[inline]
     pub const fn new(octets: [u8; 6]) -> Self {
-        let [a, b, c, d, e, f] = octets;
-        Self([
-            u16::from_ne_bytes([a, b]),
-            u16::from_ne_bytes([c, d]),
-            u16::from_ne_bytes([e, f]),
-        ])
+        // SAFETY: both are six bytes, of which any are a value.
+        Self(unsafe { core::mem::transmute::<[u8; 6], [u16; 3]>(octets) })
     }
 
     /// Its octets.
     pub const fn octets(self) -> [u8; 6] {
-        let [[a, b], [c, d], [e, f]] =
-            [self.0[0].to_ne_bytes(), self.0[1].to_ne_bytes(), self.0[2].to_ne_bytes()];
-        [a, b, c, d, e, f]
+        // SAFETY: both are six bytes, of which any are a value.
+        unsafe { core::mem::transmute::<[u16; 3], [u8; 6]>(self.0) }
     }
 }
 
@@ -121,9 +116,9 @@ pub const fn slot_mac(slot: u32) -> Mac {
     Mac::new([0x02, b'w', b'r', high, middle, low])
 }
 
-/// EtherType of IPv4.
+/// `EtherType` of IPv4.
 pub const ETHERTYPE_IPV4: Be16 = Be16::new(0x0800);
-/// EtherType of ARP.
+/// `EtherType` of ARP.
 pub const ETHERTYPE_ARP: Be16 = Be16::new(0x0806);
 
 /// IP protocol number of ICMP.
@@ -147,7 +142,7 @@ pub struct Ethernet {
     pub destination: Mac,
     /// Source.
     pub source: Mac,
-    /// EtherType.
+    /// `EtherType`: what follows.
     pub ethertype: Be16,
 }
 
@@ -157,7 +152,7 @@ pub struct Ethernet {
 pub struct Arp {
     /// Hardware type; 1 is Ethernet.
     pub hardware: Be16,
-    /// Protocol type; an EtherType.
+    /// Protocol type; an `EtherType`.
     pub protocol: Be16,
     /// Length of a hardware address, 6.
     pub hardware_length: u8,
@@ -229,7 +224,7 @@ pub struct Vxlan {
 
 impl Vxlan {
     /// The header for a VNI below 2^24.
-    #[inline(always)]
+    #[inline]
     pub const fn new(vni: u32) -> Self {
         Self { flags: 0x0800_0000u32.to_be(), vni: (vni << 8).to_be() }
     }

@@ -71,11 +71,8 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
             checksum: 0,
         };
         (*header).vxlan = Vxlan::new(vni);
-        (*header).ethernet = Ethernet {
-            destination: TUNNEL_MAC,
-            source: TUNNEL_MAC,
-            ethertype: ETHERTYPE_IPV4,
-        };
+        (*header).ethernet =
+            Ethernet { destination: TUNNEL_MAC, source: TUNNEL_MAC, ethertype: ETHERTYPE_IPV4 };
     }
     // No next hop given: the kernel's routes say which gateway leads there, as they are now.
     // SAFETY: the helper takes no parameters from a null pointer of size 0.

@@ -3,15 +3,12 @@
 use aya_ebpf::Global;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{HashMap, PerCpuArray};
-use warren_abi::maps::{
-    BlockKey, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Slot, Underlay,
-};
+use warren_abi::maps::{BlockKey, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Slot, Underlay};
 use warren_abi::wire::Ipv4;
 
 /// The end of the tunnel here, written by the loader.
 #[unsafe(no_mangle)]
-static UNDERLAY: Global<Underlay> =
-    Global::new(Underlay { ifindex: 0, address: Ipv4(0), mtu: 0 });
+static UNDERLAY: Global<Underlay> = Global::new(Underlay { ifindex: 0, address: Ipv4(0), mtu: 0 });
 
 #[map]
 pub static SLOTS: HashMap<u32, Slot> = HashMap::with_max_entries(1, 0);

@@ -106,9 +106,8 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
     match packet.protocol {
         TCP => {
             // SAFETY: `at` checked the bounds.
-            let [offset, flags] = unsafe { *at::<[u8; 20]>(ctx, L4).ok_or(Drop::Truncated)? }
-                .as_chunks::<2>()
-                .0[6];
+            let [offset, flags] =
+                unsafe { *at::<[u8; 20]>(ctx, L4).ok_or(Drop::Truncated)? }.as_chunks::<2>().0[6];
             packet.flags = flags;
             packet.header_length = size_of::<IpHeader>() as u32 + (offset >> 4) as u32 * 4;
             if packet.header_length < size_of::<IpHeader>() as u32 + 20 {

@@ -13,7 +13,7 @@ use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
-use warren_abi::wire::{Ethernet, GATEWAY_MAC, ETHERTYPE_IPV4, Ipv4};
+use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ipv4};
 
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;

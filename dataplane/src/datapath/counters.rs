@@ -42,11 +42,9 @@ impl Counters {
         let cpus = aya::util::nr_cpus()
             .map_err(|(path, source)| Error::system("count CPUs by", path, source))?;
         for &reason in DropReason::ALL {
-            let zeroes = PerCpuValues::try_from(vec![0; cpus])
-                .map_err(|source| error(source.into()))?;
-            self.map
-                .set(scope * DropReason::STRIDE + reason as u32, zeroes, 0)
-                .map_err(error)?;
+            let zeroes =
+                PerCpuValues::try_from(vec![0; cpus]).map_err(|source| error(source.into()))?;
+            self.map.set(scope * DropReason::STRIDE + reason as u32, zeroes, 0).map_err(error)?;
         }
         Ok(())
     }

@@ -63,11 +63,8 @@ impl HostDatapath {
         check_options(options)?;
         let device = underlay::device_name(&options.interface_prefix)?;
         let mut netlink = Netlink::open()?;
-        let underlay = underlay::find(
-            &mut netlink,
-            &options.underlay_interface,
-            options.underlay_address,
-        )?;
+        let underlay =
+            underlay::find(&mut netlink, &options.underlay_interface, options.underlay_address)?;
         let mtu = underlay::inner_mtu(&underlay);
 
         let room = options.slots.max(ROOM_FOR_SLOTS);
@@ -114,9 +111,15 @@ impl HostDatapath {
     /// Opens a slot's TAP for a VMM: non-blocking, virtio-net header of 12 bytes, no offloads.
     ///
     /// [`Error::System`] with `EBUSY` while another process has it open: the TAP has one queue, so
-    /// that a former tenant's VMM cannot share it.
+    /// that a former tenant's VMM cannot share it. A process that was forked meanwhile has it open
+    /// until it executes its program: try again for a moment.
     pub fn open_tap(&self, slot: u32) -> Result<OwnedFd, Error> {
-        tap::open(&self.slot(slot)?.ifname)
+        let name = &self.slot(slot)?.ifname;
+        let tap = tap::open(name)?;
+        // A TAP that is opened has its carrier, but sends only when the kernel's link watch has
+        // run, some time later. Asking for the link runs it now: the first packet is not lost.
+        Netlink::open()?.interface(name)?;
+        Ok(tap)
     }
 
     /// Largest IP packet of a guest, in bytes: the underlay's MTU less 50.
@@ -246,13 +249,8 @@ impl HostDatapath {
 
     /// Removes flows that ended, with other time-outs.
     pub fn sweep_with(&self, timers: &Timers) -> Result<SweepReport, Error> {
-        let order = maps::Sweep {
-            ethernet: [0; 14],
-            timers: *timers,
-            live: 0,
-            expired: 0,
-            stale: 0,
-        };
+        let order =
+            maps::Sweep { ethernet: [0; 14], timers: *timers, live: 0, expired: 0, stale: 0 };
         let mut bytes = order.to_bytes();
         let request = bytes;
         let mut options = TestRunOptions::new();
@@ -309,9 +307,7 @@ impl State {
 fn is_missing(error: &MapError) -> bool {
     match error {
         MapError::KeyNotFound => true,
-        MapError::SyscallError(error) => {
-            error.io_error.kind() == std::io::ErrorKind::NotFound
-        }
+        MapError::SyscallError(error) => error.io_error.kind() == std::io::ErrorKind::NotFound,
         _ => false,
     }
 }

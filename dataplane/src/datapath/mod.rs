@@ -271,8 +271,10 @@ impl Error {
 impl PortRange {
     /// Checks what its description promises.
     fn check(self) -> Result<(), Error> {
-        let aligned = u32::from(self.base) % BLOCK_PORTS == 0 && self.count % BLOCK_PORTS == 0;
-        let fits = self.base >= 1024 && self.count > 0 && self.end() <= 1 << 16;
+        let aligned = u32::from(self.base).is_multiple_of(BLOCK_PORTS)
+            && self.count.is_multiple_of(BLOCK_PORTS);
+        let fits =
+            self.base >= 1024 && (1..=1 << 16).contains(&self.count) && self.end() <= 1 << 16;
         if aligned && fits {
             return Ok(());
         }

@@ -84,11 +84,8 @@ impl Netlink {
 
     /// Makes a VXLAN device that takes packets of every VNI and tells each one's, and is down.
     pub fn create_vxlan(&mut self, name: &str) -> Result<(), Error> {
-        let link = LinkVxlan::new(name, 0)
-            .collect_metadata(true)
-            .learning(false)
-            .port(VXLAN_PORT)
-            .build();
+        let link =
+            LinkVxlan::new(name, 0).collect_metadata(true).learning(false).port(VXLAN_PORT).build();
         self.request(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK)
             .map(drop)
             .map_err(|source| Error::system("create VXLAN device", name, source))
@@ -208,13 +205,8 @@ fn host_address(interface: &Interface, address: Ipv4Addr) -> AddressMessage {
 }
 
 fn interface(link: LinkMessage) -> Interface {
-    let mut interface = Interface {
-        index: link.header.index,
-        name: String::new(),
-        mtu: 0,
-        mac: None,
-        kind: None,
-    };
+    let mut interface =
+        Interface { index: link.header.index, name: String::new(), mtu: 0, mac: None, kind: None };
     for attribute in link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => interface.name = name,

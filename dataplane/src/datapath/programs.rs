@@ -127,14 +127,14 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Loads `programs` from the object. Maps in `maps` are the pinned ones, made if missing; the
+    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if missing; the
     /// other role's are made small, and go with this process.
     pub fn load(
         object: &[u8],
         underlay: &Underlay,
         pins: Pins,
         maps: &[MapSpec],
-        programs: &[&'static str],
+        wanted: &[&'static str],
     ) -> Result<Self, Error> {
         let mut loader = EbpfLoader::new();
         loader.btf(None).override_global("UNDERLAY", underlay, true);
@@ -144,12 +144,12 @@ impl Programs {
             loader.map_max_entries(spec.name, spec.entries).map_pin_path(spec.name, path);
         }
         let ebpf = loader.load(object).map_err(|source| Error::Load(Box::new(source)))?;
-        let mut loaded = Self { ebpf, pins };
-        for name in programs {
-            let program = loaded.program(name)?;
+        let mut programs = Self { ebpf, pins };
+        for name in wanted {
+            let program = programs.program(name)?;
             program.load().map_err(|source| Error::program("load program", *name, source))?;
         }
-        Ok(loaded)
+        Ok(programs)
     }
 
     /// The pins.
@@ -194,7 +194,8 @@ impl Programs {
             .and_then(|id| program.take_link(id))
             .map_err(error)?;
         let pin = |source| Error::system("pin", path.display(), source);
-        let attached = FdLink::try_from(attached).map_err(|source| pin(io::Error::other(source)))?;
+        let attached =
+            FdLink::try_from(attached).map_err(|source| pin(io::Error::other(source)))?;
         attached.pin(&path).map(drop).map_err(|source| pin(io::Error::other(source)))
     }
 

@@ -58,11 +58,8 @@ impl ProxyDatapath {
         check_address("underlay address", options.underlay_address)?;
         let device = underlay::device_name(&options.interface_prefix)?;
         let mut netlink = Netlink::open()?;
-        let underlay = underlay::find(
-            &mut netlink,
-            &options.underlay_interface,
-            options.underlay_address,
-        )?;
+        let underlay =
+            underlay::find(&mut netlink, &options.underlay_interface, options.underlay_address)?;
         let mut programs = Programs::load(
             &options.object,
             &underlay,
@@ -183,9 +180,8 @@ impl ProxyDatapath {
                     let remedy = "remove the VPC and apply it again";
                     Error::invalid("mask in the map", Ipv4Addr::from(vpc.mask), remedy)
                 })?,
-                gateway: Some(vpc.gateway.into()).filter(|gateway: &Ipv4Addr| {
-                    !gateway.is_unspecified()
-                }),
+                gateway: Some(vpc.gateway.into())
+                    .filter(|gateway: &Ipv4Addr| !gateway.is_unspecified()),
                 holders: holders.remove(&vpc.vni).unwrap_or_default(),
             });
         }
@@ -287,9 +283,7 @@ impl State {
             self.netlink.remove_address(interface, vpc.shared_address.into())?;
         }
         self.programs.pins().remove_link(&format!("{LINK_PREFIX}{}", vpc.vni))?;
-        self.interfaces
-            .remove(&vpc.ifindex)
-            .map_err(|source| Error::map(names::INTERFACES, source))
+        self.interfaces.remove(&vpc.ifindex).map_err(|source| Error::map(names::INTERFACES, source))
     }
 
     /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away
@@ -298,7 +292,7 @@ impl State {
         let error = |source| Error::map(names::BLOCKS, source);
         let mut unwanted = Vec::new();
         let mut present = BTreeMap::new();
-        for entry in self.blocks.iter() {
+        for entry in &self.blocks {
             let (key, holder) = entry.map_err(error)?;
             let place = (key.shared_address.0, key.block);
             if key.vni != vni {
@@ -324,7 +318,7 @@ impl State {
     /// Who holds which ports, by VNI, adjacent blocks joined.
     fn holders(&self) -> Result<std::collections::HashMap<u32, Vec<(PortRange, Ipv4Addr)>>, Error> {
         let mut blocks = BTreeMap::new();
-        for entry in self.blocks.iter() {
+        for entry in &self.blocks {
             let (key, holder) = entry.map_err(|source| Error::map(names::BLOCKS, source))?;
             blocks.insert((key.vni, key.block), Ipv4Addr::from(holder));
         }
@@ -356,8 +350,8 @@ fn pinned_vpcs(directory: &std::path::Path) -> Result<Vec<maps::ProxyVpc>, Error
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let map = MapData::from_pin(&path)
-        .and_then(|data| HashMap::try_from(aya::maps::Map::HashMap(data)));
+    let map =
+        MapData::from_pin(&path).and_then(|data| HashMap::try_from(aya::maps::Map::HashMap(data)));
     all_vpcs(&map.map_err(|source| Error::map(names::PROXY_VPCS, source))?)
 }
 

@@ -17,7 +17,11 @@ const LINK: &str = "tunnel";
 const MIN_MTU: u32 = 576 + VXLAN_OVERHEAD as u32;
 
 /// Looks up the underlay's interface, which must have `address`.
-pub(super) fn find(netlink: &mut Netlink, name: &str, address: Ipv4Addr) -> Result<Underlay, Error> {
+pub(super) fn find(
+    netlink: &mut Netlink,
+    name: &str,
+    address: Ipv4Addr,
+) -> Result<Underlay, Error> {
     let interface = netlink.interface(name)?;
     if !netlink.addresses(&interface)?.contains(&address) {
         let remedy = "give an address that the underlay interface has";

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +18,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use warren_abi::wire::{GATEWAY, GATEWAY_MAC};
 use warren_netns::netns::Namespace;
 
-use crate::bed::Bed;
+use crate::bed::{Bed, eventually};
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::ifreq);
 
@@ -40,8 +40,7 @@ pub struct RawGuest {
 impl RawGuest {
     /// Opens the slot's TAP.
     pub fn open(bed: &Bed, slot: u32) -> Self {
-        let open = || bed.host().open_tap(slot);
-        let tap = bed.topology.host.run(open).expect("the TAP is free").into();
+        let tap = open_slot(bed, slot).into();
         let slot = &bed.host().slots()[slot as usize - 1];
         Self { tap, address: slot.address, mac: slot.mac }
     }
@@ -80,6 +79,17 @@ impl RawGuest {
             readable(&self.tap, left);
         }
     }
+}
+
+/// Opens a slot's TAP as soon as it is free: a process that another test forks has this one's
+/// descriptors until it executes its program.
+pub fn open_slot(bed: &Bed, slot: u32) -> OwnedFd {
+    let mut tap = None;
+    eventually(|| {
+        tap = bed.topology.host.run(|| bed.host().open_tap(slot)).ok();
+        tap.is_some()
+    });
+    tap.expect("it was opened")
 }
 
 /// A frame with this payload.
@@ -136,8 +146,7 @@ impl KernelGuest {
             std::fs::write("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1").ok();
             tap
         });
-        let [a, b, c, d, e, f] = raw.mac;
-        let mac = format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        let mac = raw.mac.map(|octet| format!("{octet:02x}")).join(":");
         let mtu = bed.host().mtu();
         for words in [
             format!("link set eth0 address {mac} mtu {mtu} up"),
@@ -182,8 +191,8 @@ fn wire(
                 Ok(length) => {
                     let start = VNET_HEADER + from_header - to_header;
                     buffer[start..start + to_header].fill(0);
-                    // A full queue drops, as a network card does.
-                    (&*to).write(&buffer[start..VNET_HEADER + length]).ok();
+                    // A full queue drops, as a network card does; a TAP takes a frame whole.
+                    let _ = (&*to).write(&buffer[start..VNET_HEADER + length]);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     readable(&from, Duration::from_millis(50));

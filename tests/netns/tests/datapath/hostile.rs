@@ -266,10 +266,8 @@ fn a_block_changes_hands_at_once() {
     let bed = Bed::new();
     let server = udp_echo(&bed.topology.vpcs[0], PORT).expect("the server starts");
     let payload = tunnelled(VNI_A, (SHARED, PORTS.base + 64), (SERVER, PORT));
-    let halves = [
-        PortRange { base: PORTS.base, count: 64 },
-        PortRange { base: PORTS.base + 64, count: 64 },
-    ];
+    let halves =
+        [PortRange { base: PORTS.base, count: 64 }, PortRange { base: PORTS.base + 64, count: 64 }];
     bed.apply_proxy(VNI_A, vec![(halves[0], HOST), (halves[1], warren_netns::topology::ROGUE)]);
     send_tunnelled(&bed.topology.host, PROXY, &payload);
     eventually(|| bed.proxy_drops(VNI_A, DropReason::NotBlockHolder) == 1);

@@ -14,7 +14,7 @@ use warren_netns::servers::{bulk_sink, bulk_source, udp_echo};
 use warren_netns::topology::{HOST, PROXY, ROGUE, SERVER, SHARED};
 
 use crate::bed::{Bed, PORTS, VNI_A, VNI_B, proxy_vpc};
-use crate::guest::{KernelGuest, PATIENCE};
+use crate::guest::{KernelGuest, PATIENCE, open_slot};
 use crate::traffic::udp_round_trip;
 
 const PORT: u16 = 7000;
@@ -229,13 +229,12 @@ fn a_tap_that_was_removed_is_made_anew_and_detached() {
 #[test]
 fn a_tap_has_one_owner() {
     let bed = Bed::new();
-    let open = || bed.topology.host.run(|| bed.host().open_tap(1));
-    let first = open().expect("the TAP is free");
-    let error = open().expect_err("the TAP is taken");
+    let first = open_slot(&bed, 1);
+    let error = bed.topology.host.run(|| bed.host().open_tap(1)).expect_err("the TAP is taken");
     let Error::System { source, .. } = error else { panic!("{error}") };
     assert_eq!(source.raw_os_error(), Some(libc::EBUSY));
     drop(first);
-    open().expect("the TAP is free again");
+    open_slot(&bed, 1);
 }
 
 #[test]
