@@ -3,15 +3,15 @@
 use anyhow::{Context, Result};
 use indicatif::ProgressIterator;
 use warren_bench::figures::Figures;
-use warren_netns::fleet::{Fleet, FleetOptions, VPCS};
+use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS};
 use warren_proto::v1::StartTimings;
 
 /// Parked microVMs of the pool: refilled between rounds, so one is always there.
 const PARKED: u32 = 4;
 
 pub async fn run(rounds: u32) -> Result<Figures> {
-    let pooled = Fleet::start(FleetOptions { slots: 8, parked: PARKED }).await?;
-    let cold = Fleet::start(FleetOptions { slots: 8, parked: 0 }).await?;
+    let pooled = Fleet::start(FleetOptions { slots: 8, parked: PARKED, guest: GUEST }).await?;
+    let cold = Fleet::start(FleetOptions { slots: 8, parked: 0, guest: GUEST }).await?;
     let (mut from_pool, mut from_template) = (Vec::new(), Vec::new());
     for _ in (0..rounds).progress() {
         pooled.wait_parked(PARKED).await?;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use warren_netns::fleet::{Fleet, FleetOptions, VPCS};
+use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS};
 use warren_netns::process::Process;
 use warren_netns::servers::{self, Server};
 use warren_proto::v1;
@@ -27,7 +27,7 @@ pub struct Scene {
 impl Scene {
     /// Starts everything.
     pub async fn set(clones: u32) -> Result<Self> {
-        let options = FleetOptions { slots: clones + 16, parked: clones + 8 };
+        let options = FleetOptions { slots: clones + 16, parked: clones + 8, guest: GUEST };
         let fleet = Fleet::start(options).await?;
         step(
             "namespaces: a host, a proxy node, a control plane, two tenants' VPCs (10.0.0.0/24 each)",

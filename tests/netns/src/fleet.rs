@@ -31,7 +31,14 @@ pub struct FleetOptions {
     pub slots: u32,
     /// MicroVMs parked at their barrier.
     pub parked: u32,
+    /// The guest's program, one of [`GUEST`] and [`HOSTILE`].
+    pub guest: &'static str,
 }
+
+/// The guest that serves the network probe.
+pub const GUEST: &str = "warren-guest.elf";
+/// A guest that misbehaves when it is told to.
+pub const HOSTILE: &str = "warren-guest-hostile.elf";
 
 /// Everything, running. Dropping it ends and removes everything.
 pub struct Fleet {
@@ -101,7 +108,7 @@ impl Fleet {
         let template = run.path().join("guest.template");
         let made = Command::new(built("warren-vmm")?)
             .args(["template", "--guest"])
-            .arg(built("warren-guest.elf")?)
+            .arg(built(options.guest)?)
             .arg("--output")
             .arg(&template)
             .output()?;
@@ -139,6 +146,11 @@ impl Fleet {
     /// The directory of a daemon: configuration, socket, state.
     pub fn dir(&self, daemon: Daemon) -> PathBuf {
         self.run.path().join(daemon.name())
+    }
+
+    /// Where the control plane listens.
+    pub fn control_endpoint(&self) -> Endpoint {
+        endpoint(&self.run, Daemon::Control)
     }
 
     /// A client of the control plane.

@@ -6,14 +6,14 @@
 use std::time::Duration;
 
 use warren_abi::probe::{self, Endpoint, Operation, Outcome, Reply};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, VPCS, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers;
 use warren_netns::topology::SERVER;
 use warren_proto::v1::{self, InstanceState};
 use warren_vmm::client;
 use warren_vmm::control::socket_path;
 
-const OPTIONS: FleetOptions = FleetOptions { slots: 8, parked: 3 };
+const OPTIONS: FleetOptions = FleetOptions { slots: 8, parked: 3, guest: GUEST };
 const ECHO: u16 = 7;
 const BULK: u16 = 9000;
 /// Datagrams of a stream, one each millisecond.

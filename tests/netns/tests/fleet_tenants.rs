@@ -3,12 +3,12 @@
 use std::collections::HashSet;
 
 use warren_abi::probe::{Endpoint, Operation, Outcome};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, VPCS, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers;
 use warren_netns::topology::{SERVER, SHARED};
 use warren_proto::v1::{self, InstanceState};
 
-const OPTIONS: FleetOptions = FleetOptions { slots: 12, parked: 4 };
+const OPTIONS: FleetOptions = FleetOptions { slots: 12, parked: 4, guest: GUEST };
 
 fn at(port: u16) -> Endpoint {
     Endpoint { address: SERVER.octets(), port }
@@ -60,7 +60,7 @@ async fn an_empty_pool_makes_cold_clones_and_a_full_host_says_so() {
     if !kvm_or_skip("an_empty_pool_makes_cold_clones_and_a_full_host_says_so") {
         return;
     }
-    let fleet = Fleet::start(FleetOptions { slots: 3, parked: 0 }).await.unwrap();
+    let fleet = Fleet::start(FleetOptions { slots: 3, parked: 0, guest: GUEST }).await.unwrap();
     for _ in 0..3 {
         let (response, _) = fleet.run(VPCS[0], None).await.unwrap();
         assert!(response.timings.unwrap().cold);
