@@ -11,6 +11,7 @@ use warren_vmm::client::ClientError;
 
 use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc};
 use crate::host::{Host, HostError, Started};
+use crate::pool::PoolError;
 use crate::proxy::Proxy;
 
 /// What this agent is.
@@ -125,13 +126,13 @@ impl From<HostError> for Status {
             HostError::UnknownVpc(_) | HostError::VpcInUse { .. } => {
                 Self::failed_precondition(text)
             }
-            HostError::NoSlot => Self::resource_exhausted(text),
+            HostError::Pool(PoolError::NoSlot) => Self::resource_exhausted(text),
             HostError::NoInstance(_) => Self::not_found(text),
             HostError::Hostname(_) => Self::invalid_argument(text),
             HostError::Ended { .. } => Self::aborted(text),
             HostError::Datapath(error) => error.into(),
             HostError::Vmm(ClientError::Timeout(_)) => Self::deadline_exceeded(text),
-            HostError::Vmm(_) | HostError::Record(_) => Self::internal(text),
+            HostError::Pool(_) | HostError::Vmm(_) | HostError::Record(_) => Self::internal(text),
         }
     }
 }

@@ -1,30 +1,25 @@
-//! A host: slots, the pool of parked microVMs, and the instances that run.
+//! A host: the instances that run, the VPCs they are in.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, Zygote};
 use warren_vmm::control::{
-    EndReason, PublicIdentity, ReleaseRequest, State as VmState, Status, socket_path,
+    EndReason, PublicIdentity, Ready, ReleaseRequest, State as VmState, Status, socket_path,
 };
 
 use crate::clock::Clock;
 use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
-use crate::pool::{Policy, Refill};
+use crate::pool::{Pool, PoolError, Taken};
+use crate::refill::Policy;
 
-/// A microVM that was told to stop is killed after this time.
-const STOP_PATIENCE: Duration = Duration::from_secs(2);
-/// The TAP of a microVM that ended is its own until the kernel has closed it.
-const TAP_PATIENCE: Duration = Duration::from_secs(2);
 /// The longest an invocation may take.
 const INVOCATION_LIMIT: Duration = Duration::from_mins(5);
 /// Instances that ended by themselves are shown until so many newer ones did.
@@ -44,9 +39,6 @@ pub enum HostError {
         /// How many.
         instances: usize,
     },
-    /// All slots are taken.
-    #[error("all slots of this host are taken: end instances, or raise host.slots")]
-    NoSlot,
     /// No such instance.
     #[error("no instance \"{0}\" on this host")]
     NoInstance(String),
@@ -61,6 +53,9 @@ pub enum HostError {
         /// Why.
         reason: String,
     },
+    /// There is no microVM to be had.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
     /// The data path failed.
     #[error(transparent)]
     Datapath(#[from] datapath::Error),
@@ -105,13 +100,10 @@ struct Instance {
 
 #[derive(Default)]
 struct State {
-    /// Slots without a microVM; the one that rested longest first.
-    free: VecDeque<u32>,
-    parked: VecDeque<MicroVm>,
     instances: HashMap<Uuid, Instance>,
+    /// Those that ended by themselves, oldest first.
     failed: VecDeque<Uuid>,
     vpcs: HashMap<String, u32>,
-    last_start: Option<Instant>,
 }
 
 /// What a host is made from.
@@ -127,10 +119,9 @@ pub struct HostOptions {
 /// A host.
 pub struct Host {
     options: HostOptions,
-    datapath: HostDatapath,
-    zygote: Zygote,
+    datapath: Arc<HostDatapath>,
+    pool: Arc<Pool>,
     state: Mutex<State>,
-    refill: Notify,
 }
 
 impl Host {
@@ -141,20 +132,21 @@ impl Host {
         datapath: HostDatapath,
         zygote: Zygote,
     ) -> Result<Arc<Self>, HostError> {
-        let mut state = State { vpcs: load_vpcs(&options)?, ..State::default() };
+        let datapath = Arc::new(datapath);
+        let run_dir = options.run_dir.clone();
+        let pool = Arc::new(Pool::new(run_dir, datapath.clone(), zygote, options.policy));
+        let state = Mutex::new(State { vpcs: load_vpcs(&options)?, ..State::default() });
         let found = client::discover(&options.run_dir).await?;
         for slot in datapath.slots() {
             if !found.iter().any(|(microvm, _)| microvm.slot() == slot.number) {
-                datapath.detach(slot.number)?;
-                state.free.push_back(slot.number);
+                pool.free(slot.number);
             }
         }
-        let (state, refill) = (Mutex::new(state), Notify::new());
-        let host = Arc::new(Self { options, datapath, zygote, state, refill });
+        let host = Arc::new(Self { options, datapath, pool, state });
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;
         }
-        tokio::spawn(host.clone().keep_pool());
+        tokio::spawn(host.pool.clone().fill());
         Ok(host)
     }
 
@@ -165,7 +157,7 @@ impl Host {
 
     /// MicroVMs parked at their barrier.
     pub fn parked(&self) -> u32 {
-        self.state().parked.len() as u32
+        self.pool.parked()
     }
 
     /// The data path.
@@ -238,39 +230,17 @@ impl Host {
         let mut timings =
             v1::StartTimings { requested_unix_ns: clock.unix_ns, ..v1::StartTimings::default() };
         let (microvm, slot, ready) = loop {
-            let parked = {
-                let mut state = self.state();
-                state.last_start = Some(Instant::now());
-                state.parked.pop_front()
-            };
-            self.refill.notify_one();
-            timings.cold = parked.is_none();
-            let mut microvm = match parked {
-                Some(microvm) => microvm,
-                None => self.park().await?,
-            };
+            let Taken { microvm, cold } = self.pool.take().await?;
+            timings.cold = cold;
             timings.cloned_ns = clock.elapsed();
-            timings.attach_start_ns = timings.cloned_ns;
             let slot = self.slot(microvm.slot());
-            // Connected first: the guest may send as soon as it is released.
-            let released = match self.datapath.attach(slot.number, record.vni) {
-                Ok(_) => {
-                    timings.attach_end_ns = clock.elapsed();
-                    let request = self.release_request(&record, &slot)?;
-                    microvm.release(&request).await.map_err(HostError::from)
+            match self.connect_and_release(clock, &mut timings, &record, &slot, microvm).await {
+                Ok((microvm, ready)) => break (microvm, slot, ready),
+                // One that died while it was parked says nothing about the next one.
+                Err(HostError::Vmm(ClientError::Ended(reason))) if !cold => {
+                    tracing::warn!(slot = slot.number, "a parked microVM was dead: {reason}");
                 }
-                Err(error) => Err(error.into()),
-            };
-            match released {
-                Ok(ready) => break (microvm, slot, ready),
-                Err(error) => {
-                    self.discard(microvm).await;
-                    // One that died while it was parked says nothing about the next one.
-                    if timings.cold || !matches!(error, HostError::Vmm(ClientError::Ended(_))) {
-                        return Err(error);
-                    }
-                    tracing::warn!(slot = slot.number, "a parked microVM was dead: {error}");
-                }
+                Err(error) => return Err(error),
             }
         };
         timings.released_ns = clock.since(ready.released_ns);
@@ -287,6 +257,31 @@ impl Host {
             }
         };
         Ok(Started { instance: described, timings, reply })
+    }
+
+    /// Attaches a parked microVM's slot and gives the microVM its identity.
+    async fn connect_and_release(
+        &self,
+        clock: Clock,
+        timings: &mut v1::StartTimings,
+        record: &Record,
+        slot: &Slot,
+        mut microvm: MicroVm,
+    ) -> Result<(MicroVm, Ready), HostError> {
+        let released = async {
+            timings.attach_start_ns = clock.elapsed();
+            // Connected first: the guest may send as soon as it is released.
+            self.datapath.attach(slot.number, record.vni)?;
+            timings.attach_end_ns = clock.elapsed();
+            Ok(microvm.release(&self.release_request(record, slot)?).await?)
+        };
+        match released.await {
+            Ok(ready) => Ok((microvm, ready)),
+            Err(error) => {
+                self.pool.discard(microvm).await;
+                Err(error)
+            }
+        }
     }
 
     fn release_request(&self, record: &Record, slot: &Slot) -> Result<ReleaseRequest, HostError> {
@@ -385,7 +380,7 @@ impl Host {
     async fn watch(self: Arc<Self>, id: Uuid, mut microvm: MicroVm, stop: oneshot::Receiver<()>) {
         tokio::select! {
             reason = microvm.ended() => self.failed(id, microvm.slot(), &reason),
-            _ = stop => self.discard(microvm).await,
+            _ = stop => self.pool.discard(microvm).await,
         }
     }
 
@@ -403,76 +398,7 @@ impl Host {
             }
         }
         drop(state);
-        self.free(slot);
-    }
-
-    /// Ends a microVM and frees its slot.
-    async fn discard(&self, mut microvm: MicroVm) {
-        let (slot, pid) = (microvm.slot(), microvm.pid());
-        if tokio::time::timeout(STOP_PATIENCE, microvm.stop()).await.is_err() {
-            tracing::warn!(slot, pid, "microVM does not stop: killing it");
-            // Its socket is still open, so the process is still this one.
-            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
-                tracing::error!(slot, pid, "cannot kill the microVM: {error}");
-            }
-        }
-        self.free(slot);
-    }
-
-    fn free(&self, slot: u32) {
-        if let Err(error) = self.datapath.detach(slot) {
-            tracing::error!(slot, "{error}");
-        }
-        self.state().free.push_back(slot);
-        self.refill.notify_one();
-    }
-
-    /// Takes a free slot and forks a microVM that parks on it.
-    async fn park(&self) -> Result<MicroVm, HostError> {
-        let slot = self.state().free.pop_front().ok_or(HostError::NoSlot)?;
-        let parked = self.park_on(slot).await;
-        if parked.is_err() {
-            self.state().free.push_back(slot);
-        }
-        parked
-    }
-
-    async fn park_on(&self, slot: u32) -> Result<MicroVm, HostError> {
-        let deadline = Instant::now() + TAP_PATIENCE;
-        let tap = loop {
-            match self.datapath.open_tap(slot) {
-                Ok(tap) => break tap,
-                Err(error) if is_busy(&error) && Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        };
-        self.zygote.fork(slot, tap).await?;
-        Ok(MicroVm::connect(&self.options.run_dir, slot).await?)
-    }
-
-    /// Keeps the pool full, for ever.
-    async fn keep_pool(self: Arc<Self>) {
-        loop {
-            let (parked, quiet) = {
-                let state = self.state();
-                let quiet = state.last_start.map_or(Duration::MAX, |start| start.elapsed());
-                (state.parked.len() as u32, quiet)
-            };
-            match self.options.policy.refill(parked, quiet) {
-                Refill::Full => self.refill.notified().await,
-                Refill::After(pause) => tokio::time::sleep(pause).await,
-                Refill::Now => match self.park().await {
-                    Ok(microvm) => self.state().parked.push_back(microvm),
-                    Err(HostError::NoSlot) => self.refill.notified().await,
-                    Err(error) => {
-                        tracing::error!("cannot fill the pool: {error}");
-                        tokio::time::sleep(Duration::from_secs(1)).await;
-                    }
-                },
-            }
-        }
+        self.pool.free(slot);
     }
 
     /// Takes over a microVM of an earlier daemon.
@@ -484,23 +410,17 @@ impl Host {
             return;
         }
         match (status.state, serde_json::from_slice::<Record>(&status.tag)) {
-            (VmState::Parked, _) => self.state().parked.push_back(microvm),
+            (VmState::Parked, _) => self.pool.keep(microvm),
             (VmState::Running, Ok(record)) => {
                 tracing::info!(id = %record.id, slot = number, "instance found again");
                 self.enlist(record, self.slot(number), microvm);
             }
             (VmState::Running, Err(error)) => {
                 tracing::error!(slot = number, "a microVM with an unreadable record: {error}");
-                self.discard(microvm).await;
+                self.pool.discard(microvm).await;
             }
         }
     }
-}
-
-/// True while another process has the TAP open.
-fn is_busy(error: &datapath::Error) -> bool {
-    matches!(error, datapath::Error::System { source, .. }
-        if source.kind() == std::io::ErrorKind::ResourceBusy)
 }
 
 /// RFC 1123, 2.1, one label.

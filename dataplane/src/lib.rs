@@ -13,3 +13,4 @@ pub mod heartbeat;
 pub mod host;
 pub mod pool;
 pub mod proxy;
+pub mod refill;

@@ -15,8 +15,8 @@ use warren_dataplane::datapath::{
 };
 use warren_dataplane::heartbeat;
 use warren_dataplane::host::{Host, HostOptions as RoleOptions};
-use warren_dataplane::pool::Policy;
 use warren_dataplane::proxy::Proxy;
+use warren_dataplane::refill::Policy;
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;

@@ -1,61 +1,179 @@
-//! How many parked microVMs to keep, and when to make more: pure decisions.
+//! The pool of microVMs that are parked at their barrier, and the slots they stand on.
 
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-/// While starts arrive closer together than this, refilling waits: it would take their CPU.
-const QUIET: Duration = Duration::from_millis(100);
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::sync::Notify;
+use warren_vmm::client::{ClientError, MicroVm, Zygote};
 
-/// What the pool is to hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// Parked microVMs wanted.
-    pub target: u32,
+use crate::datapath::{self, HostDatapath};
+use crate::refill::{Policy, Refill};
+
+/// A microVM that was told to stop is killed after this time.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// The TAP of a microVM that ended is its own until the kernel has closed it.
+const TAP_PATIENCE: Duration = Duration::from_secs(2);
+/// What could not be parked is tried again after this time.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Why there is no microVM to be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    /// All slots are taken.
+    #[error("all slots of this host are taken: end instances, or raise host.slots")]
+    NoSlot,
+    /// The data path failed.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The VMM failed.
+    #[error(transparent)]
+    Vmm(#[from] ClientError),
 }
 
-/// What to do about the pool now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refill {
-    /// It is full.
-    Full,
-    /// Make one more.
-    Now,
-    /// Starts are arriving: look again after this time.
-    After(Duration),
+/// A microVM at its barrier, taken out of the pool.
+pub struct Taken {
+    /// The microVM.
+    pub microvm: MicroVm,
+    /// The pool was empty: it was made for the one who took it.
+    pub cold: bool,
 }
 
-impl Policy {
-    /// Decides from the number of parked microVMs and the time since the last start.
-    ///
-    /// Below a quarter of the target it no longer waits for a quiet moment: an empty pool costs
-    /// the next start more than a busy CPU does.
-    pub fn refill(self, parked: u32, since_start: Duration) -> Refill {
-        if parked >= self.target {
-            Refill::Full
-        } else if parked < self.target.div_ceil(4) || since_start >= QUIET {
-            Refill::Now
-        } else {
-            Refill::After(QUIET.saturating_sub(since_start))
+#[derive(Default)]
+struct State {
+    /// Slots without a microVM; the one that rested longest first.
+    free: VecDeque<u32>,
+    parked: VecDeque<MicroVm>,
+    last_taken: Option<Instant>,
+}
+
+/// The pool.
+pub struct Pool {
+    run_dir: PathBuf,
+    datapath: Arc<HostDatapath>,
+    zygote: Zygote,
+    policy: Policy,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl Pool {
+    /// A pool without microVMs and without slots: [`Pool::free`] and [`Pool::keep`] fill it.
+    pub fn new(
+        run_dir: PathBuf,
+        datapath: Arc<HostDatapath>,
+        zygote: Zygote,
+        policy: Policy,
+    ) -> Self {
+        let (state, changed) = (Mutex::default(), Notify::new());
+        Self { run_dir, datapath, zygote, policy, state, changed }
+    }
+
+    /// MicroVMs that are parked now.
+    pub fn parked(&self) -> u32 {
+        self.state().parked.len() as u32
+    }
+
+    /// Takes a parked microVM; if there is none, makes one at once.
+    pub async fn take(&self) -> Result<Taken, PoolError> {
+        let parked = {
+            let mut state = self.state();
+            state.last_taken = Some(Instant::now());
+            state.parked.pop_front()
+        };
+        self.changed.notify_one();
+        match parked {
+            Some(microvm) => Ok(Taken { microvm, cold: false }),
+            None => Ok(Taken { microvm: self.park().await?, cold: true }),
         }
     }
+
+    /// Adds a microVM that is parked.
+    pub fn keep(&self, microvm: MicroVm) {
+        self.state().parked.push_back(microvm);
+    }
+
+    /// Detaches a slot that has no microVM any more, and makes it available.
+    pub fn free(&self, slot: u32) {
+        if let Err(error) = self.datapath.detach(slot) {
+            tracing::error!(slot, "{error}");
+        }
+        self.state().free.push_back(slot);
+        self.changed.notify_one();
+    }
+
+    /// Ends a microVM and frees its slot.
+    pub async fn discard(&self, mut microvm: MicroVm) {
+        let (slot, pid) = (microvm.slot(), microvm.pid());
+        if tokio::time::timeout(STOP_PATIENCE, microvm.stop()).await.is_err() {
+            tracing::warn!(slot, pid, "microVM does not stop: killing it");
+            // Its socket is still open, so the process is still this one.
+            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
+                tracing::error!(slot, pid, "cannot kill the microVM: {error}");
+            }
+        }
+        self.free(slot);
+    }
+
+    /// Keeps the pool full, for ever.
+    pub async fn fill(self: Arc<Self>) {
+        loop {
+            let (parked, quiet) = {
+                let state = self.state();
+                let quiet = state.last_taken.map_or(Duration::MAX, |taken| taken.elapsed());
+                (state.parked.len() as u32, quiet)
+            };
+            match self.policy.refill(parked, quiet) {
+                Refill::Full => self.changed.notified().await,
+                Refill::After(pause) => tokio::time::sleep(pause).await,
+                Refill::Now => match self.park().await {
+                    Ok(microvm) => self.keep(microvm),
+                    Err(PoolError::NoSlot) => self.changed.notified().await,
+                    Err(error) => {
+                        tracing::error!("cannot fill the pool: {error}");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                },
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock; if some did, the state is still whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a free slot and forks a microVM that parks on it.
+    async fn park(&self) -> Result<MicroVm, PoolError> {
+        let slot = self.state().free.pop_front().ok_or(PoolError::NoSlot)?;
+        let parked = self.park_on(slot).await;
+        if parked.is_err() {
+            self.state().free.push_back(slot);
+        }
+        parked
+    }
+
+    async fn park_on(&self, slot: u32) -> Result<MicroVm, PoolError> {
+        let deadline = Instant::now() + TAP_PATIENCE;
+        let tap = loop {
+            match self.datapath.open_tap(slot) {
+                Ok(tap) => break tap,
+                Err(error) if is_busy(&error) && Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
+        self.zygote.fork(slot, tap).await?;
+        Ok(MicroVm::connect(&self.run_dir, slot).await?)
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn waits_for_quiet_only_while_enough_are_parked() {
-        let policy = Policy { target: 64 };
-        let busy = Duration::from_millis(1);
-        assert_eq!(policy.refill(64, busy), Refill::Full);
-        assert_eq!(policy.refill(16, busy), Refill::After(QUIET - busy));
-        assert_eq!(policy.refill(15, busy), Refill::Now);
-        assert_eq!(policy.refill(63, QUIET), Refill::Now);
-    }
-
-    #[test]
-    fn a_pool_of_none_is_full_and_a_pool_of_one_is_refilled_at_once() {
-        assert_eq!(Policy { target: 0 }.refill(0, Duration::ZERO), Refill::Full);
-        assert_eq!(Policy { target: 1 }.refill(0, Duration::ZERO), Refill::Now);
-    }
+/// True while another process has the TAP open.
+fn is_busy(error: &datapath::Error) -> bool {
+    matches!(error, datapath::Error::System { source, .. }
+        if source.kind() == std::io::ErrorKind::ResourceBusy)
 }
