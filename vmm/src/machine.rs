@@ -16,7 +16,7 @@ use warren_abi::microvm::{
 };
 
 use crate::boot::EXCEPTION_PORT;
-use crate::control::EndReason;
+use crate::control::{EndReason, WATCHDOG};
 use crate::cpu::{self, CpuState};
 use crate::devices::QueueError;
 use crate::devices::mmio::MmioState;
@@ -24,9 +24,6 @@ use crate::devices::net::Net;
 use crate::devices::vsock::Vsock;
 use crate::memory::GuestRam;
 use crate::timer::KickTimer;
-
-/// How long a guest may run without an exit before it is taken for one that loops for ever.
-pub const WATCHDOG: Duration = Duration::from_secs(5);
 
 /// Exception vectors that push an error code (Intel SDM volume 3, table 6-1).
 const WITH_ERROR_CODE: [u8; 8] = [8, 10, 11, 12, 13, 14, 17, 21];

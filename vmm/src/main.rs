@@ -5,10 +5,12 @@ use std::io::IsTerminal;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
+use warren_vmm::control::WATCHDOG;
 use warren_vmm::{template, zygote};
 
 /// Snapshot-cloned microVMs.
@@ -48,6 +50,9 @@ enum Command {
         /// Descriptor of the control socket (SOCK_SEQPACKET).
         #[arg(long, value_name = "N")]
         control_fd: RawFd,
+        /// How long a guest may run without an exit, in milliseconds.
+        #[arg(long, value_name = "MS", default_value_t = WATCHDOG.as_millis() as u64)]
+        watchdog_ms: u64,
     },
 }
 
@@ -77,9 +82,10 @@ fn main() -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Zygote { template, run_dir, control_fd } => {
+        Command::Zygote { template, run_dir, control_fd, watchdog_ms } => {
             let control = take_control(control_fd).context("--control-fd")?;
-            match zygote::run(&template, &run_dir, control)? {
+            let watchdog = Duration::from_millis(watchdog_ms);
+            match zygote::run(&template, &run_dir, watchdog, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }

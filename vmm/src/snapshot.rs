@@ -247,3 +247,155 @@ fn verify<'a>(path: &Path, file: &'a [u8]) -> Result<Content<'a>, SnapshotError>
     }
     Ok(Content { header, memory_bytes, numbers, pages })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use kvm_bindings::{kvm_regs, kvm_sregs};
+
+    use super::*;
+    use crate::cpu::{CpuState, missing_features};
+    use crate::devices::mmio::Mmio;
+    use crate::devices::{net, vsock};
+
+    /// BLAKE3 of an encoded [`Header`] whose fields all differ from each other. If this test fails
+    /// the format has changed: raise [`VERSION`], then put the new value here.
+    const LAYOUT: (u32, &str) =
+        (1, "e54416395b19e1216a385d8611c22128c6d50f84999cc7bab65e9c9dafc5c4cd");
+
+    fn header() -> Header {
+        Header {
+            abi_version: ABI_VERSION,
+            cpu_features: vec!["avx2".to_owned()],
+            machine: MachineState {
+                cpu: CpuState {
+                    regs: kvm_regs { rax: 1, rip: 2, rflags: 3, ..kvm_regs::default() },
+                    sregs: kvm_sregs { cr3: 4, efer: 5, ..kvm_sregs::default() },
+                    xcr0: 6,
+                    xsave: vec![7, 8, 9],
+                },
+                net: Mmio::new(&net::KIND).save(),
+                vsock: Mmio::new(&vsock::KIND).save(),
+            },
+        }
+    }
+
+    fn ram() -> GuestRam {
+        let bytes = 4 << 20;
+        let ram = GuestRam::map(Arc::new(create_memfd(bytes).unwrap()), bytes, true).unwrap();
+        for (page, byte) in [(0, 1u8), (7, 2), (1023, 3)] {
+            ram.all().write_slice(&[byte; 4096], GuestAddress(page * PAGE)).unwrap();
+        }
+        ram
+    }
+
+    fn saved(header: &Header) -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("template");
+        write(&path, header, &ram()).unwrap();
+        (directory, path)
+    }
+
+    #[test]
+    fn layout_changes_only_together_with_the_version() {
+        let hash = blake3::hash(&postcard::to_allocvec(&header()).unwrap());
+        assert_eq!((VERSION, hash.to_hex().as_str()), LAYOUT);
+    }
+
+    #[test]
+    fn what_was_written_is_read_into_sealed_memory() {
+        let (_directory, path) = saved(&header());
+        let template = read(&path).unwrap();
+        assert_eq!(template.header, header());
+        let memory = Arc::new(template.memory);
+        let clone = GuestRam::map(memory.clone(), template.memory_bytes, false).unwrap();
+        for (page, byte) in [(0, 1u8), (1, 0), (7, 2), (1023, 3)] {
+            let address = GuestAddress(page * PAGE + 17);
+            assert_eq!(clone.all().read_obj::<u8>(address).unwrap(), byte);
+            // A clone's change is its own.
+            clone.all().write_obj(99u8, address).unwrap();
+        }
+        let again = GuestRam::map(memory.clone(), template.memory_bytes, false).unwrap();
+        assert_eq!(again.all().read_obj::<u8>(GuestAddress(17)).unwrap(), 1);
+        assert!(GuestRam::map(memory.clone(), template.memory_bytes, true).is_err());
+        assert!((&*memory).write_all(b"x").is_err());
+        assert!(memory.set_len(1).is_err());
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let (_directory, path) = saved(&header());
+        let whole = std::fs::read(&path).unwrap();
+        for length in (0..whole.len()).rev() {
+            match verify(&path, &whole[..length]) {
+                Err(SnapshotError::NotATemplate { .. }) => assert!(length < 8),
+                Err(SnapshotError::Length { found, .. }) => assert_eq!(found, length as u64),
+                other => panic!("{length} bytes: {:?}", other.err()),
+            }
+        }
+        let mut longer = whole;
+        longer.push(0);
+        assert!(matches!(verify(&path, &longer), Err(SnapshotError::Length { .. })));
+    }
+
+    #[test]
+    fn every_flipped_bit_is_refused() {
+        let (_directory, path) = saved(&header());
+        let mut file = std::fs::read(&path).unwrap();
+        for byte in 0..file.len() {
+            // Each bit in the head, one in each byte of the rest.
+            for bit in if byte < 512 { 0..8 } else { byte % 8..byte % 8 + 1 } {
+                file[byte] ^= 1 << bit;
+                match (byte, verify(&path, &file)) {
+                    (0..8, Err(SnapshotError::NotATemplate { .. }))
+                    | (8..12, Err(SnapshotError::Version { .. }))
+                    | (12..16 | 24..32, Err(SnapshotError::Length { .. }))
+                    | (16..24 | 32.., Err(SnapshotError::Checksum { .. })) => {}
+                    (_, result) => panic!("byte {byte} bit {bit}: {:?}", result.err()),
+                }
+                file[byte] ^= 1 << bit;
+            }
+        }
+        assert!(verify(&path, &file).is_ok());
+    }
+
+    #[test]
+    fn other_versions_are_named() {
+        let (_directory, path) = saved(&Header { abi_version: 77, ..header() });
+        let error = read(&path).unwrap_err();
+        let SnapshotError::Version { found: 77, expected: ABI_VERSION, .. } = &error else {
+            panic!("{error}");
+        };
+        assert!(error.to_string().contains("guest ABI 77"), "{error}");
+    }
+
+    /// A checksum proves no more than that nothing was damaged.
+    #[test]
+    fn content_that_cannot_be_is_refused_even_with_the_right_checksum() {
+        let (_directory, path) = saved(&header());
+        let good = std::fs::read(&path).unwrap();
+        let header_len = u32::from_le_bytes(good[12..16].try_into().unwrap()) as usize;
+        let with = |edit: &dyn Fn(&mut Vec<u8>)| {
+            let mut file = good[..good.len() - CHECKSUM].to_vec();
+            edit(&mut file);
+            let checksum = *blake3::hash(&file).as_bytes();
+            file.extend(checksum);
+            verify(&path, &file).err()
+        };
+        assert!(with(&|_| {}).is_none());
+        let first_page = FIXED + header_len;
+        let outside = with(&|file| file[first_page..first_page + 4].fill(0xff));
+        assert!(matches!(outside, Some(SnapshotError::Malformed { .. })), "{outside:?}");
+        let huge = with(&|file| file[16..24].fill(0x7f));
+        assert!(matches!(huge, Some(SnapshotError::Malformed { .. })), "{huge:?}");
+        let header = with(&|file| file[FIXED..first_page].fill(0xff));
+        assert!(matches!(header, Some(SnapshotError::Malformed { .. })), "{header:?}");
+    }
+
+    #[test]
+    fn unknown_processor_features_count_as_missing() {
+        assert!(missing_features(&[]).is_empty());
+        assert_eq!(missing_features(&["amx-9".to_owned()]), ["amx-9"]);
+    }
+}

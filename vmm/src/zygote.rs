@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::Kvm;
@@ -58,6 +59,8 @@ struct Zygote {
     control: OwnedFd,
     children: SignalFd,
     run_dir: PathBuf,
+    /// How long a guest may run without an exit.
+    watchdog: Duration,
     kvm: Kvm,
     cpuid: CpuId,
     memory: Arc<File>,
@@ -71,7 +74,12 @@ struct Zygote {
 ///
 /// # Errors
 /// The template cannot be used, which the client is told as well; or the host fails.
-pub fn run(template: &Path, run_dir: &Path, control: OwnedFd) -> Result<Ended, ZygoteError> {
+pub fn run(
+    template: &Path,
+    run_dir: &Path,
+    watchdog: Duration,
+    control: OwnedFd,
+) -> Result<Ended, ZygoteError> {
     let (kvm, cpuid, template) = match load(template) {
         Ok(loaded) => loaded,
         Err(error) => {
@@ -91,6 +99,7 @@ pub fn run(template: &Path, run_dir: &Path, control: OwnedFd) -> Result<Ended, Z
         control,
         children,
         run_dir: run_dir.to_owned(),
+        watchdog,
         kvm,
         cpuid,
         memory: Arc::new(template.memory),
@@ -195,7 +204,7 @@ impl Zygote {
 
     /// In the child: leaves everything of the zygote's behind and runs the microVM.
     fn become_microvm(self, slot: u32, listener: UnixListener, tap: OwnedFd) -> EndReason {
-        let Self { control, children, run_dir, kvm, cpuid, memory, memory_bytes, state, .. } = self;
+        let Self { control, children, run_dir, watchdog, kvm, cpuid, memory, memory_bytes, state, .. } = self;
         drop((control, children));
         let _span = tracing::info_span!("microvm", slot).entered();
         let prepared = setsid()
@@ -203,7 +212,12 @@ impl Zygote {
         let reason = match prepared {
             Ok(()) => instance::run(slot, listener, &socket_path(&run_dir, slot), || {
                 // Descriptors that are not needed to run are closed here: KVM's and the template's.
-                Ok(Machine::clone_from(&kvm, &cpuid, memory, memory_bytes, &state, tap)?)
+                let cloned =
+                    Machine::clone_from(&kvm, &cpuid, memory, memory_bytes, &state, tap);
+                drop(kvm);
+                let mut machine = cloned?;
+                machine.set_watchdog(watchdog);
+                Ok(machine)
             }),
             Err(errno) => EndReason::Setup { error: errno.to_string() },
         };

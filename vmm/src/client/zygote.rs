@@ -4,6 +4,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
@@ -14,7 +15,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
 use super::ClientError;
-use crate::control::{MESSAGE_MAX, ZygoteReply, ZygoteRequest, decode, encode};
+use crate::control::{MESSAGE_MAX, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
 
 /// What a zygote is started with.
 #[derive(Clone, Debug)]
@@ -41,6 +42,15 @@ impl Zygote {
     /// # Errors
     /// [`ClientError::Spawn`], or [`ClientError::Zygote`] with what is wrong with the template.
     pub async fn spawn(config: &ZygoteConfig) -> Result<Self, ClientError> {
+        Self::spawn_with_watchdog(config, WATCHDOG).await
+    }
+
+    /// [`Zygote::spawn`], with another time that a guest may run without an exit before it is ended
+    /// as one that loops for ever; precise to 20 ms.
+    pub async fn spawn_with_watchdog(
+        config: &ZygoteConfig,
+        watchdog: Duration,
+    ) -> Result<Self, ClientError> {
         let spawn_error = |source: io::Error| ClientError::Spawn { binary: config.binary.clone(), source };
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
@@ -58,6 +68,8 @@ impl Zygote {
             .arg("--run-dir")
             .arg(&config.run_dir)
             .args(["--control-fd", "0"])
+            .arg("--watchdog-ms")
+            .arg(watchdog.as_millis().to_string())
             .stdin(Stdio::from(theirs))
             .spawn()
             .map_err(spawn_error)?;

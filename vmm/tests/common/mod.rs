@@ -1,0 +1,197 @@
+//! What the tests on real KVM share: templates, TAPs in namespaces of their own, microVMs.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
+use warren_vmm::control::{PublicIdentity, ReleaseRequest};
+
+/// Whether this machine can run microVMs. If not it says so, loudly; under `WARREN_REQUIRE_KVM=1`
+/// that is a failure.
+pub fn kvm() -> bool {
+    let missing = if let Err(error) = kvm_ioctls::Kvm::new() {
+        format!("/dev/kvm cannot be used: {error}")
+    } else if let Err(error) = File::open("/dev/net/tun").and_then(|_| tap("probe")) {
+        format!("no TAP can be made: {error}")
+    } else {
+        return true;
+    };
+    assert!(std::env::var("WARREN_REQUIRE_KVM").as_deref() != Ok("1"), "{missing}");
+    eprintln!("\n*** SKIPPED, NOTHING WAS TESTED: {missing} ***\n");
+    false
+}
+
+/// The `warren-vmm` program of this build.
+pub fn vmm() -> PathBuf {
+    env!("CARGO_BIN_EXE_warren-vmm").into()
+}
+
+/// A guest program: `WARREN_GUEST` names the first one, the others lie beside it.
+pub fn guest(name: &str) -> PathBuf {
+    let directory = if let Some(guest) = std::env::var_os("WARREN_GUEST") {
+        Path::new(&guest).parent().unwrap().to_owned()
+    } else {
+        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
+        workspace.join(target).join("x86_64-unknown-none/release")
+    };
+    let path = directory.join(name);
+    assert!(path.exists(), "no {}: run `cargo xtask build`", path.display());
+    path
+}
+
+/// A template of a guest program, made once for each test program.
+pub fn template(name: &'static str) -> PathBuf {
+    static DIRECTORY: OnceLock<TempDir> = OnceLock::new();
+    static MADE: Mutex<Vec<&str>> = Mutex::new(Vec::new());
+    let path = DIRECTORY.get_or_init(|| tempfile::tempdir().unwrap()).path().join(name);
+    let mut made = MADE.lock().unwrap();
+    if !made.contains(&name) {
+        let output = Command::new(vmm())
+            .arg("template")
+            .arg("--guest")
+            .arg(guest(name))
+            .arg("--output")
+            .arg(&path)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        made.push(name);
+    }
+    path
+}
+
+/// A zygote with a directory of its own.
+pub struct Host {
+    pub zygote: Zygote,
+    pub run_dir: TempDir,
+    pids: Mutex<Vec<i32>>,
+}
+
+/// MicroVMs outlive their zygote; those of a failed test must not outlive it.
+impl Drop for Host {
+    fn drop(&mut self) {
+        for pid in self.pids.lock().unwrap().iter() {
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+    }
+}
+
+impl Host {
+    pub async fn new(guest: &'static str) -> Self {
+        Self::with_watchdog(guest, Duration::from_secs(5)).await
+    }
+
+    pub async fn with_watchdog(guest: &'static str, watchdog: Duration) -> Self {
+        let run_dir = tempfile::tempdir().unwrap();
+        let config = config(guest, run_dir.path());
+        let zygote = Zygote::spawn_with_watchdog(&config, watchdog).await.unwrap();
+        Self { zygote, run_dir, pids: Mutex::new(Vec::new()) }
+    }
+
+    /// Lets the zygote go and starts another one, as a restarted `warrend` does.
+    pub async fn replace_zygote(&mut self, guest: &'static str) {
+        self.zygote = Zygote::spawn(&config(guest, self.run_dir.path())).await.unwrap();
+    }
+
+    /// A parked microVM, on a TAP in a namespace of its own.
+    pub async fn parked(&self, slot: u32) -> MicroVm {
+        self.parked_on(slot, tap("w0").unwrap()).await
+    }
+
+    /// A parked microVM on this TAP.
+    pub async fn parked_on(&self, slot: u32, tap: OwnedFd) -> MicroVm {
+        let pid = self.zygote.fork(slot, tap).await.unwrap();
+        self.pids.lock().unwrap().push(pid);
+        MicroVm::connect(self.run_dir.path(), slot).await.unwrap()
+    }
+
+    /// The same, released.
+    pub async fn running(&self, slot: u32) -> MicroVm {
+        let mut microvm = self.parked(slot).await;
+        microvm.release(&identity(slot)).await.unwrap();
+        microvm
+    }
+}
+
+pub fn config(guest: &'static str, run_dir: &Path) -> ZygoteConfig {
+    ZygoteConfig { binary: vmm(), template: template(guest), run_dir: run_dir.to_owned() }
+}
+
+/// An identity that differs from slot to slot.
+pub fn identity(slot: u32) -> ReleaseRequest {
+    let [_, _, high, low] = slot.to_be_bytes();
+    ReleaseRequest {
+        identity: PublicIdentity {
+            instance_id: [low; 16],
+            hostname: format!("instance-{slot}"),
+            mac: [2, 0, 0, 0, high, low],
+            ipv4: [169, 254, 8 + high, low],
+            gateway: [169, 254, 1, 1],
+            mtu: 1500,
+        },
+        tag: slot.to_be_bytes().to_vec(),
+    }
+}
+
+/// A TAP in a new network namespace, in which `setup` runs as well. Both go away with the TAP.
+pub fn tap_with(
+    name: &str,
+    setup: impl FnOnce() + Send + 'static,
+) -> io::Result<OwnedFd> {
+    let name = name.to_owned();
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        let tap = open_tap(&name)?;
+        setup();
+        Ok(tap)
+    });
+    thread.join().unwrap()
+}
+
+/// A TAP in a new network namespace.
+pub fn tap(name: &str) -> io::Result<OwnedFd> {
+    tap_with(name, || {})
+}
+
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; 16],
+    flags: i16,
+    padding: [u8; 22],
+}
+
+nix::ioctl_write_ptr_bad!(tun_set_iff, 0x4004_54ca, InterfaceRequest);
+nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_size, 0x4004_54d8, i32);
+
+fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    let mut request = InterfaceRequest {
+        name: [0; 16],
+        flags: (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16,
+        padding: [0; 22],
+    };
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    let header = 12;
+    // SAFETY: both structures are what the kernel reads for these requests, and live that long.
+    unsafe {
+        tun_set_iff(file.as_raw_fd(), &raw const request)?;
+        tun_set_vnet_hdr_size(file.as_raw_fd(), &raw const header)?;
+    }
+    Ok(file.into())
+}
