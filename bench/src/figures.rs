@@ -69,7 +69,7 @@ impl Figures {
     /// A table of all figures.
     pub fn table(&self) -> Table {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+        table.load_style(presets::NOTHING);
         table.set_header(["", "p50", "p99", "n"]);
         for (key, figure) in &self.by_key {
             match figure {

@@ -33,7 +33,7 @@ pub fn all() -> Result<()> {
     ebpf()?;
     guest()?;
     step("build", "warrend, warren-vmm, warren-control, warren");
-    run(Command::new("cargo").current_dir(root()).args(["build", "--release", "--quiet"]))
+    run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))
 }
 
 fn ebpf() -> Result<()> {
@@ -78,7 +78,7 @@ fn no_std_cargo(folder: &str) -> Command {
     for name in ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTDOC", "RUSTFLAGS"] {
         command.env_remove(name);
     }
-    command.args(["build", "--release", "--quiet", "--target-dir"]).arg(target().join(folder));
+    command.args(["build", "--release", "--target-dir"]).arg(target().join(folder));
     command.current_dir(root());
     command
 }
