@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::run::{run, step};
+use crate::command::{run, step};
 
 /// Present where Debian's compiler has a core library for eBPF.
 const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none";

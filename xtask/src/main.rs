@@ -1,6 +1,7 @@
 //! `cargo xtask`: everything a developer runs.
 
 mod build;
+mod command;
 mod run;
 mod setup;
 

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::run::{output, run, step};
+use crate::command::{output, run, step};
 
 /// Debian packages, and what each is for.
 const PACKAGES: &[(&str, &str)] = &[
