@@ -6,6 +6,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use kvm_bindings::KVM_API_VERSION;
+use kvm_ioctls::Kvm;
 use nix::sys::signal::{Signal, kill};
 use tonic::transport::Channel;
 use warren_abi::probe::{self, Operation};
@@ -83,9 +85,14 @@ pub fn built(name: &str) -> Result<PathBuf> {
 
 /// Why microVMs cannot run here, if they cannot.
 pub fn kvm_missing() -> Option<String> {
-    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    let error = kvm.err()?;
-    Some(format!("/dev/kvm cannot be opened ({error}): load the kvm module, and run as root"))
+    let remedy = "load the kvm module of this CPU, and run as root";
+    match Kvm::new() {
+        Err(error) => Some(format!("/dev/kvm cannot be opened ({error}): {remedy}")),
+        Ok(kvm) if kvm.get_api_version() != KVM_API_VERSION as i32 => {
+            Some(format!("/dev/kvm is not KVM: {remedy}"))
+        }
+        Ok(_) => None,
+    }
 }
 
 /// For tests of microVMs: false, with a loud line, where there is no KVM.
