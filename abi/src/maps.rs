@@ -38,7 +38,7 @@ pub mod programs {
     pub const TUNNEL_PROXY: &str = "tunnel_proxy";
     /// tcx ingress on a proxy's interface in a VPC.
     pub const VPC: &str = "vpc";
-    /// Collects flows that ended; run by the daemon on a [`Sweep`](super::Sweep).
+    /// Removes flows that ended; run by the daemon on a [`Sweep`](super::Sweep).
     pub const SWEEP: &str = "sweep";
 }
 
@@ -213,7 +213,8 @@ pub struct BlockKey {
     pub block: u32,
 }
 
-/// What the sweep is told and what it tells: the packet that it runs on.
+/// Flows that seem to have ended, for the program that decides about them and removes them: the
+/// packet that it runs on, which the kernel limits to less than a page.
 #[repr(C, packed(2))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sweep {
@@ -221,12 +222,36 @@ pub struct Sweep {
     pub ethernet: [u8; 14],
     /// How long flows may be idle.
     pub timers: Timers,
-    /// Out: flows that live on.
-    pub live: u32,
+    /// How many of `keys` are meant.
+    pub count: u32,
     /// Out: flows that ended and were removed.
     pub expired: u32,
     /// Out: flows of former attachments, removed.
     pub stale: u32,
+    /// The flows.
+    pub keys: [OutKey; Self::KEYS],
+}
+
+impl Sweep {
+    /// How many flows a packet holds: few, since the processor takes no other packets meanwhile.
+    pub const KEYS: usize = 16;
+
+    /// Without flows.
+    pub const EMPTY: Self = Self {
+        ethernet: [0; 14],
+        timers: Timers::DEFAULT,
+        count: 0,
+        expired: 0,
+        stale: 0,
+        keys: [OutKey {
+            ifindex: 0,
+            generation: 0,
+            peer: Ipv4(0),
+            guest_port: Be16(0),
+            peer_port: Be16(0),
+            protocol: 0,
+        }; Self::KEYS],
+    };
 }
 
 impl Sweep {
@@ -273,5 +298,5 @@ without_padding!(
     InFlow = 16,
     ProxyVpc = 36,
     BlockKey = 12,
-    Sweep = 46
+    Sweep = 366
 );

@@ -45,24 +45,16 @@ pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop
         protocol: packet.protocol as u32,
     };
     let now = now();
-    let mut attempt = 0;
-    while attempt < ATTEMPTS {
-        attempt += 1;
-        match refresh(&key, Direction::Out, packet.flags, now) {
-            Refresh::Done(port) => return Ok(port),
-            Refresh::Ended => return Err(Drop::NoFlow),
-            Refresh::Raced => {}
-            Refresh::Unknown => {
-                if !FlowState::can_begin(packet.protocol, packet.flags) {
-                    return Err(Drop::NoFlow);
-                }
-                if let Some(port) = begin(&key, slot.attachment.vni(), vpc, now)? {
-                    return Ok(port);
-                }
-            }
-        }
+    if let Some(port) = refresh(&key, Direction::Out, packet.flags, now)? {
+        return Ok(port);
     }
-    Err(Drop::Internal)
+    if !FlowState::can_begin(packet.protocol, packet.flags) {
+        return Err(Drop::NoFlow);
+    }
+    if let Some(port) = begin(&key, slot.attachment.vni(), vpc, now)? {
+        return Ok(port);
+    }
+    refresh(&key, Direction::Out, packet.flags, now)?.ok_or(Drop::Internal)
 }
 
 /// Begins a flow; none if another CPU did so meanwhile.
@@ -147,17 +139,10 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
             peer_port: packet.peer_port,
             protocol: packet.protocol as u32,
         };
-        let mut attempt = 0;
-        loop {
-            match refresh(&key, Direction::In, packet.flags, now) {
-                Refresh::Done(_) => break,
-                Refresh::Ended | Refresh::Unknown => return Err((slot.number, Drop::NoFlow)),
-                Refresh::Raced => {}
-            }
-            attempt += 1;
-            if attempt == ATTEMPTS {
-                return Err((slot.number, Drop::Internal));
-            }
+        match refresh(&key, Direction::In, packet.flags, now) {
+            Ok(Some(_)) => {}
+            Ok(None) => return Err((slot.number, Drop::NoFlow)),
+            Err(reason) => return Err((slot.number, reason)),
         }
         // SAFETY: as above; at worst, another flow is refreshed a tick late.
         unsafe { (*entry).refreshed = now };
@@ -165,39 +150,32 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
     Ok(Receiver { slot, port: flow.guest_port })
 }
 
-enum Refresh {
-    /// The flow lives, with this port.
-    Done(Be16),
-    /// The sweep is about to remove it.
-    Ended,
-    /// There is none.
-    Unknown,
-    /// Another CPU changed it: look again.
-    Raced,
-}
-
-/// Enters a packet into a flow's state.
+/// Enters a packet into its flow's state: the flow's port, or none if there is no such flow.
 #[inline(always)]
-fn refresh(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Refresh {
-    let Some(flow) = CT_OUT.get_ptr_mut(key) else {
-        return Refresh::Unknown;
-    };
-    // SAFETY: the verifier checked the pointer for null; map values stay readable. If the sweep
-    // removes the flow and the entry is recycled, the exchange fails, for the state found was an
-    // old tick's. Only a flow of this very tick goes without, and such a one does not expire.
-    unsafe {
-        let port = (&raw const (*flow).port).read_volatile();
-        let found = (&raw const (*flow).state).read_volatile();
-        if found.is_ended() {
-            return Refresh::Ended;
-        }
-        let next = found.after(direction, flags, now);
-        if next == found || compare_exchange(&raw mut (*flow).state, found, next) {
-            Refresh::Done(port)
-        } else {
-            Refresh::Raced
+fn refresh(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Option<Be16>, Drop> {
+    let mut attempt = 0;
+    while attempt < ATTEMPTS {
+        attempt += 1;
+        let Some(flow) = CT_OUT.get_ptr_mut(key) else {
+            return Ok(None);
+        };
+        // SAFETY: the verifier checked the pointer for null; map values stay readable. If the
+        // sweep removes the flow and the entry is recycled, the exchange fails, for the state
+        // found was an old tick's. Only a flow of this very tick goes without, and such a one does
+        // not expire.
+        unsafe {
+            let port = (&raw const (*flow).port).read_volatile();
+            let found = (&raw const (*flow).state).read_volatile();
+            if found.is_ended() {
+                return Err(Drop::NoFlow);
+            }
+            let next = found.after(direction, flags, now);
+            if next == found || compare_exchange(&raw mut (*flow).state, found, next) {
+                return Ok(Some(port));
+            }
         }
     }
+    Err(Drop::Internal)
 }
 
 /// Puts `new` in the place of `expected`, unless there is something else: returns whether it did.

@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::{self, Debug, Formatter};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{HashMap, MapData, MapError};
-use aya::programs::{TestRun, TestRunOptions};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
 use warren_abi::maps::{self, names, programs};
@@ -18,7 +17,7 @@ use super::programs::{MapSpec, Pins, Programs};
 use super::sysctl::{self, ExpeditedRcu};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
-    check_address, check_vni, tap, underlay,
+    check_address, check_vni, sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -34,14 +33,17 @@ pub struct HostDatapath {
     slots: Vec<Slot>,
     mtu: u16,
     state: Mutex<State>,
+    counters: Counters,
+    flows: MapData,
+    /// Apart from the state: a sweep takes long, and attaching must not wait for it.
+    programs: Mutex<Programs>,
 }
 
 struct State {
-    programs: Programs,
     slots: HashMap<MapData, u32, maps::Slot>,
     vpcs: HashMap<MapData, u32, maps::HostVpc>,
-    flows: HashMap<MapData, maps::OutKey, maps::Flow>,
-    counters: Counters,
+    /// What `slots` holds, by the slot's number less 1: this process is the only one to write.
+    entries: Vec<maps::Slot>,
 }
 
 impl Debug for HostDatapath {
@@ -86,21 +88,16 @@ impl HostDatapath {
         let mut state = State {
             slots: programs.map(names::SLOTS)?,
             vpcs: programs.map(names::HOST_VPCS)?,
-            flows: programs.map(names::CT_OUT)?,
-            counters: Counters::new(programs.map(names::DROPS)?),
-            programs,
+            entries: Vec::new(),
         };
+        let counters = Counters::new(programs.map(names::DROPS)?);
+        let flows = programs.flows()?;
 
         let _expedited = ExpeditedRcu::new();
-        underlay::open_device(
-            &mut netlink,
-            &mut state.programs,
-            programs::TUNNEL_HOST,
-            &device,
-            mtu,
-        )?;
-        let slots = open_slots(options, &mut netlink, &mut state, mtu)?;
-        Ok(Self { slots, mtu, state: Mutex::new(state) })
+        underlay::open_device(&mut netlink, &mut programs, programs::TUNNEL_HOST, &device, mtu)?;
+        let slots = open_slots(options, &mut netlink, &mut programs, &mut state, mtu)?;
+        let (state, programs) = (Mutex::new(state), Mutex::new(programs));
+        Ok(Self { slots, mtu, state, counters, flows, programs })
     }
 
     /// The slots, by number.
@@ -146,10 +143,8 @@ impl HostDatapath {
     /// Forgets a VPC; nothing if unknown. [`Error::VpcInUse`] while a slot is attached to it.
     pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> {
         let mut state = self.lock();
-        for slot in &self.slots {
-            if state.slot(slot.ifindex)?.attachment.vni() == vni {
-                return Err(Error::VpcInUse { vni, slot: slot.number });
-            }
+        if let Some(user) = state.entries.iter().find(|entry| entry.attachment.vni() == vni) {
+            return Err(Error::VpcInUse { vni, slot: user.number });
         }
         match state.vpcs.remove(&vni) {
             Err(error) if !is_missing(&error) => Err(Error::map(names::HOST_VPCS, error)),
@@ -183,61 +178,53 @@ impl HostDatapath {
     /// nothing of it goes out as the new tenant's, attach only when that VMM has closed the TAP:
     /// when [`HostDatapath::open_tap`] succeeded again.
     pub fn attach(&self, slot: u32, vni: u32) -> Result<u32, Error> {
-        let slot = self.slot(slot)?;
         let mut state = self.lock();
-        let mut entry = state.slot(slot.ifindex)?;
-        let (current, generation) = (entry.attachment.vni(), entry.attachment.generation());
+        let attachment = state.entry(slot)?.attachment;
+        let (current, generation) = (attachment.vni(), attachment.generation().wrapping_add(1));
         if current != 0 {
-            return Err(Error::SlotInUse { slot: slot.number, vni: current });
+            return Err(Error::SlotInUse { slot, vni: current });
         }
         match state.vpcs.get(&vni, 0) {
             Ok(_) => {}
             Err(error) if is_missing(&error) => return Err(Error::UnknownVpc(vni)),
             Err(error) => return Err(Error::map(names::HOST_VPCS, error)),
         }
-        let generation = generation.wrapping_add(1);
-        entry.attachment = maps::Attachment::new(vni, generation);
-        state.set_slot(&entry)?;
+        state.set_attachment(slot, maps::Attachment::new(vni, generation))?;
         Ok(generation)
     }
 
     /// Disconnects a slot: one map write. Nothing if it is not attached.
     pub fn detach(&self, slot: u32) -> Result<(), Error> {
-        let slot = self.slot(slot)?;
         let mut state = self.lock();
-        let mut entry = state.slot(slot.ifindex)?;
-        if entry.attachment.vni() == 0 {
+        let attachment = state.entry(slot)?.attachment;
+        if attachment.vni() == 0 {
             return Ok(());
         }
-        entry.attachment = maps::Attachment::new(0, entry.attachment.generation());
-        state.set_slot(&entry)
+        state.set_attachment(slot, maps::Attachment::new(0, attachment.generation()))
     }
 
     /// What a slot is attached to, read from the map.
     pub fn attachment(&self, slot: u32) -> Result<Option<Attachment>, Error> {
-        let entry = self.lock().slot(self.slot(slot)?.ifindex)?;
+        let ifindex = self.slot(slot)?.ifindex;
+        let entry = self.lock().slots.get(&ifindex, 0);
+        let entry = entry.map_err(|source| Error::map(names::SLOTS, source))?;
         let (vni, generation) = (entry.attachment.vni(), entry.attachment.generation());
         Ok((vni != 0).then_some(Attachment { vni, generation }))
     }
 
     /// The counters that are not zero, by slot; 0 is of no slot.
     pub fn drops(&self) -> Result<Vec<DropCount>, Error> {
-        let state = self.lock();
         let mut found = Vec::new();
         for scope in 0..=self.slots.len() as u32 {
-            state.counters.read(scope, scope, &mut found)?;
+            self.counters.read(scope, scope, &mut found)?;
         }
         Ok(found)
     }
 
     /// How many flows are in the table, those included that ended since the last sweep.
     pub fn flows(&self) -> Result<u32, Error> {
-        let state = self.lock();
         let mut count = 0;
-        for key in state.flows.keys() {
-            key.map_err(|source| Error::map(names::CT_OUT, source))?;
-            count += 1;
-        }
+        sweep::for_each(self.flows.fd().as_fd(), |_, _| count += 1)?;
         Ok(count)
     }
 
@@ -249,18 +236,11 @@ impl HostDatapath {
 
     /// Removes flows that ended, with other time-outs.
     pub fn sweep_with(&self, timers: &Timers) -> Result<SweepReport, Error> {
-        let order =
-            maps::Sweep { ethernet: [0; 14], timers: *timers, live: 0, expired: 0, stale: 0 };
-        let mut bytes = order.to_bytes();
-        let request = bytes;
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(&request);
-        options.data_out = Some(&mut bytes);
-        let mut state = self.lock();
-        let error = |source| Error::program("run program", programs::SWEEP, source);
-        state.programs.program(programs::SWEEP)?.test_run(options).map_err(error)?;
-        let report = maps::Sweep::from_bytes(bytes);
-        Ok(SweepReport { live: report.live, expired: report.expired, stale: report.stale })
+        let entries = self.lock().entries.clone();
+        let attachments = entries.iter().map(|entry| (entry.ifindex, entry.attachment)).collect();
+        let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
+        let program = programs.program(programs::SWEEP)?;
+        sweep::run(program, self.flows.fd().as_fd(), &attachments, timers)
     }
 
     /// Removes everything that [`HostDatapath::open`] made, open or not: pins, TAPs, the VXLAN
@@ -270,15 +250,15 @@ impl HostDatapath {
         let _expedited = ExpeditedRcu::new();
         Pins::remove_all(&options.bpffs)?;
         let mut netlink = Netlink::open()?;
-        for interface in netlink.interfaces()? {
-            let is_slot = interface.kind == Some(InfoKind::Tun)
-                && slot_number(&options.interface_prefix, &interface.name).is_some();
-            let is_device = interface.kind == Some(InfoKind::Vxlan) && interface.name == device;
-            if is_slot || is_device {
-                netlink.delete(&interface)?;
+        let mut interfaces = netlink.interfaces()?;
+        interfaces.retain(|interface| match interface.kind {
+            Some(InfoKind::Tun) => {
+                slot_number(&options.interface_prefix, &interface.name).is_some()
             }
-        }
-        Ok(())
+            Some(InfoKind::Vxlan) => interface.name == device,
+            _ => false,
+        });
+        netlink.delete(&interfaces)
     }
 
     fn slot(&self, number: u32) -> Result<&Slot, Error> {
@@ -293,11 +273,20 @@ impl HostDatapath {
 }
 
 impl State {
-    fn slot(&self, ifindex: u32) -> Result<maps::Slot, Error> {
-        self.slots.get(&ifindex, 0).map_err(|source| Error::map(names::SLOTS, source))
+    fn entry(&mut self, slot: u32) -> Result<&mut maps::Slot, Error> {
+        let index = (slot as usize).checked_sub(1).ok_or(Error::NoSlot(slot))?;
+        self.entries.get_mut(index).ok_or(Error::NoSlot(slot))
     }
 
-    fn set_slot(&mut self, entry: &maps::Slot) -> Result<(), Error> {
+    /// The one map write that connects or disconnects a slot.
+    fn set_attachment(&mut self, slot: u32, attachment: maps::Attachment) -> Result<(), Error> {
+        let entry = maps::Slot { attachment, ..*self.entry(slot)? };
+        self.write(&entry)?;
+        *self.entry(slot)? = entry;
+        Ok(())
+    }
+
+    fn write(&mut self, entry: &maps::Slot) -> Result<(), Error> {
         self.slots
             .insert(entry.ifindex, entry, 0)
             .map_err(|source| Error::map(names::SLOTS, source))
@@ -334,6 +323,7 @@ fn slot_number(prefix: &str, name: &str) -> Option<u32> {
 fn open_slots(
     options: &HostOptions,
     netlink: &mut Netlink,
+    programs: &mut Programs,
     state: &mut State,
     mtu: u16,
 ) -> Result<Vec<Slot>, Error> {
@@ -372,7 +362,7 @@ fn open_slots(
         let interface =
             existing.get(&name).ok_or_else(|| Error::NoInterface { name: name.clone() })?;
         let slot = enter_slot(state, number, interface, made.contains(&name))?;
-        state.programs.attach(programs::TAP, &format!("tap-{number}"), &name)?;
+        programs.attach(programs::TAP, &format!("tap-{number}"), &name)?;
         netlink.set_up(interface, u32::from(mtu))?;
         slots.push(slot);
     }
@@ -411,14 +401,16 @@ fn enter_slot(
         Err(error) if is_missing(&error) => maps::Attachment::new(0, 0),
         Err(error) => return Err(Error::map(names::SLOTS, error)),
     };
-    state.set_slot(&maps::Slot {
+    let entry = maps::Slot {
         attachment,
         ifindex: interface.index,
         number,
         address: address.into(),
         mac,
         reserved: [0; 6],
-    })?;
+    };
+    state.write(&entry)?;
+    state.entries.push(entry);
     Ok(Slot {
         number,
         ifname: interface.name.clone(),

@@ -18,6 +18,7 @@ mod host;
 mod netlink;
 mod programs;
 mod proxy;
+mod sweep;
 mod sysctl;
 mod tap;
 mod underlay;

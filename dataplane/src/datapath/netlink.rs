@@ -14,10 +14,13 @@ use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use rtnetlink::{AddressMessageBuilder, LinkUnspec, LinkVxlan};
+use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 use warren_abi::wire::VXLAN_PORT;
 
 use super::Error;
+
+/// The group that interfaces are put into to be removed together: a number that is no one else's.
+const DOOMED: u32 = 0x7761_7272;
 
 /// A network interface.
 #[derive(Clone, Debug)]
@@ -99,15 +102,19 @@ impl Netlink {
             .map_err(|source| Error::system("take up", &interface.name, source))
     }
 
-    /// Removes an interface; no error if it is gone already.
-    pub fn delete(&mut self, interface: &Interface) -> Result<(), Error> {
-        let link = LinkUnspec::new_with_index(interface.index).build();
-        match self.request(RouteNetlinkMessage::DelLink(link), NLM_F_ACK) {
-            Err(source) if source.raw_os_error() != Some(libc::ENODEV) => {
-                Err(Error::system("remove", &interface.name, source))
-            }
-            _ => Ok(()),
+    /// Removes interfaces, all at once: one by one, each would wait for the kernel to settle.
+    pub fn delete(&mut self, interfaces: &[Interface]) -> Result<(), Error> {
+        for interface in interfaces {
+            let link = LinkUnspec::new_with_index(interface.index).link_group(DOOMED).build();
+            self.request(RouteNetlinkMessage::SetLink(link), NLM_F_ACK)
+                .map_err(|source| Error::system("mark for removal", &interface.name, source))?;
         }
+        let Some(first) = interfaces.first() else { return Ok(()) };
+        let link = LinkMessageBuilder::<LinkUnspec>::new().link_group(DOOMED).build();
+        self.request(RouteNetlinkMessage::DelLink(link), NLM_F_ACK).map(drop).map_err(|source| {
+            let object = format!("{} and {} more", first.name, interfaces.len() - 1);
+            Error::system("remove", object, source)
+        })
     }
 
     /// The IPv4 addresses of an interface.

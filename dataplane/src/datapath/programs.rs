@@ -10,7 +10,7 @@ use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
-use warren_abi::maps::Underlay;
+use warren_abi::maps::{Underlay, names};
 
 use super::Error;
 
@@ -66,7 +66,7 @@ impl Pins {
 
     /// The names of the links that are pinned.
     pub fn link_names(&self) -> Result<Vec<String>, Error> {
-        names(&self.links())
+        entries(&self.links())
     }
 
     /// Unpins a link: its program is detached. No error if there is none.
@@ -78,7 +78,7 @@ impl Pins {
     pub fn remove_all(directory: &Path) -> Result<(), Error> {
         let pins = Self { directory: directory.to_owned() };
         for path in [pins.links(), pins.maps()] {
-            for name in names(&path)? {
+            for name in entries(&path)? {
                 remove(&path.join(name))?;
             }
             remove_directory(&path)?;
@@ -87,7 +87,7 @@ impl Pins {
     }
 }
 
-fn names(path: &Path) -> Result<Vec<String>, Error> {
+fn entries(path: &Path) -> Result<Vec<String>, Error> {
     let error = |source| Error::system("list", path.display(), source);
     let entries = match fs::read_dir(path) {
         Err(missing) if missing.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -172,6 +172,15 @@ impl Programs {
     {
         let map = self.ebpf.take_map(name).ok_or(Error::MissingInObject { name })?;
         T::try_from(map).map_err(|source| Error::map(name, source))
+    }
+
+    /// The flow table, for access that `aya` has no type for.
+    pub fn flows(&mut self) -> Result<MapData, Error> {
+        let name = names::CT_OUT;
+        match self.ebpf.take_map(name) {
+            Some(Map::HashMap(map)) => Ok(map),
+            _ => Err(Error::MissingInObject { name }),
+        }
     }
 
     /// Puts a program at the ingress of an interface: in the place of the one that is there, or

@@ -208,7 +208,7 @@ impl ProxyDatapath {
         let device = underlay::device_name(&options.interface_prefix)?;
         let _expedited = ExpeditedRcu::new();
         let mut netlink = Netlink::open()?;
-        let interfaces = netlink.interfaces()?;
+        let mut interfaces = netlink.interfaces()?;
         for vpc in pinned_vpcs(&options.bpffs)? {
             let found = interfaces.iter().find(|interface| interface.index == vpc.ifindex);
             if let Some(interface) = found {
@@ -216,12 +216,10 @@ impl ProxyDatapath {
             }
         }
         Pins::remove_all(&options.bpffs)?;
-        for interface in interfaces {
-            if interface.kind == Some(InfoKind::Vxlan) && interface.name == device {
-                netlink.delete(&interface)?;
-            }
-        }
-        Ok(())
+        interfaces.retain(|interface| {
+            interface.kind == Some(InfoKind::Vxlan) && interface.name == device
+        });
+        netlink.delete(&interfaces)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
