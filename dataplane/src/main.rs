@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -56,7 +56,8 @@ fn main() -> ExitCode {
     match start(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("warrend: {error:#}");
+            // Every error here holds its cause in its own text.
+            eprintln!("warrend: {error}");
             ExitCode::FAILURE
         }
     }
@@ -76,7 +77,7 @@ fn start(arguments: &Arguments) -> Result<()> {
 
 async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     std::fs::create_dir_all(&config.run_dir)
-        .with_context(|| format!("cannot make run_dir {}", config.run_dir.display()))?;
+        .map_err(|error| anyhow!("cannot make run_dir {}: {error}", config.run_dir.display()))?;
     let agent = match arguments.role {
         Role::Host => host(arguments, &config).await?,
         Role::Proxy => proxy(arguments, &config)?,
@@ -168,8 +169,8 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
 
 fn programs(config: &Config) -> Result<Vec<u8>> {
     let path = &config.programs;
-    std::fs::read(path).with_context(|| {
-        format!("cannot read the eBPF programs {}: set `programs`", path.display())
+    std::fs::read(path).map_err(|error| {
+        anyhow!("cannot read the eBPF programs {}: {error}: set `programs`", path.display())
     })
 }
 
