@@ -79,7 +79,7 @@ reasons! {
 
 impl Drop {
     /// Counters per scope: more than there are reasons, so that pinned counters outlive a new one.
-    pub const STRIDE: u32 = 64;
+    pub const COUNTERS: usize = 64;
 
     /// The reason with this discriminant.
     pub fn from_index(index: u32) -> Option<Self> {
@@ -93,4 +93,4 @@ impl core::fmt::Display for Drop {
     }
 }
 
-const _: () = assert!(Drop::ALL.len() <= Drop::STRIDE as usize);
+const _: () = assert!(Drop::ALL.len() <= Drop::COUNTERS);

@@ -3,6 +3,7 @@
 //! Pinned maps outlive the program that made them. A change of a layout here needs a new name in
 //! [`names`], or the maps of running hosts no longer fit.
 
+use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
 use crate::wire::{Be16, Ipv4, Mac};
 
@@ -22,9 +23,8 @@ pub mod names {
     pub const INTERFACES: &str = "INTERFACES";
     /// Proxy: [`BlockKey`](super::BlockKey) -> underlay address of the host that holds the block.
     pub const BLOCKS: &str = "BLOCKS";
-    /// Both: packets dropped, per CPU, at scope * [`Drop::STRIDE`](crate::drop::Drop::STRIDE) +
-    /// reason. The scope is a slot's number, or [`ProxyVpc::scope`](super::ProxyVpc::scope);
-    /// 0 is nobody's.
+    /// Both, per CPU: scope -> [`Drops`](super::Drops). The scope is a slot's number, or
+    /// [`ProxyVpc::scope`](super::ProxyVpc::scope); 0 is nobody's.
     pub const DROPS: &str = "DROPS";
 }
 
@@ -54,6 +54,9 @@ pub struct Underlay {
     /// Largest IP packet, in bytes.
     pub mtu: u32,
 }
+
+/// How many packets were dropped, by the reason's discriminant.
+pub type Drops = [u64; Drop::COUNTERS];
 
 /// A slot.
 #[repr(C)]

@@ -15,9 +15,9 @@ pub fn verdict(ctx: &TcContext, scope: u32, result: Result<i32, Drop>) -> i32 {
             action
         }
         Err(reason) => {
-            if let Some(counter) = DROPS.get_ptr_mut(scope * Drop::STRIDE + reason as u32) {
+            if let Some(counters) = DROPS.get_ptr_mut(scope) {
                 // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
-                unsafe { *counter += 1 };
+                unsafe { (*counters)[reason as usize % Drop::COUNTERS] += 1 };
             }
             log(ctx, scope, reason as u32, "dropped for reason");
             TC_ACT_SHOT

@@ -3,7 +3,9 @@
 use aya_ebpf::Global;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{HashMap, PerCpuArray};
-use warren_abi::maps::{BlockKey, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Slot, Underlay};
+use warren_abi::maps::{
+    BlockKey, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Slot, Underlay,
+};
 use warren_abi::wire::Ipv4;
 
 /// The end of the tunnel here, written by the loader.
@@ -26,7 +28,7 @@ pub static INTERFACES: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static BLOCKS: HashMap<BlockKey, Ipv4> = HashMap::with_max_entries(1, 0);
 #[map]
-pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+pub static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(1, 0);
 
 /// The end of the tunnel here.
 #[inline(always)]

@@ -11,7 +11,7 @@ use warren_abi::flow::Timers;
 use warren_abi::maps::{self, names, programs};
 use warren_abi::wire;
 
-use super::counters::{self, Counters};
+use super::counters::Counters;
 use super::netlink::{Interface, Netlink};
 use super::programs::{MapSpec, Pins, Programs};
 use super::sysctl::{self, ExpeditedRcu};
@@ -80,8 +80,7 @@ impl HostDatapath {
                 MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS),
                 MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count),
                 MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count),
-                MapSpec::new::<u32, u64>(names::DROPS, counters::entries(room))
-                    .at_least(counters::entries(slots)),
+                MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1).at_least(slots + 1),
             ],
             &[programs::TAP, programs::TUNNEL_HOST, programs::SWEEP],
         )?;

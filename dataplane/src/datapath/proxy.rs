@@ -12,7 +12,7 @@ use warren_abi::maps::{self, BlockKey, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_abi::wire::{Ipv4, Mac};
 
-use super::counters::{self, Counters};
+use super::counters::Counters;
 use super::netlink::{Interface, Netlink};
 use super::programs::{MapSpec, Pins, Programs};
 use super::sysctl::{self, ExpeditedRcu};
@@ -68,7 +68,7 @@ impl ProxyDatapath {
                 MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS),
                 MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS),
                 MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
-                MapSpec::new::<u32, u64>(names::DROPS, counters::entries(MAX_VPCS)),
+                MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1),
             ],
             &[programs::TUNNEL_PROXY, programs::VPC],
         )?;
