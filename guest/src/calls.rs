@@ -25,6 +25,8 @@ pub struct Calls {
     manager: VsockConnectionManager<GuestHal, MmioTransport<'static>, PACKET>,
     callers: VecDeque<Caller>,
     scratch: Vec<u8>,
+    /// A long request is being answered: until then no other is taken.
+    serving_long: bool,
 }
 
 struct Caller {
@@ -32,6 +34,21 @@ struct Caller {
     received: Vec<u8>,
     /// Bytes taken since the caller was told how much it may send.
     taken: u32,
+}
+
+impl Caller {
+    /// Whether more was received of it than may be of each.
+    fn is_long(&self) -> bool {
+        self.received.len() > CREDIT as usize
+    }
+
+    /// Makes room for the whole request at once.
+    fn reserve(&mut self) {
+        if let Some(header) = self.received.first_chunk::<4>() {
+            let length = u32::from_le_bytes(*header).min(INVOCATION_MAX) as usize;
+            self.received.reserve_exact((4 + length).saturating_sub(self.received.len()));
+        }
+    }
 }
 
 /// The caller cannot take so much now.
@@ -43,7 +60,7 @@ impl Calls {
         let driver = VirtIOSocket::new(transport).expect("the VMM's vsock device");
         let mut manager = VsockConnectionManager::new_with_capacity(driver, CREDIT);
         manager.listen(INVOCATION_PORT);
-        Self { manager, callers: VecDeque::new(), scratch: alloc::vec![0; CREDIT as usize] }
+        Self { manager, callers: VecDeque::new(), scratch: alloc::vec![0; CREDIT as usize], serving_long: false }
     }
 
     /// Takes what the device has received.
@@ -54,31 +71,44 @@ impl Calls {
                 VsockEventType::ConnectionRequest => {
                     self.callers.push_back(Caller { peer, received: Vec::new(), taken: 0 });
                 }
-                VsockEventType::Received { .. } => self.receive(peer),
                 VsockEventType::Disconnected { .. } => {
                     self.callers.retain(|caller| caller.peer != peer);
                 }
-                VsockEventType::Connected
+                VsockEventType::Received { .. }
+                | VsockEventType::Connected
                 | VsockEventType::CreditRequest
                 | VsockEventType::CreditUpdate => {}
             }
+            self.receive();
         }
+        self.receive();
     }
 
-    fn receive(&mut self, peer: VsockAddr) {
-        let Some(caller) = self.callers.iter_mut().find(|caller| caller.peer == peer) else {
-            return;
-        };
-        // Errors mean that the connection is gone, which an event tells.
-        while let Ok(length @ 1..) =
-            self.manager.recv(peer, INVOCATION_PORT, &mut self.scratch)
-        {
-            caller.received.extend_from_slice(&self.scratch[..length]);
-            caller.taken += length as u32;
-        }
-        if caller.taken >= CREDIT / 2 {
-            caller.taken = 0;
-            let _ = self.manager.update_credit(peer, INVOCATION_PORT);
+    /// Takes bytes from all callers, but of long requests one at a time: the others wait in their
+    /// callers' sockets, or a few of them would fill the memory.
+    fn receive(&mut self) {
+        let mut long = self.callers.iter().find(|caller| caller.is_long()).map(|c| c.peer);
+        for caller in &mut self.callers {
+            loop {
+                if caller.is_long() {
+                    if self.serving_long || *long.get_or_insert(caller.peer) != caller.peer {
+                        break;
+                    }
+                    caller.reserve();
+                }
+                // Errors mean that the connection is gone, which an event tells.
+                let Ok(length @ 1..) =
+                    self.manager.recv(caller.peer, INVOCATION_PORT, &mut self.scratch)
+                else {
+                    break;
+                };
+                caller.received.extend_from_slice(&self.scratch[..length]);
+                caller.taken += length as u32;
+            }
+            if caller.taken >= CREDIT / 2 {
+                caller.taken = 0;
+                let _ = self.manager.update_credit(caller.peer, INVOCATION_PORT);
+            }
         }
     }
 
@@ -106,9 +136,15 @@ impl Calls {
             let mut request = core::mem::replace(&mut caller.received, rest);
             request.drain(..4);
             self.callers.push_back(caller);
+            self.serving_long = request.len() > CREDIT as usize;
             return Some((peer, request));
         }
         None
+    }
+
+    /// The last request was answered.
+    pub fn answered(&mut self) {
+        self.serving_long = false;
     }
 
     /// Sends as much as one packet takes, and returns how much that was. A caller that is gone

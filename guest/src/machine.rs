@@ -18,6 +18,9 @@ use crate::clock::Clock;
 use crate::net::{NetDevice, Sockets};
 use crate::{barrier, heap, identity, net, port};
 
+/// A reply up to this length is copied behind its header, in bytes.
+const COPY_MAX: usize = 16 * 1024;
+
 /// What a program does with a call.
 pub trait Function {
     /// Answers a request.
@@ -125,12 +128,21 @@ impl Machine {
     }
 
     fn answer(&mut self, caller: VsockAddr, reply: &[u8]) {
-        let mut frame = Vec::with_capacity(4 + reply.len());
-        frame.extend_from_slice(&(reply.len() as u32).to_le_bytes());
-        frame.extend_from_slice(reply);
+        let header = (reply.len() as u32).to_le_bytes();
+        if reply.len() <= COPY_MAX {
+            // One packet, one exit.
+            self.send(caller, &[&header, reply].concat());
+        } else {
+            self.send(caller, &header);
+            self.send(caller, reply);
+        }
+        self.calls.answered();
+    }
+
+    fn send(&mut self, caller: VsockAddr, bytes: &[u8]) {
         let mut sent = 0;
-        while sent < frame.len() {
-            match self.calls.send(caller, &frame[sent..]) {
+        while sent < bytes.len() {
+            match self.calls.send(caller, &bytes[sent..]) {
                 Ok(length) => sent += length,
                 Err(NoCredit) => self.wait(u64::MAX),
             }

@@ -32,7 +32,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
         /// Guest memory, in MiB: a multiple of 2, 4 to 512.
-        #[arg(long, default_value_t = 8)]
+        #[arg(long, default_value_t = 16)]
         memory: u64,
         /// How to print what was made.
         #[arg(long, value_enum, default_value_t = OutputFormat::Text)]

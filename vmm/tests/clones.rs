@@ -71,7 +71,7 @@ async fn the_same_identity_twice_draws_different_random_bytes() {
         let mut clone = host.parked(slot).await;
         clone.release(&identity(7)).await.unwrap();
         reports.push(report(&clone).await);
-        clone.stop().await.unwrap();
+        assert_eq!(clone.stop().await.unwrap(), EndReason::Stopped);
     }
     assert_eq!(reports[0].mac, reports[1].mac);
     assert_ne!(reports[0].random, reports[1].random);

@@ -28,7 +28,7 @@ async fn release_happens_once() {
     let mut other = MicroVm::connect(host.run_dir.path(), 1).await.unwrap();
     let status = other.status().await.unwrap();
     assert_eq!(status.identity, Some(identity(1).identity));
-    microvm.stop().await.unwrap();
+    assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
 }
 
 #[tokio::test]
@@ -54,7 +54,7 @@ async fn impossible_identities_are_refused_and_change_nothing() {
         assert_eq!(microvm.status().await.unwrap().state, State::Parked);
     }
     microvm.release(&identity(1)).await.unwrap();
-    microvm.stop().await.unwrap();
+    assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn slot_has_one_microvm_and_is_free_when_it_ended() {
     assert!(!socket_path(host.run_dir.path(), 5).exists());
     let mut second = host.parked(5).await;
     assert_ne!(second.pid(), first.pid());
-    second.stop().await.unwrap();
+    assert_eq!(second.stop().await.unwrap(), EndReason::Stopped);
 }
 
 #[tokio::test]
@@ -83,7 +83,8 @@ async fn socket_of_a_dead_process_is_replaced() {
     let host = Host::new(GUEST).await;
     drop(UnixListener::bind(socket_path(host.run_dir.path(), 3)).unwrap());
     assert!(socket_path(host.run_dir.path(), 3).exists());
-    host.parked(3).await.stop().await.unwrap();
+    let reason = host.parked(3).await.stop().await.unwrap();
+    assert_eq!(reason, EndReason::Stopped);
 }
 
 #[tokio::test]
@@ -96,7 +97,8 @@ async fn killed_microvm_is_noticed_and_its_socket_goes() {
     kill(Pid::from_raw(microvm.pid()), Signal::SIGKILL).unwrap();
     assert_eq!(microvm.ended().await, EndReason::Lost);
     // The next one in the slot needs no cleaning up by anybody.
-    host.parked(1).await.stop().await.unwrap();
+    let reason = host.parked(1).await.stop().await.unwrap();
+    assert_eq!(reason, EndReason::Stopped);
 }
 
 #[tokio::test]
@@ -138,7 +140,7 @@ async fn microvms_outlive_their_zygote_and_are_found_again() {
         }
         let echo = invoke(microvm.path(), b"still here", Duration::from_secs(5)).await.unwrap();
         assert_eq!(echo, b"still here");
-        microvm.stop().await.unwrap();
+        assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
     }
     assert!(discover(&run_dir).await.unwrap().is_empty());
 }
@@ -168,7 +170,7 @@ async fn calls_of_any_length_arrive_whole_on_several_connections() {
     let too_long = vec![0; (1 << 20) + 1];
     let refused = invoke(microvm.path(), &too_long, Duration::from_secs(1)).await;
     assert!(matches!(refused, Err(ClientError::TooLong(_))));
-    microvm.stop().await.unwrap();
+    assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
 }
 
 /// Whoever connects and says nothing, or nonsense, does not keep others away.
@@ -201,7 +203,7 @@ async fn bad_clients_harm_nobody() {
     }
     let echo = invoke(microvm.path(), b"fine", Duration::from_secs(5)).await.unwrap();
     assert_eq!(echo, b"fine");
-    microvm.stop().await.unwrap();
+    assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
 }
 
 /// The file is refused by the process that would map it, and the client hears why.

@@ -16,7 +16,8 @@ use core::hint::black_box;
 use core::ptr;
 
 use warren_abi::microvm::{
-    BARRIER_PORT, BOOT_ADDRESS, NET_MMIO, PANIC_PORT, READY_PORT, VSOCK_MMIO, WAIT_PORT,
+    BARRIER_PORT, BOOT_ADDRESS, Boot, NET_MMIO, PANIC_PORT, READY_PORT, STACK_BYTES, VSOCK_MMIO,
+    WAIT_PORT,
 };
 use warren_guest::{Function, Machine};
 
@@ -125,6 +126,13 @@ fn misuse_port(kind: &str) -> bool {
     true
 }
 
+/// The end of memory, where the stack ends.
+fn stack_end() -> u64 {
+    // SAFETY: the VMM maps this page.
+    let boot = unsafe { ptr::read_volatile(BOOT_ADDRESS as *const Boot) };
+    boot.heap_end + 4096 + STACK_BYTES
+}
+
 /// Entries of the rings below.
 const SIZE: usize = 8;
 
@@ -199,7 +207,7 @@ fn attack_queue(name: &str, attack: &str) -> bool {
         "address-outside" => first.address = 0x1_0000_0000,
         "address-supervisor" => first.address = 0x1000,
         "address-wraps" => first.address = u64::MAX - 16,
-        "address-across-end" => first.address = 0x80_0000 - 16,
+        "address-across-end" => first.address = stack_end() - 16,
         "length-huge" => first.length = u32::MAX,
         "length-zero" => first.length = 0,
         "wrong-direction" => first.flags ^= WRITE,

@@ -248,6 +248,14 @@ impl Vsock {
                 reply = Some(RST);
             }
         }
+        if connection.closing {
+            tracing::debug!(
+                host_port = connection.host_port,
+                operation,
+                length,
+                "vsock connection closed by the guest"
+            );
+        }
         if let Some(operation) = reply.filter(|_| self.waiting.len() < WAITING_MAX) {
             let header = connection.header(operation, 0);
             connection.announced = connection.forwarded;
