@@ -5,7 +5,7 @@ use std::fmt::{self, Debug, Formatter};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, MapData, MapError};
+use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
 use warren_abi::maps::{self, names, programs};
@@ -17,7 +17,7 @@ use super::programs::{MapSpec, Pins, Programs};
 use super::sysctl::{self, ExpeditedRcu};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
-    check_address, check_vni, sweep, tap, underlay,
+    check_address, check_vni, is_missing, sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -289,14 +289,6 @@ impl State {
         self.slots
             .insert(entry.ifindex, entry, 0)
             .map_err(|source| Error::map(names::SLOTS, source))
-    }
-}
-
-fn is_missing(error: &MapError) -> bool {
-    match error {
-        MapError::KeyNotFound => true,
-        MapError::SyscallError(error) => error.io_error.kind() == std::io::ErrorKind::NotFound,
-        _ => false,
     }
 }
 

@@ -9,6 +9,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use aya::maps::MapError;
 use ipnetwork::Ipv4Network;
 pub use warren_abi::drop::Drop as DropReason;
 use warren_abi::nat::BLOCK_PORTS;
@@ -22,6 +23,7 @@ mod sweep;
 mod sysctl;
 mod tap;
 mod underlay;
+mod verdicts;
 
 pub use host::HostDatapath;
 pub use proxy::ProxyDatapath;
@@ -243,7 +245,7 @@ pub enum Error {
         /// Its name.
         name: &'static str,
         /// What the kernel said.
-        source: Box<aya::maps::MapError>,
+        source: Box<MapError>,
     },
 }
 
@@ -260,7 +262,7 @@ impl Error {
         Self::Program { operation, object: object.to_string(), source: Box::new(source) }
     }
 
-    fn map(name: &'static str, source: aya::maps::MapError) -> Self {
+    fn map(name: &'static str, source: MapError) -> Self {
         Self::Map { name, source: Box::new(source) }
     }
 
@@ -305,5 +307,14 @@ fn check_address(what: &'static str, address: Ipv4Addr) -> Result<(), Error> {
         Err(Error::invalid(what, address, "give the unicast address of an interface"))
     } else {
         Ok(())
+    }
+}
+
+/// Whether a map lacks the key.
+fn is_missing(error: &MapError) -> bool {
+    match error {
+        MapError::KeyNotFound => true,
+        MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
+        _ => false,
     }
 }

@@ -12,7 +12,7 @@ use aya::{Ebpf, EbpfLoader};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use warren_abi::maps::{Underlay, names};
 
-use super::Error;
+use super::{Error, verdicts};
 
 /// A map as this version wants it.
 pub(super) struct MapSpec {
@@ -124,6 +124,7 @@ fn remove_directory(path: &Path) -> Result<(), Error> {
 pub(super) struct Programs {
     ebpf: Ebpf,
     pins: Pins,
+    _reader: Option<verdicts::Reader>,
 }
 
 impl Programs {
@@ -143,8 +144,9 @@ impl Programs {
             check(&path, spec)?;
             loader.map_max_entries(spec.name, spec.entries).map_pin_path(spec.name, path);
         }
-        let ebpf = loader.load(object).map_err(|source| Error::Load(Box::new(source)))?;
-        let mut programs = Self { ebpf, pins };
+        let mut ebpf = loader.load(object).map_err(|source| Error::Load(Box::new(source)))?;
+        let reader = verdicts::Reader::start(&mut ebpf)?;
+        let mut programs = Self { ebpf, pins, _reader: reader };
         for name in wanted {
             let program = programs.program(name)?;
             program.load().map_err(|source| Error::program("load program", *name, source))?;

@@ -17,7 +17,8 @@ use super::netlink::{Interface, Netlink};
 use super::programs::{MapSpec, Pins, Programs};
 use super::sysctl::{self, ExpeditedRcu};
 use super::{
-    DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, underlay,
+    DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, is_missing,
+    underlay,
 };
 
 /// VPCs that a proxy can serve.
@@ -281,7 +282,11 @@ impl State {
             self.netlink.remove_address(interface, vpc.shared_address.into())?;
         }
         self.programs.pins().remove_link(&format!("{LINK_PREFIX}{}", vpc.vni))?;
-        self.interfaces.remove(&vpc.ifindex).map_err(|source| Error::map(names::INTERFACES, source))
+        // Missing if an earlier call got as far as this and no further.
+        match self.interfaces.remove(&vpc.ifindex) {
+            Err(error) if !is_missing(&error) => Err(Error::map(names::INTERFACES, error)),
+            _ => Ok(()),
+        }
     }
 
     /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away

@@ -4,9 +4,10 @@ use std::io::Read;
 use std::net::{TcpStream, UdpSocket};
 
 use etherparse::{Icmpv4Type, SlicedPacket, TransportSlice};
+use warren_netns::capture::{Capture, vni};
 use warren_netns::netns::Namespace;
 use warren_netns::servers::{bulk_sink, bulk_source, udp_echo};
-use warren_netns::topology::{ONLY_IN_B, SERVER};
+use warren_netns::topology::{CONTROL, HOST, ONLY_IN_B, PROXY, SERVER, SHARED, UNDERLAY};
 
 use crate::bed::{Bed, VNI_A, VNI_B};
 use crate::guest::{KernelGuest, PATIENCE, RawGuest, SILENCE, frame, ipv4};
@@ -123,4 +124,72 @@ fn a_detached_slot_reaches_nothing_and_a_moved_one_the_other_vpc() {
     assert_ne!(first, second);
     assert!(udp_round_trip(&guest.namespace, (SERVER, PORT)));
     assert_eq!((in_a.count(), in_b.count()), (1, 1));
+}
+
+#[test]
+fn the_underlay_s_routes_are_followed_as_they_are_now() {
+    let bed = Bed::new();
+    let guest = KernelGuest::plug(&bed, 1);
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    let echo = udp_echo(&bed.topology.vpcs[0], PORT).expect("the server starts");
+    assert!(udp_round_trip(&guest.namespace, (SERVER, PORT)));
+
+    // From now on, the way to the proxy leads over another machine.
+    let router = &bed.topology.control;
+    router.run(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")).expect("it routes");
+    let words = format!("route add {PROXY} via {CONTROL}");
+    bed.topology.host.ip(&words).expect("it is on-link");
+    let capture = Capture::start(router, UNDERLAY).expect("captures can be made");
+    assert!(udp_round_trip(&guest.namespace, (SERVER, PORT)));
+    let frames = capture.drain().expect("the capture can be read");
+    assert!(frames.iter().any(|frame| vni(&frame.bytes) == Some(VNI_A)));
+    assert!(echo.count() >= 2);
+}
+
+#[test]
+fn the_tunnel_s_headers_are_as_the_standards_want_them() {
+    let bed = Bed::new();
+    let guest = RawGuest::open(&bed, 1);
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    let underlay = Capture::start(&bed.topology.proxy, UNDERLAY).expect("captures can be made");
+    let next = || loop {
+        let frame = underlay.next(PATIENCE).expect("it can be read").expect("it comes");
+        if vni(&frame.bytes) == Some(VNI_A) {
+            return frame.bytes;
+        }
+    };
+    let mut ports = Vec::new();
+    for ecn in 0..4 {
+        let mut bytes = frame(guest.packet(SERVER, 64).udp(1000, PORT), b"payload");
+        // DSCP 46 and each ECN codepoint; the checksum of the header made anew.
+        bytes[15] = 46 << 2 | ecn;
+        let header = etherparse::Ipv4HeaderSlice::from_slice(&bytes[14..34]).expect("it is whole");
+        let checksum = header.to_header().calc_header_checksum();
+        bytes[24..26].copy_from_slice(&checksum.to_be_bytes());
+        guest.send(&bytes);
+
+        let outer = next();
+        let packet = SlicedPacket::from_ethernet(&outer).expect("it is whole");
+        let header = ipv4(&packet).to_header();
+        assert_eq!(header.header_checksum, header.calc_header_checksum());
+        assert_eq!((header.source, header.destination), (HOST.octets(), PROXY.octets()));
+        assert!(header.dont_fragment);
+        // RFC 6040: ECN is copied; DSCP is the tenant's own.
+        assert_eq!((header.dscp.value(), header.ecn.value()), (0, ecn));
+        let Some(TransportSlice::Udp(udp)) = &packet.transport else { panic!("it is UDP") };
+        assert_eq!((udp.destination_port(), udp.checksum()), (4789, 0));
+        assert!(udp.source_port() >= 49152);
+        ports.push(udp.source_port());
+
+        let inner = SlicedPacket::from_ethernet(&udp.payload()[8..]).expect("it is whole");
+        let header = ipv4(&inner).to_header();
+        assert_eq!(header.header_checksum, header.calc_header_checksum());
+        assert_eq!((header.source, header.destination), (SHARED.octets(), SERVER.octets()));
+        assert_eq!((header.time_to_live, header.ecn.value()), (63, ecn));
+        let Some(TransportSlice::Udp(udp)) = &inner.transport else { panic!("it is UDP") };
+        let checksum = udp.to_header().calc_checksum_ipv4(&header, b"payload");
+        assert_eq!(Ok(udp.checksum()), checksum.map_err(|_| ()));
+    }
+    ports.dedup();
+    assert_eq!(ports.len(), 1, "one flow, one source port");
 }
