@@ -27,7 +27,8 @@ pub fn wait(boot: &Boot) -> Identity {
     loop {
         port::barrier();
         // SAFETY: the VMM maps the page and changes it only while the guest stands at the barrier.
-        let command = unsafe { ptr::read_volatile(&raw const (*(BOOT_ADDRESS as *const Boot)).command) };
+        let command =
+            unsafe { ptr::read_volatile(&raw const (*(BOOT_ADDRESS as *const Boot)).command) };
         match command {
             COMMAND_PREFAULT => prefault(boot),
             // SAFETY: the VMM wrote a whole Identity before it gave this command.
@@ -50,8 +51,11 @@ fn prefault(boot: &Boot) {
         static mut bss_end: u8;
     }
     let stack = stack_pointer();
-    let (data, bss, end) =
-        ((&raw const data_start) as u64, (&raw const bss_start) as u64, (&raw const bss_end) as u64);
+    let (data, bss, end) = (
+        (&raw const data_start) as u64,
+        (&raw const bss_start) as u64,
+        (&raw const bss_end) as u64,
+    );
     let cold = crate::net::cold_buffers();
     look((&raw const text_start) as u64, (&raw const rodata_end) as u64);
     look(IDENTITY_ADDRESS, IDENTITY_ADDRESS + 1);

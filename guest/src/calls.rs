@@ -60,7 +60,12 @@ impl Calls {
         let driver = VirtIOSocket::new(transport).expect("the VMM's vsock device");
         let mut manager = VsockConnectionManager::new_with_capacity(driver, CREDIT);
         manager.listen(INVOCATION_PORT);
-        Self { manager, callers: VecDeque::new(), scratch: alloc::vec![0; CREDIT as usize], serving_long: false }
+        Self {
+            manager,
+            callers: VecDeque::new(),
+            scratch: alloc::vec![0; CREDIT as usize],
+            serving_long: false,
+        }
     }
 
     /// Takes what the device has received.

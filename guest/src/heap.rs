@@ -11,7 +11,7 @@ struct GuestHeap(UnsafeCell<Heap>);
 // SAFETY: the guest has one thread and no interrupts.
 unsafe impl Sync for GuestHeap {}
 
-#[cfg_attr(target_os = "none", global_allocator)]
+#[global_allocator]
 static HEAP: GuestHeap = GuestHeap(UnsafeCell::new(Heap::empty()));
 
 /// Gives the heap its memory. Before this every allocation fails.

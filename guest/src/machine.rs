@@ -80,8 +80,7 @@ impl Machine {
         let mut first_random = [0; 32];
         random.fill_bytes(&mut first_random);
         device.mtu = identity.mtu;
-        let interface =
-            net::interface(&identity, random.next_u64(), &mut device, clock.instant());
+        let interface = net::interface(&identity, random.next_u64(), &mut device, clock.instant());
         Self { clock, identity, first_random, random, device, interface, sockets, calls }
     }
 

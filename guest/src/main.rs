@@ -8,6 +8,8 @@
 //!     -Zbuild-std=core,alloc -Zbuild-std-features=compiler-builtins-mem
 //! ```
 //! into `target/x86_64-unknown-none/release/`: `warren-guest`, and `warren-guest-hostile` for tests.
+//! For clippy the host's own target will do, without unwinding:
+//! `CARGO_PROFILE_DEV_PANIC=abort cargo clippy -p warren-guest`.
 #![no_std]
 #![no_main]
 #![deny(missing_docs)]

@@ -44,8 +44,7 @@ static UDP_RX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
 
 /// Addresses of the large buffers, ascending.
 pub fn cold_buffers() -> [u64; 3] {
-    let mut addresses =
-        [&TCP_RX, &TCP_TX, &UDP_RX].map(|buffer| buffer.0.get().addr() as u64);
+    let mut addresses = [&TCP_RX, &TCP_TX, &UDP_RX].map(|buffer| buffer.0.get().addr() as u64);
     addresses.sort_unstable();
     addresses
 }
@@ -90,7 +89,8 @@ pub fn interface(
     let mut config = Config::new(EthernetAddress(identity.mac).into());
     config.random_seed = seed;
     let mut interface = Interface::new(config, device, now);
-    let (address, gateway) = (Ipv4Address::from(identity.ipv4), Ipv4Address::from(identity.gateway));
+    let (address, gateway) =
+        (Ipv4Address::from(identity.ipv4), Ipv4Address::from(identity.gateway));
     // smoltcp takes ARP replies only from its own network, so a /32 could not reach the gateway:
     // take the smallest network that holds both, but at least a /16, whose broadcast address no
     // guest has.

@@ -42,8 +42,7 @@ impl Write for PanicWriter<'_> {
 
 struct PanicWriter<'a>(&'a mut PanicMessage);
 
-#[cfg_attr(target_os = "none", panic_handler)]
-#[cfg_attr(not(target_os = "none"), expect(dead_code, reason = "the host has its own"))]
+#[panic_handler]
 fn panic(info: &PanicInfo) -> ! {
     // SAFETY: as said at `Report`. A panic while formatting starts over and ends here too.
     let report = unsafe { &mut *REPORT.0.get() };

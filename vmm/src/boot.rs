@@ -5,7 +5,7 @@
 //! exception's vector through a port; the processor leaves error code and RIP on their stack.
 
 use elf::ElfBytes;
-use elf::abi::{ET_EXEC, EM_X86_64, PF_W, PF_X, PT_LOAD};
+use elf::abi::{EM_X86_64, ET_EXEC, PF_W, PF_X, PT_LOAD};
 use elf::endian::LittleEndian;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use warren_abi::microvm::{
@@ -83,7 +83,7 @@ pub enum BootError {
 /// Fills guest memory and returns the program's entry point.
 pub fn load(ram: &GuestRam, program: &[u8]) -> Result<u64, BootError> {
     let bytes = ram.bytes();
-    if bytes < 4 << 20 || bytes > MEMORY_MAX || bytes % (2 << 20) != 0 {
+    if !(4 << 20..=MEMORY_MAX).contains(&bytes) || !bytes.is_multiple_of(2 << 20) {
         return Err(BootError::MemorySize(bytes));
     }
     let tables = Tables { ram };
@@ -208,8 +208,7 @@ fn load_elf(ram: &GuestRam, tables: &Tables, program: &[u8]) -> Result<(u64, u64
             return Err(bad(&format!("segment at {start:#x} is out of place")));
         }
         // The heap gets at least a megabyte.
-        let needed =
-            start.saturating_add(segment.p_memsz).saturating_add(STACK_BYTES + (1 << 20));
+        let needed = start.saturating_add(segment.p_memsz).saturating_add(STACK_BYTES + (1 << 20));
         if needed > available {
             return Err(BootError::TooLarge { needed, available });
         }

@@ -304,11 +304,7 @@ fn wait<'fd>(
 fn getrandom(buffer: &mut [u8; 64]) -> Result<(), EndReason> {
     // SAFETY: the buffer has that many bytes. Up to 256 are never cut short (getrandom(2)).
     let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if got == buffer.len() as isize {
-        Ok(())
-    } else {
-        Err(host(&std::io::Error::last_os_error()))
-    }
+    if got == buffer.len() as isize { Ok(()) } else { Err(host(&std::io::Error::last_os_error())) }
 }
 
 fn monotonic_ns() -> Result<u64, EndReason> {

@@ -200,7 +200,8 @@ impl Machine {
             self.timer.arm().map_err(|errno| host(&errno))?;
             let exit = self.vcpu.run();
             // A kick is no exit of the guest's doing.
-            let kicked = matches!(&exit, Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN));
+            let kicked =
+                matches!(&exit, Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN));
             if kicked {
                 self.vcpu.set_kvm_immediate_exit(0);
                 if self.last_exit.elapsed() >= self.watchdog {
@@ -223,7 +224,7 @@ impl Machine {
                     None => return Err(stray(address)),
                 },
                 VcpuExit::IoOut(port, data) => {
-                    let value = <[u8; 4]>::try_from(&*data).ok().map(u32::from_le_bytes);
+                    let value = <[u8; 4]>::try_from(data as &[u8]).ok().map(u32::from_le_bytes);
                     return match (port, value) {
                         (BARRIER_PORT, Some(_)) => Ok(Exit::Barrier),
                         (READY_PORT, Some(_)) => Ok(Exit::Ready),
@@ -232,7 +233,9 @@ impl Machine {
                             Ok(Exit::Wait(Some(Duration::from_micros(us.into()))))
                         }
                         (PANIC_PORT, Some(address)) => Err(self.panic_message(address)),
-                        (EXCEPTION_PORT..0x60, _) => Err(self.exception((port - EXCEPTION_PORT) as u8)),
+                        (EXCEPTION_PORT..0x60, _) => {
+                            Err(self.exception((port - EXCEPTION_PORT) as u8))
+                        }
                         _ => Err(protocol(format!("wrote {} bytes to port {port:#x}", data.len()))),
                     };
                 }

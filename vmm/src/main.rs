@@ -39,7 +39,7 @@ enum Command {
         output_format: OutputFormat,
     },
     /// Forks microVMs from a template for the client at the other end of a socket (see
-    /// warren_vmm::client); not for people.
+    /// `warren_vmm::client`); not for people.
     Zygote {
         /// The template.
         #[arg(long, value_name = "FILE")]
@@ -47,7 +47,7 @@ enum Command {
         /// Directory of the microVMs' sockets.
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
-        /// Descriptor of the control socket (SOCK_SEQPACKET).
+        /// Descriptor of the control socket (`SOCK_SEQPACKET`).
         #[arg(long, value_name = "N")]
         control_fd: RawFd,
         /// How long a guest may run without an exit, in milliseconds.

@@ -40,17 +40,20 @@ impl GuestRam {
         let high = high.ok_or_else(|| io::Error::other("memory ends below the program"))?;
         // SAFETY: the pointer is `low` bytes into the mapping of `size` bytes, which `region` keeps
         // mapped for as long as this struct exists.
-        let program = unsafe {
-            MmapRegion::build_raw(region.as_ptr().add(low), high, protection, sharing)
-        }
-        .map_err(io::Error::other)?;
+        let program =
+            unsafe { MmapRegion::build_raw(region.as_ptr().add(low), high, protection, sharing) }
+                .map_err(io::Error::other)?;
         let region = Arc::new(region);
         let view = |region, address| {
             let region = GuestRegionMmap::with_arc(region, GuestAddress(address))
                 .ok_or_else(|| io::Error::other("guest memory wraps around"))?;
             GuestMemoryMmap::from_regions(vec![region]).map_err(io::Error::other)
         };
-        Ok(Self { dma: view(Arc::new(program), PROGRAM_ADDRESS)?, all: view(region.clone(), 0)?, region })
+        Ok(Self {
+            dma: view(Arc::new(program), PROGRAM_ADDRESS)?,
+            all: view(region.clone(), 0)?,
+            region,
+        })
     }
 
     /// All of it: for the VMM itself.

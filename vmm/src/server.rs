@@ -7,9 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 
-use crate::control::{
-    CONTROL_LINE, EndReason, Refusal, Reply, Request, encode_frame, take_frame,
-};
+use crate::control::{CONTROL_LINE, EndReason, Refusal, Reply, Request, encode_frame, take_frame};
 
 /// Connections at a time that have not become a vsock stream; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 32;
@@ -166,9 +164,9 @@ impl Connection {
         if line == CONTROL_LINE {
             return Greeting::Control;
         }
-        let port = std::str::from_utf8(&line[..end]).ok().and_then(|line| {
-            line.strip_prefix("CONNECT ")?.parse().ok()
-        });
+        let port = std::str::from_utf8(&line[..end])
+            .ok()
+            .and_then(|line| line.strip_prefix("CONNECT ")?.parse().ok());
         port.map_or(Greeting::Refused, Greeting::Connect)
     }
 

@@ -136,8 +136,8 @@ pub enum SnapshotError {
 pub fn write(path: &Path, header: &Header, ram: &GuestRam) -> Result<(), SnapshotError> {
     let io_error = |source| SnapshotError::Io { path: path.to_owned(), source };
     let (numbers, pages) = used_pages(ram).map_err(io_error)?;
-    let header = postcard::to_allocvec(header)
-        .map_err(|error| io_error(io::Error::other(error)))?;
+    let header =
+        postcard::to_allocvec(header).map_err(|error| io_error(io::Error::other(error)))?;
     let mut bytes = Vec::with_capacity(FIXED + header.len() + pages.len() + CHECKSUM);
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_le_bytes());
@@ -178,7 +178,9 @@ pub fn read(path: &Path) -> Result<Template, SnapshotError> {
     let file = std::fs::read(path).map_err(io_error)?;
     let content = verify(path, &file)?;
     let memory = create_memfd(content.memory_bytes).map_err(io_error)?;
-    for (number, page) in content.numbers.chunks_exact(4).zip(content.pages.chunks_exact(PAGE as usize)) {
+    for (number, page) in
+        content.numbers.chunks_exact(4).zip(content.pages.chunks_exact(PAGE as usize))
+    {
         let number = number.try_into().map_or(0, u32::from_le_bytes);
         let offset = u64::from(number) * PAGE;
         std::os::unix::fs::FileExt::write_all_at(&memory, page, offset).map_err(io_error)?;
@@ -201,7 +203,8 @@ fn verify<'a>(path: &Path, file: &'a [u8]) -> Result<Content<'a>, SnapshotError>
     if !file.starts_with(&MAGIC) {
         return Err(SnapshotError::NotATemplate { path: path() });
     }
-    let length = |expected| SnapshotError::Length { path: path(), found: file.len() as u64, expected };
+    let length =
+        |expected| SnapshotError::Length { path: path(), found: file.len() as u64, expected };
     let too_short = length((FIXED + CHECKSUM) as u64);
     let Some((_, fixed)) = file.split_first_chunk::<8>() else { return Err(too_short) };
     let Some((version, fixed)) = fixed.split_first_chunk() else { return Err(too_short) };

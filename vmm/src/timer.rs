@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
-use nix::sys::signal::{SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction};
+use nix::sys::signal::{
+    SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, Signal, sigaction,
+};
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 
@@ -32,14 +34,11 @@ impl KickTimer {
     pub fn new(vcpu: &mut VcpuFd) -> nix::Result<Self> {
         let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
         IMMEDIATE_EXIT.store(immediate_exit, Ordering::SeqCst);
-        let action =
-            SigAction::new(SigHandler::Handler(kick), SaFlags::empty(), SigSet::empty());
+        let action = SigAction::new(SigHandler::Handler(kick), SaFlags::empty(), SigSet::empty());
         // SAFETY: the handler only touches atomics and the pointer below, as signal handlers may.
         unsafe { sigaction(Signal::SIGALRM, &action) }?;
-        let event = SigEvent::new(SigevNotify::SigevSignal {
-            signal: Signal::SIGALRM,
-            si_value: 0,
-        });
+        let event =
+            SigEvent::new(SigevNotify::SigevSignal { signal: Signal::SIGALRM, si_value: 0 });
         Ok(Self { timer: Timer::new(ClockId::CLOCK_MONOTONIC, event)? })
     }
 

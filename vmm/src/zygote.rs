@@ -168,7 +168,9 @@ impl Zygote {
             recvmsg::<()>(self.control.as_raw_fd(), &mut slices, Some(&mut ancillary), flags);
         let message = match message {
             Ok(message) => message,
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Some((Err("spurious wakeup".into()), None))),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {
+                return Ok(Some((Err("spurious wakeup".into()), None)));
+            }
             Err(nix::Error::ECONNRESET) => return Ok(None),
             Err(errno) => return Err(system("control socket")(errno)),
         };
@@ -204,7 +206,18 @@ impl Zygote {
 
     /// In the child: leaves everything of the zygote's behind and runs the microVM.
     fn become_microvm(self, slot: u32, listener: UnixListener, tap: OwnedFd) -> EndReason {
-        let Self { control, children, run_dir, watchdog, kvm, cpuid, memory, memory_bytes, state, .. } = self;
+        let Self {
+            control,
+            children,
+            run_dir,
+            watchdog,
+            kvm,
+            cpuid,
+            memory,
+            memory_bytes,
+            state,
+            ..
+        } = self;
         drop((control, children));
         let _span = tracing::info_span!("microvm", slot).entered();
         let prepared = setsid()
@@ -212,8 +225,7 @@ impl Zygote {
         let reason = match prepared {
             Ok(()) => instance::run(slot, listener, &socket_path(&run_dir, slot), || {
                 // Descriptors that are not needed to run are closed here: KVM's and the template's.
-                let cloned =
-                    Machine::clone_from(&kvm, &cpuid, memory, memory_bytes, &state, tap);
+                let cloned = Machine::clone_from(&kvm, &cpuid, memory, memory_bytes, &state, tap);
                 drop(kvm);
                 let mut machine = cloned?;
                 machine.set_watchdog(watchdog);

@@ -150,7 +150,7 @@ async fn guest_that_loops_for_ever_can_be_asked_and_stopped() {
     if !kvm() {
         return;
     }
-    let host = Host::with_watchdog(GUEST, Duration::from_secs(3600)).await;
+    let host = Host::with_watchdog(GUEST, Duration::from_hours(1)).await;
     let mut microvm = host.running(1).await;
     let mut invocation = Invocation::connect(microvm.path()).await.unwrap();
     let spinning = tokio::spawn(async move { invocation.call(b"loop").await });
@@ -192,7 +192,11 @@ async fn syscall_does_not_reach_ring_0() {
     assert!(
         matches!(
             reason,
-            None | Some(EndReason::Exception { .. } | EndReason::TripleFault { .. } | EndReason::Protocol { .. })
+            None | Some(
+                EndReason::Exception { .. }
+                    | EndReason::TripleFault { .. }
+                    | EndReason::Protocol { .. }
+            )
         ),
         "{reason:?}"
     );
@@ -264,7 +268,8 @@ fn chatter() {
         let socket = std::net::UdpSocket::bind("10.1.0.1:0").unwrap();
         for last in 2..=250 {
             // Fails once the TAP is gone.
-            if socket.send_to(b"?", ("10.1.0.0".replace(".0.0", &format!(".7.{last}")), 9)).is_err() {
+            if socket.send_to(b"?", ("10.1.0.0".replace(".0.0", &format!(".7.{last}")), 9)).is_err()
+            {
                 return;
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -281,8 +286,15 @@ async fn odd_virtqueues_harm_nobody() {
     let host = Host::new(GUEST).await;
     let mut neighbour = host.running(0).await;
     let attacks = [
-        "length-zero", "length-huge", "indirect", "same-head-often", "rings-overlap", "size-zero", "size-huge",
-        "packet-lies", "packet-unknown",
+        "length-zero",
+        "length-huge",
+        "indirect",
+        "same-head-often",
+        "rings-overlap",
+        "size-zero",
+        "size-huge",
+        "packet-lies",
+        "packet-unknown",
     ];
     let mut slot = 0;
     for queue in ["net-tx", "vsock-tx"] {

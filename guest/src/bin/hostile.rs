@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::arch::asm;
@@ -58,12 +59,16 @@ fn fault(kind: &str) -> bool {
     // SAFETY: none of this is safe, nor meant to be: every path ends this machine.
     unsafe {
         match kind {
-            "divide" => asm!("xor edx, edx", "xor ecx, ecx", "div ecx", out("eax") _, out("ecx") _, out("edx") _),
+            "divide" => {
+                asm!("xor edx, edx", "xor ecx, ecx", "div ecx", out("eax") _, out("ecx") _, out("edx") _);
+            }
             "debug" => asm!("pushfq", "or qword ptr [rsp], 0x100", "popfq", "nop", "nop"),
             "breakpoint" => asm!("int3"),
             "overflow" => asm!("int 4"),
             "undefined" => asm!("ud2"),
-            "stack-segment" => asm!("mov rbp, {}", "mov rax, [rbp]", in(reg) 1u64 << 63, out("rax") _),
+            "stack-segment" => {
+                asm!("mov rbp, {}", "mov rax, [rbp]", in(reg) 1u64 << 63, out("rax") _);
+            }
             "software-interrupt" => asm!("int 0x80"),
             "halt" => asm!("hlt"),
             "clear-interrupts" => asm!("cli"),
@@ -77,13 +82,19 @@ fn fault(kind: &str) -> bool {
             "write-code" => ptr::write_volatile(main as *const () as *mut u8, 0),
             "write-boot-page" => ptr::write_volatile(BOOT_ADDRESS as *mut u8, 0),
             "execute-heap" => {
-                let code = vec![0xc3u8; 16];
+                let code = Box::new([0xc3u8; 16]);
                 core::mem::transmute::<*const u8, extern "C" fn()>(code.as_ptr())();
             }
             "stack-overflow" => _ = black_box(descend(1)),
-            "x87" => asm!("fninit", "push 0x340", "fldcw [rsp]", "fld1", "fldz", "fdivp", "fwait", "pop rax", out("rax") _),
-            "simd" => asm!("push 0", "ldmxcsr [rsp]", "xorps xmm0, xmm0", "divss xmm0, xmm0", "pop rax", out("rax") _, out("xmm0") _),
-            "alignment" => asm!("pushfq", "or qword ptr [rsp], 0x40000", "popfq", "mov rax, rsp", "mov ecx, [rax+1]", out("rax") _, out("ecx") _),
+            "x87" => {
+                asm!("fninit", "push 0x340", "fldcw [rsp]", "fld1", "fldz", "fdivp", "fwait", "pop rax", out("rax") _);
+            }
+            "simd" => {
+                asm!("push 0", "ldmxcsr [rsp]", "xorps xmm0, xmm0", "divss xmm0, xmm0", "pop rax", out("rax") _, out("xmm0") _);
+            }
+            "alignment" => {
+                asm!("pushfq", "or qword ptr [rsp], 0x40000", "popfq", "mov rax, rsp", "mov ecx, [rax+1]", out("rax") _, out("ecx") _);
+            }
             "syscall" => asm!("syscall", out("rax") _, out("rcx") _, out("r11") _),
             _ => return false,
         }
@@ -219,7 +230,7 @@ fn attack_queue(name: &str, attack: &str) -> bool {
         "same-head-often" => rings.available_index = SIZE as u16,
         "rings-outside" => places = [0x1_0000_0000; 3],
         "rings-supervisor" => places = [0x1000, 0x2000, 0x3000],
-        "rings-wrap" => places = [u64::MAX & !0xfff; 3],
+        "rings-wrap" => places = [!0xfff; 3],
         "rings-overlap" => places = [places[0]; 3],
         "size-zero" => length = 0,
         "size-huge" => length = 0xffff_ffff,
@@ -238,8 +249,10 @@ fn attack_queue(name: &str, attack: &str) -> bool {
     write(0x44, 1);
     write(0x50, queue);
     write(0x50, 77);
-    // Long enough for something to arrive for a receive queue.
-    out(WAIT_PORT, if receives { 1_000_000 } else { 0 });
+    // Again and again, so that something arrives for a receive queue.
+    for _ in 0..if receives { 200 } else { 1 } {
+        out(WAIT_PORT, if receives { 10_000 } else { 0 });
+    }
     black_box(&RINGS);
     true
 }

@@ -34,7 +34,9 @@ pub fn get(
 ) -> Result<Outcome, Failure> {
     let bad = |text: &str| text.bytes().any(|byte| byte <= b' ' || byte == 0x7f);
     if bad(host) || bad(path) || path.is_empty() {
-        return Err("host or path contain spaces or control characters, or the path is empty".into());
+        return Err(
+            "host or path contain spaces or control characters, or the path is empty".into()
+        );
     }
     let mut connection = Connection::open(machine, to, deadline, timings)?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
@@ -90,7 +92,8 @@ fn parse_head(bytes: &[u8]) -> Result<Option<(u16, Framing, usize)>, Failure> {
             break;
         }
         if header.name.eq_ignore_ascii_case("content-length") {
-            let length = core::str::from_utf8(header.value).ok().and_then(|v| v.trim().parse().ok());
+            let length =
+                core::str::from_utf8(header.value).ok().and_then(|v| v.trim().parse().ok());
             framing = Framing::Length(length.ok_or("the server's Content-Length is no number")?);
         }
     }
@@ -104,8 +107,9 @@ fn whole_body(bytes: &[u8], framing: Framing, closed: bool) -> Result<Option<Vec
             let length = length.min(BODY_MAX);
             (bytes.len() >= length).then(|| bytes[..length].to_vec())
         }
-        Framing::UntilClose => (closed || bytes.len() >= BODY_MAX)
-            .then(|| bytes[..bytes.len().min(BODY_MAX)].to_vec()),
+        Framing::UntilClose => {
+            (closed || bytes.len() >= BODY_MAX).then(|| bytes[..bytes.len().min(BODY_MAX)].to_vec())
+        }
         Framing::Chunked => chunked(bytes)?,
     };
     Ok(whole)

@@ -66,9 +66,7 @@ fn perform(
         Operation::HttpGet { to, host, path } => {
             http::get(machine, *to, host, path, deadline, timings)
         }
-        Operation::Redis { to, commands } => {
-            redis::run(machine, *to, commands, deadline, timings)
-        }
+        Operation::Redis { to, commands } => redis::run(machine, *to, commands, deadline, timings),
         Operation::UdpEcho { to, count, length, interval_us } => {
             let plan = udp::Plan { count: *count, length: *length, interval_us: *interval_us };
             udp::echo(machine, *to, &plan, deadline, timings)

@@ -51,7 +51,8 @@ impl Zygote {
         config: &ZygoteConfig,
         watchdog: Duration,
     ) -> Result<Self, ClientError> {
-        let spawn_error = |source: io::Error| ClientError::Spawn { binary: config.binary.clone(), source };
+        let spawn_error =
+            |source: io::Error| ClientError::Spawn { binary: config.binary.clone(), source };
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,

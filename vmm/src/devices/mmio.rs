@@ -169,7 +169,7 @@ impl Mmio {
                     if !kind.notify {
                         queue
                             .disable_notification(memory)
-                            .map_err(|error| QueueError::new(kind.name, error))?;
+                            .map_err(|error| QueueError::new(kind.name, &error))?;
                     }
                 }
             }
@@ -216,7 +216,7 @@ impl Mmio {
         let mut mmio = Self::new(kind);
         (mmio.status, mmio.driver_features) = (state.status, state.driver_features);
         if state.queues.len() != kind.queues.len() {
-            return Err(QueueError::new(kind.queues[0].name, "saved with other queues"));
+            return Err(QueueError::new(kind.queues[0].name, &"saved with other queues"));
         }
         for ((queue, kind), saved) in mmio.queues.iter_mut().zip(kind.queues).zip(&state.queues) {
             *queue = Queue::try_from(QueueState {
@@ -230,7 +230,7 @@ impl Mmio {
                 avail_ring: saved.available,
                 used_ring: saved.used,
             })
-            .map_err(|error| QueueError::new(kind.name, error))?;
+            .map_err(|error| QueueError::new(kind.name, &error))?;
             if saved.ready {
                 check(queue, kind.name, memory)?;
             }
@@ -243,6 +243,6 @@ fn check(queue: &Queue, name: &'static str, memory: &GuestMemoryMmap) -> Result<
     if queue.is_valid(memory) {
         Ok(())
     } else {
-        Err(QueueError::new(name, "its rings lie outside of the program's memory"))
+        Err(QueueError::new(name, &"its rings lie outside of the program's memory"))
     }
 }

@@ -4,8 +4,8 @@ pub mod mmio;
 pub mod net;
 pub mod vsock;
 
-use vm_memory::GuestMemoryMmap;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT};
+use vm_memory::GuestMemoryMmap;
 
 /// A guest wrote something into a queue that virtio does not allow.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +18,7 @@ pub struct QueueError {
 }
 
 impl QueueError {
-    fn new(queue: &'static str, error: impl ToString) -> Self {
+    fn new(queue: &'static str, error: &dyn std::fmt::Display) -> Self {
         Self { queue, error: error.to_string() }
     }
 }
@@ -29,12 +29,12 @@ fn next_chain<'m>(
     memory: &'m GuestMemoryMmap,
     name: &'static str,
 ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, QueueError> {
-    let mut available = queue.iter(memory).map_err(|error| QueueError::new(name, error))?;
+    let mut available = queue.iter(memory).map_err(|error| QueueError::new(name, &error))?;
     let Some(chain) = available.next() else { return Ok(None) };
     // The crate ends a chain where it breaks; a driver that meant more is broken or hostile.
     match chain.clone().last() {
-        None => Err(QueueError::new(name, "descriptor index out of range")),
-        Some(last) if last.has_next() => Err(QueueError::new(name, "descriptor chain is broken")),
+        None => Err(QueueError::new(name, &"descriptor index out of range")),
+        Some(last) if last.has_next() => Err(QueueError::new(name, &"descriptor chain is broken")),
         Some(_) => Ok(Some(chain)),
     }
 }

@@ -50,7 +50,11 @@ impl Net {
 
     /// A device in a saved state on a TAP as described at
     /// [`crate::control::ZygoteRequest::Fork`].
-    pub fn load(state: &MmioState, memory: &GuestMemoryMmap, tap: OwnedFd) -> Result<Self, QueueError> {
+    pub fn load(
+        state: &MmioState,
+        memory: &GuestMemoryMmap,
+        tap: OwnedFd,
+    ) -> Result<Self, QueueError> {
         let mmio = Mmio::load(&KIND, state, memory)?;
         Ok(Self { mmio, tap: Some(File::from(tap)), ..Self::new() })
     }
@@ -83,7 +87,7 @@ impl Net {
         if !self.mmio.ready(TX) {
             return Ok(());
         }
-        let error = |error: &dyn std::fmt::Display| QueueError::new("net tx", error);
+        let error = |error: &dyn std::fmt::Display| QueueError::new("net tx", &error);
         let queue = &mut self.mmio.queues[TX];
         while let Some(chain) = next_chain(queue, memory, "net tx")? {
             let head = chain.head_index();
@@ -108,7 +112,7 @@ impl Net {
 
     /// Hands frames to the guest while there are any and it has buffers; returns whether it did.
     pub fn receive(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        let error = |error: &dyn std::fmt::Display| QueueError::new("net rx", error);
+        let error = |error: &dyn std::fmt::Display| QueueError::new("net rx", &error);
         let mut received = false;
         while self.wants_frames(memory)? {
             let Some(tap) = &mut self.tap else { break };
@@ -144,7 +148,7 @@ impl Net {
         let queue = &self.mmio.queues[RX];
         let available = queue
             .avail_idx(memory, std::sync::atomic::Ordering::Acquire)
-            .map_err(|error| QueueError::new("net rx", error))?;
+            .map_err(|error| QueueError::new("net rx", &error))?;
         Ok(available.0 != queue.next_avail())
     }
 

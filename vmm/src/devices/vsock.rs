@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use nix::poll::PollFlags;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestMemoryMmap, VolatileSlice};
 use warren_abi::microvm::GUEST_CID;
 
 use super::mmio::{Kind, Mmio, MmioState, QueueKind};
@@ -76,14 +76,21 @@ struct Header {
     forwarded: u32,
 }
 
+/// The guest's side of a connection.
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    /// Not accepted yet.
+    Requested,
+    Established,
+    /// Closed: what is queued still goes out to the stream, then the connection ends.
+    Closing,
+}
+
 struct Connection {
     stream: UnixStream,
     host_port: u32,
     guest_port: u32,
-    /// The guest accepted it.
-    established: bool,
-    /// The guest's side is closed: what is queued still goes out, then the connection ends.
-    closing: bool,
+    state: State,
     /// The stream has ended: nothing more to read from it.
     ended: bool,
     /// The stream may have something to read.
@@ -153,8 +160,7 @@ impl Vsock {
             stream,
             host_port,
             guest_port,
-            established: false,
-            closing: false,
+            state: State::Requested,
             ended: false,
             readable: false,
             outgoing: VecDeque::new(),
@@ -224,14 +230,14 @@ impl Vsock {
         connection.guest_forwarded = packet.fwd_cnt();
         let mut reply = None;
         match operation {
-            RESPONSE if !connection.established => {
-                connection.established = true;
+            RESPONSE if connection.state == State::Requested => {
+                connection.state = State::Established;
                 connection.readable = true;
                 // The guest's first bytes come later: a fresh socket takes this line at once.
                 let line = format!("OK {}\n", connection.host_port);
                 write_some(&mut connection.stream, line.as_bytes());
             }
-            RW if connection.established && connection.has_room_for(length) => {
+            RW if connection.state == State::Established && connection.has_room_for(length) => {
                 connection.received = connection.received.wrapping_add(length as u32);
                 connection.forward(&self.buffer[..length]);
                 if connection.forwarded.wrapping_sub(connection.announced) > CREDIT / 2 {
@@ -241,14 +247,14 @@ impl Vsock {
             CREDIT_UPDATE => {}
             CREDIT_REQUEST => reply = Some(CREDIT_UPDATE),
             SHUTDOWN if packet.flags() & SHUTDOWN_BOTH != SHUTDOWN_BOTH => {}
-            RST => connection.closing = true,
+            RST => connection.state = State::Closing,
             // A shutdown of both directions; or what the protocol does not allow here.
             _ => {
-                connection.closing = true;
+                connection.state = State::Closing;
                 reply = Some(RST);
             }
         }
-        if connection.closing {
+        if connection.state == State::Closing {
             tracing::debug!(
                 host_port = connection.host_port,
                 operation,
@@ -280,7 +286,8 @@ impl Vsock {
             received = true;
         }
         for connection in connections {
-            while connection.room_in_guest() > 0
+            while connection.readable
+                && connection.room_in_guest() > 0
                 && deliver(queue, memory, |room| connection.read(&mut buffer[..], room))?
             {
                 received = true;
@@ -291,29 +298,21 @@ impl Vsock {
 
     /// The streams to wait for, and for what.
     pub fn poll_fds(&self) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
-        self.connections.iter().map(|connection| {
-            let mut events = PollFlags::empty();
-            if connection.room_in_guest() == 0 && !connection.ended && connection.established {
-                // It is read when the guest has made room.
-            } else if !connection.readable && !connection.ended {
-                events |= PollFlags::POLLIN;
-            }
-            if !connection.outgoing.is_empty() {
-                events |= PollFlags::POLLOUT;
-            }
-            (connection.stream.as_fd(), events)
-        })
+        let wanted = |c| Connection::interest(c).map(|events| (c.stream.as_fd(), events));
+        self.connections.iter().filter_map(wanted)
     }
 
     /// Acts on what poll said of the streams, in the order of [`Vsock::poll_fds`].
     pub fn polled(&mut self, events: impl Iterator<Item = PollFlags>) {
-        for (connection, events) in self.connections.iter_mut().zip(events) {
+        let wanted = self.connections.iter_mut().filter(|c| c.interest().is_some());
+        for (connection, events) in wanted.zip(events) {
             let failed = events.intersects(PollFlags::POLLERR | PollFlags::POLLHUP);
-            if failed && !connection.established {
-                // The guest has not answered yet, and nobody waits for it any more.
-                connection.ended = true;
-            } else if failed || events.contains(PollFlags::POLLIN) {
-                connection.readable |= !connection.ended;
+            if failed && connection.state == State::Requested {
+                // Nobody waits for the guest's answer any more; it will get a reset for it.
+                connection.state = State::Closing;
+            }
+            if failed || events.contains(PollFlags::POLLIN) {
+                connection.readable = true;
             }
             if failed || events.contains(PollFlags::POLLOUT) {
                 connection.flush();
@@ -328,7 +327,7 @@ impl Vsock {
     }
 
     fn forget_closed(&mut self) {
-        self.connections.retain(|connection| !connection.closing || !connection.outgoing.is_empty());
+        self.connections.retain(|c| c.state != State::Closing || !c.outgoing.is_empty());
     }
 }
 
@@ -342,9 +341,9 @@ fn deliver<'b>(
     let error = |error: &dyn std::fmt::Display| QueueError::new("vsock rx", error);
     let Some(mut chain) = next_chain(queue, memory, "vsock rx")? else { return Ok(false) };
     let head = chain.head_index();
-    let mut buffer = VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX)
-        .map_err(|e| error(&e))?;
-    let room = buffer.data_slice().map_or(0, |slice| slice.len());
+    let mut buffer =
+        VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX).map_err(|e| error(&e))?;
+    let room = buffer.data_slice().map_or(0, VolatileSlice::len);
     if room == 0 {
         return Err(error(&"a buffer has no room for data"));
     }
@@ -366,9 +365,7 @@ fn deliver<'b>(
     if let Some(slice) = buffer.data_slice() {
         slice.write_slice(data, 0).map_err(|e| error(&e))?;
     }
-    queue
-        .add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32)
-        .map_err(|e| error(&e))?;
+    queue.add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32).map_err(|e| error(&e))?;
     Ok(true)
 }
 
@@ -383,9 +380,19 @@ impl Connection {
         }
     }
 
+    /// What to wait for on the stream. `None` if nothing: poll would still report a stream that was
+    /// hung up, again and again.
+    fn interest(&self) -> Option<PollFlags> {
+        let mut events = PollFlags::empty();
+        let wanted = self.state == State::Requested || self.room_in_guest() > 0;
+        events.set(PollFlags::POLLIN, wanted && !self.readable);
+        events.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
+        (!events.is_empty()).then_some(events)
+    }
+
     /// How much the guest can take now: 0 also if there is nothing to be read.
     fn room_in_guest(&self) -> usize {
-        if !self.established || self.ended || self.closing {
+        if self.state != State::Established || self.ended {
             return 0;
         }
         let on_the_way = self.sent.wrapping_sub(self.guest_forwarded);

@@ -37,16 +37,19 @@ pub fn vmm() -> PathBuf {
     env!("CARGO_BIN_EXE_warren-vmm").into()
 }
 
-/// A guest program: `WARREN_GUEST` names the first one, the others lie beside it.
+/// A guest program, where `cargo xtask build` puts it. `WARREN_GUEST` may name `warren-guest`
+/// elsewhere; the others lie beside it.
 pub fn guest(name: &str) -> PathBuf {
-    let directory = if let Some(guest) = std::env::var_os("WARREN_GUEST") {
-        Path::new(&guest).parent().unwrap().to_owned()
-    } else {
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-        let target = std::env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from);
-        workspace.join(target).join("x86_64-unknown-none/release")
-    };
-    let path = directory.join(name);
+    let first = std::env::var_os("WARREN_GUEST").map_or_else(
+        || {
+            let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+            let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or("target".into());
+            workspace.join(target).join("release/warren-guest.elf")
+        },
+        PathBuf::from,
+    );
+    let extension = first.extension().unwrap_or_default().to_owned();
+    let path = first.with_file_name(name).with_extension(extension);
     assert!(path.exists(), "no {}: run `cargo xtask build`", path.display());
     path
 }
@@ -146,10 +149,7 @@ pub fn identity(slot: u32) -> ReleaseRequest {
 }
 
 /// A TAP in a new network namespace, in which `setup` runs as well. Both go away with the TAP.
-pub fn tap_with(
-    name: &str,
-    setup: impl FnOnce() + Send + 'static,
-) -> io::Result<OwnedFd> {
+pub fn tap_with(name: &str, setup: impl FnOnce() + Send + 'static) -> io::Result<OwnedFd> {
     let name = name.to_owned();
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET)?;
