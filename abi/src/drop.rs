@@ -29,7 +29,7 @@ reasons! {
     Internal = "internal",
     /// Shorter than its headers say.
     Truncated = "truncated",
-    /// Neither IPv4 nor ARP.
+    /// Neither IPv4 nor ARP, or behind a VLAN tag.
     NotIpv4 = "not-ipv4",
     /// The IPv4 header's version or length is wrong, or it carries options.
     BadHeader = "bad-header",

@@ -22,12 +22,20 @@ pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
 }
 
 /// Makes the headers directly readable, where the kernel left them in fragments.
+///
+/// Refuses a frame with a VLAN tag: the kernel took the tag out of sight, and would put it back in
+/// front of whatever leaves.
 #[inline(always)]
-pub fn pull(ctx: &TcContext) {
+pub fn prepare(ctx: &TcContext) -> Result<(), Drop> {
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
+        return Err(Drop::NotIpv4);
+    }
     if ctx.data() + HEADERS as usize > ctx.data_end() {
         // A failure is met again as a missing header.
         let _ = ctx.pull_data(if ctx.len() < HEADERS { ctx.len() } else { HEADERS });
     }
+    Ok(())
 }
 
 /// The Ethernet header.

@@ -23,7 +23,7 @@ pub fn tap(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
-    parse::pull(ctx);
+    parse::prepare(ctx)?;
     let ethernet = parse::ethernet(ctx)?;
     if ethernet.ethertype == ETHERTYPE_ARP {
         return answer(ctx, &ethernet, slot);

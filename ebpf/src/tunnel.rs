@@ -40,7 +40,7 @@ fn to_guest(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
     if remote != vpc.proxy_address {
         return Err((0, Drop::NotFromProxy));
     }
-    parse::pull(ctx);
+    parse::prepare(ctx).map_err(nobody)?;
     let packet = parse::packet(ctx, Direction::In).map_err(nobody)?;
     if packet.destination != vpc.shared_address {
         return Err((0, Drop::NotSharedAddress));
@@ -77,7 +77,7 @@ pub fn tunnel_proxy(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
-    parse::pull(ctx);
+    parse::prepare(ctx)?;
     let packet = parse::packet(ctx, Direction::Out)?;
     if packet.source != vpc.shared_address {
         return Err(Drop::SpoofedAddress);

@@ -26,7 +26,7 @@ pub fn vpc(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
-    parse::pull(ctx);
+    parse::prepare(ctx)?;
     if parse::ethernet(ctx)?.ethertype == ETHERTYPE_ARP {
         return resolve(ctx, vpc);
     }

@@ -128,6 +128,18 @@ fn what_is_not_understood_is_dropped_and_named() {
     };
     let cases: Vec<(DropReason, Vec<u8>)> = vec![
         (DropReason::NotIpv4, changed(&|bytes| bytes[12..14].copy_from_slice(&[0x86, 0xdd]))),
+        (
+            DropReason::NotIpv4,
+            changed(&|bytes| {
+                bytes.splice(12..12, [0x81, 0, 0, 42]);
+            }),
+        ),
+        (
+            DropReason::NotIpv4,
+            changed(&|bytes| {
+                bytes.splice(12..12, [0x88, 0xa8, 0, 42]);
+            }),
+        ),
         (DropReason::Truncated, good[..14].to_vec()),
         (DropReason::Truncated, good[..40].to_vec()),
         (DropReason::Truncated, changed(&|bytes| bytes[16..18].copy_from_slice(&[5, 0xdc]))),
