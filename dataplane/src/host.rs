@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 use warren_proto::v1;
-use warren_vmm::client::{self, ClientError, MicroVm, Zygote};
+use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
 use warren_vmm::control::{
     EndReason, PublicIdentity, Ready, ReleaseRequest, State as VmState, Status, socket_path,
 };
@@ -110,8 +110,8 @@ struct State {
 pub struct HostOptions {
     /// Name of the host.
     pub name: String,
-    /// Directory of the microVMs' sockets and of what a restart needs.
-    pub run_dir: PathBuf,
+    /// How microVMs are made; its directory of sockets also holds what a restart needs.
+    pub zygote: ZygoteConfig,
     /// Parked microVMs wanted.
     pub policy: Policy,
 }
@@ -125,18 +125,14 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host over an open data path and a running zygote. Finds the microVMs that an earlier
+    /// A host over an open data path. Finds the microVMs that an earlier
     /// daemon left running, and starts to fill the pool.
-    pub async fn new(
-        options: HostOptions,
-        datapath: HostDatapath,
-        zygote: Zygote,
-    ) -> Result<Arc<Self>, HostError> {
+    pub async fn new(options: HostOptions, datapath: HostDatapath) -> Result<Arc<Self>, HostError> {
         let datapath = Arc::new(datapath);
-        let run_dir = options.run_dir.clone();
-        let pool = Arc::new(Pool::new(run_dir, datapath.clone(), zygote, options.policy));
+        let zygote = options.zygote.clone();
+        let pool = Arc::new(Pool::new(datapath.clone(), zygote, options.policy).await?);
         let state = Mutex::new(State { vpcs: load_vpcs(&options)?, ..State::default() });
-        let found = client::discover(&options.run_dir).await?;
+        let found = client::discover(&options.zygote.run_dir).await?;
         for slot in datapath.slots() {
             if !found.iter().any(|(microvm, _)| microvm.slot() == slot.number) {
                 pool.free(slot.number);
@@ -307,7 +303,7 @@ impl Host {
             Some(instance) => instance.slot.number,
             None => return Err(HostError::NoInstance(id.to_string())),
         };
-        let path = socket_path(&self.options.run_dir, slot);
+        let path = socket_path(&self.options.zygote.run_dir, slot);
         Ok(client::invoke(&path, invocation, INVOCATION_LIMIT).await?)
     }
 
@@ -433,7 +429,7 @@ fn is_hostname(name: &str) -> bool {
 }
 
 fn vpcs_file(options: &HostOptions) -> PathBuf {
-    options.run_dir.join("vpcs.json")
+    options.zygote.run_dir.join("vpcs.json")
 }
 
 fn load_vpcs(options: &HostOptions) -> Result<HashMap<String, u32>, HostError> {

@@ -22,7 +22,7 @@ use warren_dataplane::refill::Policy;
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
-use warren_vmm::client::{Zygote, ZygoteConfig};
+use warren_vmm::client::ZygoteConfig;
 
 /// The largest gRPC message: an invocation of 1 MiB and its envelope.
 const MESSAGE_MAX: usize = (1 << 20) + 4096;
@@ -135,18 +135,14 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         return Ok(None);
     }
     let datapath = HostDatapath::open(&options)?;
-    let zygote = Zygote::spawn(&ZygoteConfig {
+    let zygote = ZygoteConfig {
         binary: section.vmm.clone(),
         template: section.template.clone(),
         run_dir: config.run_dir.clone(),
-    })
-    .await?;
-    let options = RoleOptions {
-        name: config.name.clone(),
-        run_dir: config.run_dir.clone(),
-        policy: Policy { target: section.parked },
     };
-    let host = Host::new(options, datapath, zygote).await?;
+    let policy = Policy { target: section.parked };
+    let host =
+        Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
     tokio::spawn(sweep(host.clone()));
     Ok(Some(Agent::Host(host)))
 }

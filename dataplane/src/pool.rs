@@ -1,14 +1,13 @@
 //! The pool of microVMs that are parked at their barrier, and the slots they stand on.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::sync::Notify;
-use warren_vmm::client::{ClientError, MicroVm, Zygote};
+use tokio::sync::{Notify, RwLock};
+use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
 
 use crate::datapath::{self, HostDatapath};
 use crate::refill::{Policy, Refill};
@@ -52,24 +51,25 @@ struct State {
 
 /// The pool.
 pub struct Pool {
-    run_dir: PathBuf,
     datapath: Arc<HostDatapath>,
-    zygote: Zygote,
+    config: ZygoteConfig,
+    zygote: RwLock<Zygote>,
     policy: Policy,
     state: Mutex<State>,
     changed: Notify,
 }
 
 impl Pool {
-    /// A pool without microVMs and without slots: [`Pool::free`] and [`Pool::keep`] fill it.
-    pub fn new(
-        run_dir: PathBuf,
+    /// Starts a zygote for a pool without microVMs and without slots: [`Pool::free`] and
+    /// [`Pool::keep`] fill it.
+    pub async fn new(
         datapath: Arc<HostDatapath>,
-        zygote: Zygote,
+        config: ZygoteConfig,
         policy: Policy,
-    ) -> Self {
+    ) -> Result<Self, PoolError> {
+        let zygote = RwLock::new(Zygote::spawn(&config).await?);
         let (state, changed) = (Mutex::default(), Notify::new());
-        Self { run_dir, datapath, zygote, policy, state, changed }
+        Ok(Self { datapath, config, zygote, policy, state, changed })
     }
 
     /// MicroVMs that are parked now.
@@ -157,6 +157,16 @@ impl Pool {
     }
 
     async fn park_on(&self, slot: u32) -> Result<MicroVm, PoolError> {
+        match self.fork(slot).await {
+            Err(PoolError::Vmm(ClientError::ZygoteEnded)) => {
+                self.replace_zygote().await?;
+                self.fork(slot).await
+            }
+            result => result,
+        }
+    }
+
+    async fn fork(&self, slot: u32) -> Result<MicroVm, PoolError> {
         let deadline = Instant::now() + TAP_PATIENCE;
         let tap = loop {
             match self.datapath.open_tap(slot) {
@@ -167,8 +177,19 @@ impl Pool {
                 Err(error) => return Err(error.into()),
             }
         };
-        self.zygote.fork(slot, tap).await?;
-        Ok(MicroVm::connect(&self.run_dir, slot).await?)
+        self.zygote.read().await.fork(slot, tap).await?;
+        Ok(MicroVm::connect(&self.config.run_dir, slot).await?)
+    }
+
+    /// Starts another zygote, unless somebody else has by now. MicroVMs do not notice.
+    async fn replace_zygote(&self) -> Result<(), PoolError> {
+        let ended = self.zygote.read().await.pid();
+        let mut zygote = self.zygote.write().await;
+        if zygote.pid() == ended {
+            tracing::error!("the zygote ended: starting another one");
+            *zygote = Zygote::spawn(&self.config).await?;
+        }
+        Ok(())
     }
 }
 

@@ -105,3 +105,23 @@ async fn a_microvm_that_dies_is_reported_and_harms_nobody() {
     assert!(matches!(outcome, Ok(Outcome::Udp { received: 10, .. })), "{outcome:?}");
     fleet.stop(&victim.id).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_zygote_that_is_killed_is_replaced() {
+    if !kvm_or_skip("a_zygote_that_is_killed_is_replaced") {
+        return;
+    }
+    let options = FleetOptions { slots: 3, parked: 0, guest: GUEST };
+    let mut fleet = Fleet::start(options).await.unwrap();
+    let (before, _) = fleet.run(VPCS[0], None).await.unwrap();
+    let daemon = fleet.process(Daemon::Host).pid();
+    let children = format!("/proc/{daemon}/task/{daemon}/children");
+    let zygote: i32 = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
+    let zygote = nix::unistd::Pid::from_raw(zygote);
+    nix::sys::signal::kill(zygote, nix::sys::signal::Signal::SIGKILL).unwrap();
+
+    fleet.run(VPCS[0], None).await.expect("a microVM starts without the old zygote");
+    let id = before.instance.unwrap().id;
+    let outcome = fleet.probe(&id, Operation::Identity).await.unwrap().outcome;
+    assert!(outcome.is_ok(), "a microVM of the old zygote lives on: {outcome:?}");
+}
