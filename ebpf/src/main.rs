@@ -8,6 +8,15 @@
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
+#![allow(
+    clippy::inline_always,
+    reason = "a call costs a packet more than it saves, and the verifier forgets bounds across it"
+)]
+#![allow(clippy::needless_pass_by_value, reason = "the signature of a program is given")]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "maps take keys by value as well, and would copy them"
+)]
 
 mod arp;
 mod conntrack;

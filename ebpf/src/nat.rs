@@ -18,6 +18,12 @@ pub fn translate(
     address: Ipv4,
     port: Be16,
 ) -> Result<(), Drop> {
+    #[repr(C, packed(2))]
+    struct Headers {
+        ip: IpHeader,
+        l4: [Be16; 4],
+    }
+
     let old = match direction {
         Direction::Out => packet.source,
         Direction::In => packet.destination,
@@ -37,12 +43,6 @@ pub fn translate(
     if port != packet.local_port && !packet.unchecked {
         ctx.l4_csum_replace(offset, packet.local_port.0 as u64, port.0 as u64, flags | 2)
             .map_err(|_| Drop::Internal)?;
-    }
-
-    #[repr(C, packed(2))]
-    struct Headers {
-        ip: IpHeader,
-        l4: [Be16; 4],
     }
     // SAFETY: `at` checked the bounds.
     let headers = unsafe { &mut *at::<Headers>(ctx, IP).ok_or(Drop::Internal)? };

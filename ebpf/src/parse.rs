@@ -98,6 +98,10 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
         return Err(Drop::Fragment);
     }
     let l4 = headers.l4;
+    let (local_port, peer_port) = match direction {
+        Direction::Out => (l4[0], l4[1]),
+        Direction::In => (l4[1], l4[0]),
+    };
     let mut packet = Packet {
         tos: ip.tos,
         ttl: ip.ttl,
@@ -105,8 +109,8 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
         flags: 0,
         source: ip.source,
         destination: ip.destination,
-        local_port: l4[if matches!(direction, Direction::Out) { 0 } else { 1 }],
-        peer_port: l4[if matches!(direction, Direction::Out) { 1 } else { 0 }],
+        local_port,
+        peer_port,
         unchecked: false,
         header_length: size_of::<IpHeader>() as u32 + 8,
     };

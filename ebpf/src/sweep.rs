@@ -59,8 +59,8 @@ fn end(key: &OutKey, timers: &Timers, now: u32) -> Verdict {
     let (state, vni, port) =
         unsafe { ((&raw const (*flow).state).read_volatile(), (*flow).vni, (*flow).port) };
     let attachment = slot(key.ifindex).map(|slot| slot.attachment);
-    let stale = attachment != Some(Attachment::new(vni, key.generation));
-    if !stale && !state.is_expired(key.protocol as u8, timers, now) {
+    let is_stale = attachment != Some(Attachment::new(vni, key.generation));
+    if !is_stale && !state.is_expired(key.protocol as u8, timers, now) {
         return Verdict::Live;
     }
     // SAFETY: as above.
@@ -70,5 +70,5 @@ fn end(key: &OutKey, timers: &Timers, now: u32) -> Verdict {
     let OutKey { peer, peer_port, protocol, .. } = *key;
     let _ = CT_OUT.remove(key);
     let _ = CT_IN.remove(InKey { vni, peer, peer_port, port, protocol });
-    if stale { Verdict::Stale } else { Verdict::Expired }
+    if is_stale { Verdict::Stale } else { Verdict::Expired }
 }
