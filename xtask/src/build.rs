@@ -28,18 +28,21 @@ pub fn results() -> PathBuf {
     target().join("release")
 }
 
-/// Builds everything.
-pub fn all() -> Result<()> {
-    ebpf()?;
+/// Builds everything; the eBPF programs with their log if `log_verdicts`.
+pub fn all(log_verdicts: bool) -> Result<()> {
+    ebpf(log_verdicts)?;
     guest()?;
     step("build", "warrend, warren-vmm, warren-control, warren");
     run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))
 }
 
-fn ebpf() -> Result<()> {
+fn ebpf(log_verdicts: bool) -> Result<()> {
     step("build", "eBPF programs");
     let mut command = no_std_cargo("ebpf");
     command.args(["--package", "warren-ebpf", "--target", "bpfel-unknown-none"]);
+    if log_verdicts {
+        command.args(["--features", "log"]);
+    }
     if !Path::new(DEBIAN_BPF).exists() {
         command.arg("-Zbuild-std=core");
     }

@@ -22,7 +22,11 @@ enum Task {
     /// Install what is missing, or list the commands that would
     Setup,
     /// Build the eBPF programs, the guest and all binaries into target/release
-    Build,
+    Build {
+        /// Have the eBPF programs log each verdict (WARREN_LOG=debug shows them): slow, for debugging
+        #[arg(long)]
+        log_verdicts: bool,
+    },
     /// Set up, build, and clone microVMs into two tenants' VPCs on this machine
     Demo {
         /// Also write the figures to this file
@@ -49,7 +53,7 @@ enum Task {
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::Setup => setup::all(),
-        Task::Build => build::all(),
+        Task::Build { log_verdicts } => build::all(log_verdicts),
         Task::Demo { json } => run::demo(json),
         Task::Test { filter } => run::test(filter),
         Task::Lint => run::lint(),

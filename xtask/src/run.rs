@@ -20,7 +20,7 @@ fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
 /// `cargo xtask demo`.
 pub fn demo(json: Option<PathBuf>) -> Result<()> {
     setup::all()?;
-    build::all()?;
+    build::all(false)?;
     // In place of this process: Ctrl-C then reaches the one that has to clean up, and ends it.
     let mut command = with_json(Command::new(results().join("warren-demo")), json);
     Err(command.exec()).with_context(|| format!("cannot run {command:?}"))
@@ -29,7 +29,7 @@ pub fn demo(json: Option<PathBuf>) -> Result<()> {
 /// `cargo xtask bench`.
 pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
     setup::all()?;
-    build::all()?;
+    build::all(false)?;
     let mut command = Command::new(results().join("warren-bench"));
     command.args(name);
     run(&mut with_json(command, json))
@@ -38,7 +38,7 @@ pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
 /// `cargo xtask test`.
 pub fn test(filter: Option<String>) -> Result<()> {
     setup::all()?;
-    build::all()?;
+    build::all(false)?;
     if !kvm_opens() {
         step("test", "!!! /dev/kvm cannot be opened: MICROVM TESTS ARE SKIPPED !!!");
     }
