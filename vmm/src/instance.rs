@@ -39,6 +39,7 @@ pub struct Instance {
     slot: u32,
     machine: Machine,
     server: Server,
+    tsc_hz: u64,
     released: Option<ReleaseRequest>,
     polled_at: Instant,
 }
@@ -67,7 +68,7 @@ pub fn run(
         }
     };
     let polled_at = Instant::now();
-    let mut instance = Instance { slot, machine, server, released: None, polled_at };
+    let mut instance = Instance { slot, machine, server, tsc_hz: 0, released: None, polled_at };
     let reason = match instance.live() {
         Ok(never) => match never {},
         Err(reason) => reason,
@@ -110,6 +111,7 @@ impl Instance {
         self.machine.write_identity(&NOBODY)?;
         self.machine.command(COMMAND_PREFAULT)?;
         self.run_until(Exit::Barrier)?;
+        self.tsc_hz = self.machine.tsc_hz()?;
         self.machine.command(COMMAND_PARK)
     }
 
@@ -164,7 +166,6 @@ impl Instance {
         let public = &request.identity;
         let mut hostname = [0; 64];
         hostname[..public.hostname.len()].copy_from_slice(public.hostname.as_bytes());
-        let tsc_hz = self.machine.tsc_hz()?;
         self.machine.command(COMMAND_RELEASE)?;
         let wall_clock = clock_gettime(ClockId::CLOCK_REALTIME).map_err(|errno| host(&errno))?;
         // SAFETY: reads a counter; x86-64 always has it.
@@ -173,7 +174,7 @@ impl Instance {
         self.machine.write_identity(&Identity {
             wall_clock_ns: nanoseconds(wall_clock),
             tsc,
-            tsc_hz,
+            tsc_hz: self.tsc_hz,
             entropy,
             instance_id: public.instance_id,
             hostname,

@@ -1,14 +1,17 @@
 //! The `warren-vmm` program: makes templates, and runs the zygote that `warrend` starts.
 #![deny(missing_docs)]
 
+use std::fs::File;
 use std::io::IsTerminal;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand, ValueEnum};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
 use warren_vmm::{template, zygote};
@@ -93,20 +96,24 @@ fn main() -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Takes the control socket to a descriptor that is not a standard one, closes whatever else was
-/// inherited, and leaves `/dev/null` in its place.
+/// Takes the control socket to a descriptor that is not a standard one, and closes whatever else
+/// was inherited: a microVM keeps what its zygote has.
 fn take_control(fd: RawFd) -> anyhow::Result<OwnedFd> {
-    use nix::fcntl::{FcntlArg, fcntl};
-    // SAFETY: the caller of this program handed the descriptor over to it; nothing else uses it.
-    let inherited = unsafe { OwnedFd::from_raw_fd(fd) };
-    let control = fcntl(&inherited, FcntlArg::F_DUPFD_CLOEXEC(3))?;
+    // SAFETY: only this function uses the descriptor, which stays open meanwhile.
+    let inherited = unsafe { BorrowedFd::borrow_raw(fd) };
+    let control = fcntl(inherited, FcntlArg::F_DUPFD_CLOEXEC(3))?;
     // SAFETY: just made by fcntl, owned by nobody else.
     let control = unsafe { OwnedFd::from_raw_fd(control) };
+    let own = control.as_raw_fd() as u32;
+    for (first, last) in [(3, own - 1), (own + 1, u32::MAX)] {
+        if first <= last {
+            // SAFETY: this process has opened no descriptor but its own so far.
+            Errno::result(unsafe { libc::close_range(first, last, 0) })?;
+        }
+    }
     if fd == 0 {
-        let null = std::fs::File::open("/dev/null")?;
-        nix::unistd::dup2_stdin(&null)?;
-        // Standard input stays open for good.
-        std::mem::forget(inherited);
+        // Standard input stays open, lest something else gets its number.
+        nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
     }
     Ok(control)
 }

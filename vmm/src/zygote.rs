@@ -135,10 +135,11 @@ impl Zygote {
             if !asked {
                 continue;
             }
-            let Some((request, tap)) = self.receive()? else { return Ok(Ended::Zygote) };
-            let forked = match request {
-                Ok(ZygoteRequest::Fork { slot }) => self.fork(slot, tap),
-                Err(error) => Err(error),
+            let forked = match self.receive()? {
+                Received::Nothing => continue,
+                Received::End => return Ok(Ended::Zygote),
+                Received::Request(Ok(ZygoteRequest::Fork { slot }), tap) => self.fork(slot, tap),
+                Received::Request(Err(error), _) => Err(error),
             };
             let answer = match forked {
                 Ok(Forked::Parent(slot, pid)) => {
@@ -155,11 +156,8 @@ impl Zygote {
         }
     }
 
-    /// The next request with its descriptor; `None` when the client is gone.
-    #[expect(clippy::type_complexity, reason = "used once")]
-    fn receive(
-        &self,
-    ) -> Result<Option<(Result<ZygoteRequest, String>, Option<OwnedFd>)>, ZygoteError> {
+    /// The next request, if there is one.
+    fn receive(&self) -> Result<Received, ZygoteError> {
         let mut buffer = [0; MESSAGE_MAX];
         let mut ancillary = nix::cmsg_space!([RawFd; 4]);
         let mut slices = [IoSliceMut::new(&mut buffer)];
@@ -168,10 +166,8 @@ impl Zygote {
             recvmsg::<()>(self.control.as_raw_fd(), &mut slices, Some(&mut ancillary), flags);
         let message = match message {
             Ok(message) => message,
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {
-                return Ok(Some((Err("spurious wakeup".into()), None)));
-            }
-            Err(nix::Error::ECONNRESET) => return Ok(None),
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Received::Nothing),
+            Err(nix::Error::ECONNRESET) => return Ok(Received::End),
             Err(errno) => return Err(system("control socket")(errno)),
         };
         let mut descriptors = Vec::new();
@@ -183,10 +179,10 @@ impl Zygote {
         }
         let length = message.bytes;
         if length == 0 {
-            return Ok(None);
+            return Ok(Received::End);
         }
         let request = decode(&buffer[..length]).map_err(|error| error.to_string());
-        Ok(Some((request, descriptors.pop())))
+        Ok(Received::Request(request, descriptors.pop()))
     }
 
     fn fork(&mut self, slot: u32, tap: Option<OwnedFd>) -> Result<Forked, String> {
@@ -259,6 +255,14 @@ impl Zygote {
             }
         }
     }
+}
+
+enum Received {
+    Nothing,
+    /// The client is gone.
+    End,
+    /// A request with its descriptor, or what is wrong with it.
+    Request(Result<ZygoteRequest, String>, Option<OwnedFd>),
 }
 
 enum Forked {
