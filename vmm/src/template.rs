@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_API_VERSION};
 use kvm_ioctls::Kvm;
 use warren_abi::microvm::ABI_VERSION;
 
@@ -21,6 +21,9 @@ pub enum TemplateError {
     /// There is no usable `/dev/kvm`.
     #[error("cannot open /dev/kvm: {0}; load the kvm module and give this user access to it")]
     NoKvm(kvm_ioctls::Error),
+    /// `/dev/kvm` is something else.
+    #[error("/dev/kvm does not speak KVM's API: is it the kernel's device?")]
+    NotKvm,
     /// KVM does not say what processors it offers.
     #[error("KVM: {0}")]
     Kvm(kvm_ioctls::Error),
@@ -66,6 +69,9 @@ pub struct Summary {
 /// Opens KVM and asks what it offers to guests.
 pub fn open_kvm() -> Result<(Kvm, CpuId), TemplateError> {
     let kvm = Kvm::new().map_err(TemplateError::NoKvm)?;
+    if kvm.get_api_version() != KVM_API_VERSION as i32 {
+        return Err(TemplateError::NotKvm);
+    }
     let cpuid = cpu::supported_cpuid(&kvm).map_err(TemplateError::Kvm)?;
     Ok((kvm, cpuid))
 }

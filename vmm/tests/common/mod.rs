@@ -20,8 +20,8 @@ use warren_vmm::control::{PublicIdentity, ReleaseRequest};
 /// Whether this machine can run microVMs. If not it says so, loudly; under `WARREN_REQUIRE_KVM=1`
 /// that is a failure.
 pub fn kvm() -> bool {
-    let missing = if let Err(error) = kvm_ioctls::Kvm::new() {
-        format!("/dev/kvm cannot be used: {error}")
+    let missing = if let Err(error) = warren_vmm::template::open_kvm() {
+        error.to_string()
     } else if let Err(error) = File::open("/dev/net/tun").and_then(|_| tap("probe")) {
         format!("no TAP can be made: {error}")
     } else {
