@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
 use warren_bench::figures::{Figures, waterfall};
 use warren_netns::fleet::kvm_missing;
 
@@ -49,10 +50,15 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
+        // Caught from here on: a signal that comes while something blocks is heard after it.
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        // Dropping the demo ends and removes everything it made.
         tokio::select! {
-            // Dropping the demo ends and removes everything it made.
+            biased;
+            _ = interrupt.recv() => bail!("interrupted; everything was removed again"),
+            _ = terminate.recv() => bail!("terminated; everything was removed again"),
             result = demo(arguments) => result,
-            _ = tokio::signal::ctrl_c() => bail!("interrupted; everything was removed again"),
         }
     })
 }
