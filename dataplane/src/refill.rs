@@ -48,7 +48,7 @@ mod tests {
         let policy = Policy { target: 64 };
         let busy = Duration::from_millis(1);
         assert_eq!(policy.refill(64, busy), Refill::Full);
-        assert_eq!(policy.refill(16, busy), Refill::After(QUIET - busy));
+        assert_eq!(policy.refill(16, busy), Refill::After(Duration::from_millis(99)));
         assert_eq!(policy.refill(15, busy), Refill::Now);
         assert_eq!(policy.refill(63, QUIET), Refill::Now);
     }

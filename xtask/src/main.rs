@@ -23,7 +23,7 @@ enum Task {
     Setup,
     /// Build the eBPF programs, the guest and all binaries into target/release
     Build {
-        /// Have the eBPF programs log each verdict (WARREN_LOG=debug shows them): slow, for debugging
+        /// Have the eBPF programs log each verdict (`WARREN_LOG=debug` shows them): slow, for debugging
         #[arg(long)]
         log_verdicts: bool,
     },

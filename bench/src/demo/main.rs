@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
-use warren_bench::figures::{Figures, waterfall};
+use warren_bench::figures::{Figure, Figures, waterfall};
 use warren_netns::fleet::kvm_missing;
 
 use crate::scene::Scene;
@@ -100,5 +100,19 @@ async fn demo(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.json {
         figures.write(path)?;
     }
-    starts.verdict(&figures)
+    verdict(&figures)
+}
+
+/// Fails if a count that must be 0 is not, or a tenant was seen at several addresses.
+fn verdict(figures: &Figures) -> Result<()> {
+    for key in ["isolation_violations", "duplicate_identities", "leftovers"] {
+        match figures.get(key) {
+            Some(Figure::Count(0)) => {}
+            other => bail!("{key} must be 0 and is {other:?}"),
+        }
+    }
+    match figures.get("client_addresses_seen") {
+        Some(Figure::Count(2)) => Ok(()),
+        other => bail!("client_addresses_seen must be 2, one a tenant, and is {other:?}"),
+    }
 }

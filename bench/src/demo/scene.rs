@@ -21,7 +21,7 @@ pub struct Scene {
     pub vpcs: Vec<v1::Vpc>,
     /// A datagram echo server in each VPC, which counts.
     pub echoes: Vec<Server>,
-    _servers: Vec<Process>,
+    servers: Vec<Process>,
 }
 
 impl Scene {
@@ -47,12 +47,12 @@ impl Scene {
         let vpcs = vpcs.into_inner().vpcs;
         let vpcs = VPCS.map(|name| vpcs.iter().find(|vpc| vpc.name == name).cloned());
         let vpcs = vpcs.into_iter().collect::<Option<_>>().context("a VPC is not listed")?;
-        Ok(Self { fleet, vpcs, echoes, _servers: processes })
+        Ok(Self { fleet, vpcs, echoes, servers: processes })
     }
 
     /// Ends everything and returns what is left.
     pub async fn clear(self) -> Result<Vec<String>> {
-        drop((self._servers, self.echoes));
+        drop((self.servers, self.echoes));
         let run = self.fleet.run.path().to_string_lossy().into_owned();
         let mut left = self.fleet.shut_down().await?;
         let mounts = std::fs::read_to_string("/proc/mounts")?;
