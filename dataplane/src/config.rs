@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
 
+use crate::datapath::MAX_SLOTS;
+
 /// What `/etc/warren/warrend.toml` says. Unknown keys are errors.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,7 +50,7 @@ pub struct Underlay {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostConfig {
-    /// TAP slots, and so microVMs at once: 1 to 8191.
+    /// TAP slots, and so microVMs at once: 1 to [`MAX_SLOTS`].
     #[serde(default = "default_slots")]
     pub slots: u32,
     /// MicroVMs held ready at their barrier; at most `slots`.
@@ -143,8 +145,8 @@ impl Config {
             );
         }
         if let Some(host) = &config.host {
-            if !(1..=8191).contains(&host.slots) {
-                return wrong("host.slots", "must be between 1 and 8191");
+            if !(1..=MAX_SLOTS).contains(&host.slots) {
+                return wrong("host.slots", &format!("must be between 1 and {MAX_SLOTS}"));
             }
             if host.parked > host.slots {
                 return wrong("host.parked", "must not be larger than host.slots");
@@ -182,7 +184,7 @@ mod tests {
         let template = "[host]\ntemplate = '/t'\n";
         for (text, key) in [
             (format!("{SMALL}{template}slots = 0"), "host.slots"),
-            (format!("{SMALL}{template}slots = 8192"), "host.slots"),
+            (format!("{SMALL}{template}slots = 65278"), "host.slots"),
             (format!("{SMALL}{template}slots = 2\nparked = 3"), "host.parked"),
             (format!("control = 'http://192.0.2.3:7700'\n{SMALL}"), "advertise"),
             (format!("listen = []\n{SMALL}"), "listen"),
