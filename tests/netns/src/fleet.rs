@@ -6,8 +6,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use kvm_bindings::KVM_API_VERSION;
-use kvm_ioctls::Kvm;
 use nix::sys::signal::{Signal, kill};
 use tonic::transport::Channel;
 use warren_abi::probe::{self, Operation};
@@ -85,14 +83,7 @@ pub fn built(name: &str) -> Result<PathBuf> {
 
 /// Why microVMs cannot run here, if they cannot.
 pub fn kvm_missing() -> Option<String> {
-    let remedy = "load the kvm module of this CPU, and run as root";
-    match Kvm::new() {
-        Err(error) => Some(format!("/dev/kvm cannot be opened ({error}): {remedy}")),
-        Ok(kvm) if kvm.get_api_version() != KVM_API_VERSION as i32 => {
-            Some(format!("/dev/kvm is not KVM: {remedy}"))
-        }
-        Ok(_) => None,
-    }
+    warren_vmm::template::open_kvm().err().map(|error| error.to_string())
 }
 
 /// For tests of microVMs: false, with a loud line, where there is no KVM.
