@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData, MapError, MapInfo};
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
@@ -13,6 +14,10 @@ use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use warren_abi::maps::{Underlay, names};
 
 use super::{Error, verdicts};
+
+/// A link whose pin was removed is detached by the kernel some time later; until then its program
+/// cannot be attached to the same interface again.
+const DETACH_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A map as this version wants it.
 pub(super) struct MapSpec {
@@ -199,11 +204,20 @@ impl Programs {
         let path = self.pins.links().join(link);
         let error = |source| Error::program("attach a program to", interface, source);
         let program = self.program(program)?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
-        let attached = program
-            .attach_with_options(interface, TcAttachType::Ingress, options)
-            .and_then(|id| program.take_link(id))
-            .map_err(error)?;
+        let deadline = Instant::now() + DETACH_PATIENCE;
+        let attached = loop {
+            let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+            match program.attach_with_options(interface, TcAttachType::Ingress, options) {
+                Err(ProgramError::SyscallError(exists))
+                    if exists.io_error.kind() == ErrorKind::AlreadyExists
+                        && Instant::now() < deadline =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                attached => break attached,
+            }
+        };
+        let attached = attached.and_then(|id| program.take_link(id)).map_err(error)?;
         let pin = |source| Error::system("pin", path.display(), source);
         let attached =
             FdLink::try_from(attached).map_err(|source| pin(io::Error::other(source)))?;
