@@ -1,6 +1,7 @@
 //! The whole of Warren on a [`Topology`]: control plane, one host, one proxy, and a VPC for each
 //! tenant.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -94,7 +95,8 @@ pub fn kvm_or_skip(test: &str) -> bool {
     let Some(reason) = kvm_missing() else { return true };
     let required = std::env::var_os("WARREN_REQUIRE_KVM").is_some_and(|value| value == "1");
     assert!(!required, "{test}: {reason}");
-    eprintln!("!!! SKIPPED {test}: {reason} !!!");
+    // Not by eprintln!, which the test runner keeps to itself for a test that passes.
+    writeln!(std::io::stderr(), "!!! SKIPPED {test}: {reason} !!!").ok();
     false
 }
 
