@@ -45,6 +45,12 @@ async fn a_microvm_is_run_probed_listed_and_stopped() {
     let refused = warren(&fleet, &["vm", "probe", id, "tcp-connect", "10.0.0.10:81"]);
     assert!(!refused.status.success(), "a failed probe is an error: {refused:?}");
 
+    let outside = ["tcp-connect", "203.0.113.1:80", "--timeout-ms", "500"];
+    warren(&fleet, &[&["vm", "probe", id], &outside[..]].concat());
+    let drops = json(&fleet, &["drops", "--host", "proxy"]);
+    let no_route = |drop: &Value| drop["reason"] == "no-route" && drop["vpc"] == VPCS[0];
+    assert!(drops.as_array().unwrap().iter().any(no_route), "the VPC has no gateway: {drops}");
+
     let unknown = warren(&fleet, &["vm", "run", "--vpc", "nowhere"]);
     let message = String::from_utf8_lossy(&unknown.stderr).into_owned();
     assert!(!unknown.status.success() && message.contains("nowhere"), "{message}");
