@@ -9,7 +9,8 @@ use fake::{Told, World};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout};
 use warren_abi::probe::{Outcome, Reply, Request, Timings, decode, encode};
 
 /// Runs a command line.
@@ -156,11 +157,8 @@ async fn drops_are_listed_with_names_and_silent_hosts_hide_no_other() {
     assert!(error.contains("the drops of h1 are not known: its agent did not answer"), "{error}");
 }
 
-#[tokio::test]
-async fn drops_are_followed_until_interrupted() {
-    let world = World::new().await;
-    let h1 = world.host("h1", 1).await;
-    h1.behaviour.drop_packets(2, "no-flow", 40);
+/// `warren drops --follow`, when it has read the counters once.
+async fn follow_drops(world: &World) -> (Child, Lines<BufReader<ChildStdout>>) {
     let mut followed = tokio::process::Command::new(env!("CARGO_BIN_EXE_warren"))
         .args(["drops", "--follow", "--output", "json"])
         .env("WARREN_ENDPOINT", world.endpoint().to_string())
@@ -168,11 +166,20 @@ async fn drops_are_followed_until_interrupted() {
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    let mut lines = BufReader::new(followed.stdout.take().unwrap()).lines();
+    let lines = BufReader::new(followed.stdout.take().unwrap()).lines();
     fake::eventually("the counters were read once", || async {
         world.log.position(|_, told| *told == Told::ListDrops).is_some()
     })
     .await;
+    (followed, lines)
+}
+
+#[tokio::test]
+async fn drops_are_followed_until_interrupted() {
+    let world = World::new().await;
+    let h1 = world.host("h1", 1).await;
+    h1.behaviour.drop_packets(2, "no-flow", 40);
+    let (mut followed, mut lines) = follow_drops(&world).await;
 
     h1.behaviour.drop_packets(2, "no-flow", 2);
     let line = lines.next_line().await.unwrap().expect("a line for the increase");
@@ -183,6 +190,16 @@ async fn drops_are_followed_until_interrupted() {
     kill(pid, Signal::SIGINT).unwrap();
     assert!(followed.wait().await.unwrap().success());
     assert_eq!(lines.next_line().await.unwrap(), None, "nothing rose after that");
+}
+
+#[tokio::test]
+async fn following_ends_when_nobody_reads_it() {
+    let world = World::new().await;
+    let h1 = world.host("h1", 1).await;
+    let (mut followed, lines) = follow_drops(&world).await;
+    drop(lines);
+    h1.behaviour.drop_packets(2, "no-flow", 1);
+    assert!(followed.wait().await.unwrap().success(), "as of `warren drops --follow | head`");
 }
 
 #[tokio::test]
