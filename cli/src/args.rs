@@ -47,6 +47,8 @@ pub enum Command {
     /// Hosts and proxy nodes.
     #[command(subcommand)]
     Host(HostCommand),
+    /// What was dropped, where and why.
+    Drops(DropsArguments),
 }
 
 #[derive(Debug, Subcommand)]
@@ -82,6 +84,17 @@ pub struct VpcCreate {
 pub enum HostCommand {
     /// List the hosts and proxies.
     Ls,
+}
+
+#[derive(Debug, Args)]
+pub struct DropsArguments {
+    /// Only of this host or proxy.
+    #[arg(long, value_name = "NAME")]
+    pub host: Option<String>,
+    /// Print what is dropped from now on, once a second, until Ctrl-C; with --output json a line
+    /// each.
+    #[arg(long, short)]
+    pub follow: bool,
 }
 
 #[derive(Debug, Subcommand)]

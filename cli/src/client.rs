@@ -5,8 +5,9 @@ use tonic::{Response, Status};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
-    CallInstanceRequest, CreateVpcRequest, Host, Instance, ListHostsRequest, ListInstancesRequest,
-    ListVpcsRequest, RunInstanceRequest, RunInstanceResponse, StopInstanceRequest, Vpc,
+    CallInstanceRequest, CreateVpcRequest, Host, HostDrops, Instance, ListFleetDropsRequest,
+    ListHostsRequest, ListInstancesRequest, ListVpcsRequest, RunInstanceRequest,
+    RunInstanceResponse, StopInstanceRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -57,6 +58,13 @@ impl Client {
     pub async fn call(&mut self, id: String, invocation: Vec<u8>) -> Result<Vec<u8>, Error> {
         let answer = self.service.call_instance(CallInstanceRequest { id, invocation }).await;
         Ok(self.unwrap(answer)?.reply)
+    }
+
+    /// Of all hosts and proxies, or of the one with this name.
+    pub async fn drops(&mut self, host: Option<&str>) -> Result<Vec<HostDrops>, Error> {
+        let host = host.unwrap_or_default().to_owned();
+        let answer = self.service.list_fleet_drops(ListFleetDropsRequest { host }).await;
+        Ok(self.unwrap(answer)?.hosts)
     }
 
     fn unwrap<T>(&self, answer: Result<Response<T>, Status>) -> Result<T, Error> {

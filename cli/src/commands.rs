@@ -7,9 +7,11 @@ use warren_abi::probe::{Reply, decode, encode};
 use warren_proto::v1::{Instance, RunInstanceRequest, Vpc};
 
 use crate::args::{
-    Arguments, Command, HostCommand, Output, VmCommand, VmRun, VpcCommand, VpcCreate,
+    Arguments, Command, DropsArguments, HostCommand, Output, VmCommand, VmRun, VpcCommand,
+    VpcCreate,
 };
 use crate::client::Client;
+use crate::drops;
 use crate::error::Error;
 use crate::probe::Operation;
 use crate::render::{self, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
@@ -34,6 +36,12 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Host(HostCommand::Ls) => {
             let rows: Vec<_> = client.hosts().await?.into_iter().map(HostRow::from).collect();
             print(&render::list(output, &rows))
+        }
+        Command::Drops(DropsArguments { host, follow: false }) => {
+            drops::show(client, output, host.as_deref()).await
+        }
+        Command::Drops(DropsArguments { host, follow: true }) => {
+            drops::follow(client, output, host.as_deref()).await
         }
         Command::Vm(VmCommand::Ls) => {
             let rows = instance_rows(client.instances().await?);
@@ -143,7 +151,8 @@ fn split<T>(results: Vec<Result<T, Error>>) -> (Vec<T>, Vec<Error>) {
     (done, errors)
 }
 
-fn all_done(errors: Vec<Error>, all: usize) -> Result<(), Error> {
+/// The first error is told with how many there are.
+pub fn all_done(errors: Vec<Error>, all: usize) -> Result<(), Error> {
     let failed = errors.len();
     match errors.into_iter().next() {
         None => Ok(()),
@@ -152,10 +161,14 @@ fn all_done(errors: Vec<Error>, all: usize) -> Result<(), Error> {
     }
 }
 
-fn print(text: &str) -> Result<(), Error> {
-    let mut out = std::io::stdout().lock();
-    match writeln!(out, "{text}") {
-        // `warren vm ls | head` is no failure.
+/// Prints a result on standard output.
+pub fn print(text: &str) -> Result<(), Error> {
+    unless_closed(writeln!(std::io::stdout().lock(), "{text}"))
+}
+
+/// `warren vm ls | head` is no failure.
+pub fn unless_closed(written: std::io::Result<()>) -> Result<(), Error> {
+    match written {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
     }

@@ -28,6 +28,9 @@ pub enum Error {
     /// The answer cannot be used.
     #[error("the control plane's answer lacks {0}")]
     Incomplete(&'static str),
+    /// A host or proxy does not tell what it dropped.
+    #[error("the drops of {host} are not known: {problem}")]
+    DropsUnknown { host: String, problem: String },
     /// The instance does not run the probe.
     #[error("the instance's answer is not a probe's")]
     NotAProbe,
@@ -60,7 +63,11 @@ impl Error {
                 Some("are warren, warren-control and warrend of the same version?".into())
             }
             Self::Some { first, .. } => first.hint(),
-            Self::Refused { .. } | Self::Usage(_) | Self::Probe(_) | Self::Output(_) => None,
+            Self::Refused { .. }
+            | Self::Usage(_)
+            | Self::DropsUnknown { .. }
+            | Self::Probe(_)
+            | Self::Output(_) => None,
         }
     }
 
@@ -69,7 +76,7 @@ impl Error {
         match self {
             Self::Incomplete(_) | Self::NotAProbe | Self::Output(_) => 1,
             Self::Usage(_) | Self::Ambiguous { .. } => 2,
-            Self::Connect(_) => 3,
+            Self::Connect(_) | Self::DropsUnknown { .. } => 3,
             Self::NoInstance(_) => 4,
             Self::Probe(_) => 6,
             Self::Some { first, .. } => first.exit_code(),

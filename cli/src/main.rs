@@ -3,6 +3,7 @@
 mod args;
 mod client;
 mod commands;
+mod drops;
 mod error;
 mod probe;
 mod render;

@@ -1,5 +1,6 @@
 //! Results as text: tables for people, JSON for programs.
 
+mod drops;
 mod probe;
 mod rows;
 
@@ -8,6 +9,7 @@ use serde::Serialize;
 
 use crate::args::Output;
 
+pub use drops::{DropRow, Scope, drop_rows};
 pub use probe::probe;
 pub use rows::{HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 
@@ -35,6 +37,19 @@ pub fn one<R: Row>(output: Output, row: &R) -> String {
     }
 }
 
+/// Rows that are followed by others later on. In JSON a line each.
+pub fn chunk<R: Row>(output: Output, rows: &[R]) -> String {
+    match output {
+        // For the same reason as in `pretty`, none is left out.
+        Output::Json => {
+            let lines: Vec<_> =
+                rows.iter().filter_map(|row| serde_json::to_string(row).ok()).collect();
+            lines.join("\n")
+        }
+        Output::Table => list(output, rows),
+    }
+}
+
 fn pretty<T: Serialize + ?Sized>(value: &T) -> String {
     // Only maps with keys that are no texts, or a failing Serialize, can fail: there are none.
     serde_json::to_string_pretty(value).unwrap_or_default()
@@ -57,4 +72,8 @@ fn us(nanoseconds: u64) -> String {
 
 fn dash(text: Option<&str>) -> String {
     text.unwrap_or("-").to_owned()
+}
+
+fn some(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
 }

@@ -3,10 +3,14 @@
 #[path = "../../control/tests/fake/mod.rs"]
 mod fake;
 
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use fake::{Told, World};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout};
 use warren_abi::probe::{Outcome, Reply, Request, Timings, decode, encode};
 
 /// Runs a command line.
@@ -116,6 +120,86 @@ async fn errors_are_sentences_with_codes() {
         assert_eq!(got, code, "{line}: {error}");
         assert!(error.contains(part), "{line}: {error}");
     }
+}
+
+#[tokio::test]
+async fn drops_are_listed_with_names_and_silent_hosts_hide_no_other() {
+    let world = World::new().await;
+    let (h1, p1) = (world.host("h1", 1).await, world.proxy("p1", 9).await);
+    assert_eq!(json(&world, "drops").await, serde_json::json!([]));
+    let vni = json(&world, CREATE).await["vni"].as_u64().unwrap() as u32;
+    let started = json(&world, "vm run --vpc blue").await;
+    h1.behaviour.drop_packets(1, "spoofed-mac", 3);
+    h1.behaviour.drop_packets(0, "not-from-proxy", 2);
+    p1.behaviour.drop_packets(vni, "no-route", 1);
+
+    let drops = json(&world, "drops").await;
+    assert_eq!(drops.as_array().unwrap().len(), 3, "{drops}");
+    let spoofed = serde_json::json!({
+        "host": "h1", "slot": 1, "vni": null, "instance": started[0]["id"], "vpc": "blue",
+        "reason": "spoofed-mac", "packets": 3,
+    });
+    assert_eq!(drops[0], spoofed);
+    assert_eq!(drops[2]["vni"], vni);
+    let table = done(&world, "drops --host p1").await;
+    assert!(table.contains("VNI 4096") && table.contains("no-route"), "{table}");
+    assert!(!table.contains("h1"), "{table}");
+    let (code, error) = failed(&world, "drops --host h9").await;
+    assert_eq!((code, error.contains("no host or proxy \"h9\"")), (4, true), "{error}");
+
+    h1.behaviour.open.send_replace(false);
+    let output = warren(&world, "drops --output json").await;
+    assert_eq!(output.status.code(), Some(3));
+    let drops: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((drops.as_array().unwrap().len(), &drops[0]["host"]), (1, &"p1".into()));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.starts_with("error: 1 of 2 failed"), "{error}");
+    assert!(error.contains("the drops of h1 are not known: its agent did not answer"), "{error}");
+}
+
+/// `warren drops --follow`, when it has read the counters once.
+async fn follow_drops(world: &World) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let mut followed = tokio::process::Command::new(env!("CARGO_BIN_EXE_warren"))
+        .args(["drops", "--follow", "--output", "json"])
+        .env("WARREN_ENDPOINT", world.endpoint().to_string())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(followed.stdout.take().unwrap()).lines();
+    fake::eventually("the counters were read once", || async {
+        world.log.position(|_, told| *told == Told::ListDrops).is_some()
+    })
+    .await;
+    (followed, lines)
+}
+
+#[tokio::test]
+async fn drops_are_followed_until_interrupted() {
+    let world = World::new().await;
+    let h1 = world.host("h1", 1).await;
+    h1.behaviour.drop_packets(2, "no-flow", 40);
+    let (mut followed, mut lines) = follow_drops(&world).await;
+
+    h1.behaviour.drop_packets(2, "no-flow", 2);
+    let line = lines.next_line().await.unwrap().expect("a line for the increase");
+    let increase: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!((&increase["slot"], &increase["packets"]), (&2.into(), &2.into()), "{increase}");
+
+    let pid = Pid::from_raw(followed.id().unwrap() as i32);
+    kill(pid, Signal::SIGINT).unwrap();
+    assert!(followed.wait().await.unwrap().success());
+    assert_eq!(lines.next_line().await.unwrap(), None, "nothing rose after that");
+}
+
+#[tokio::test]
+async fn following_ends_when_nobody_reads_it() {
+    let world = World::new().await;
+    let h1 = world.host("h1", 1).await;
+    let (mut followed, lines) = follow_drops(&world).await;
+    drop(lines);
+    h1.behaviour.drop_packets(2, "no-flow", 1);
+    assert!(followed.wait().await.unwrap().success(), "as of `warren drops --follow | head`");
 }
 
 #[tokio::test]

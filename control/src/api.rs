@@ -6,13 +6,14 @@ use tonic::{Request, Response, Status};
 use warren_proto::v1::control_service_server::ControlService;
 use warren_proto::v1::{
     CallInstanceRequest, CallInstanceResponse, CreateVpcRequest, CreateVpcResponse,
-    EndInstanceRequest, InvokeInstanceRequest, ListHostsRequest, ListHostsResponse,
-    ListInstancesRequest, ListInstancesResponse, ListVpcsRequest, ListVpcsResponse,
-    RunInstanceRequest, RunInstanceResponse, StartInstanceRequest, StopInstanceRequest,
-    StopInstanceResponse,
+    EndInstanceRequest, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
+    ListHostsRequest, ListHostsResponse, ListInstancesRequest, ListInstancesResponse,
+    ListVpcsRequest, ListVpcsResponse, RunInstanceRequest, RunInstanceResponse,
+    StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
+use crate::drops;
 use crate::fleet::Fleet;
 use crate::name::{self, InvalidName};
 use crate::status::of_agent;
@@ -129,5 +130,15 @@ impl ControlService for Api {
             .into_inner()
             .reply;
         Ok(Response::new(CallInstanceResponse { reply }))
+    }
+
+    async fn list_fleet_drops(
+        &self,
+        request: Request<ListFleetDropsRequest>,
+    ) -> Result<Response<ListFleetDropsResponse>, Status> {
+        let ListFleetDropsRequest { host } = request.into_inner();
+        let wanted = (!host.is_empty()).then_some(host.as_str());
+        let hosts = drops::list(&*self.store, &self.fleet, wanted).await?;
+        Ok(Response::new(ListFleetDropsResponse { hosts }))
     }
 }

@@ -4,12 +4,13 @@
 //! their shared addresses ([`ports`]), who the hosts and proxies are. [`fleet`] knows from
 //! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
 //! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
-//! host of an instance.
+//! host of an instance, [`drops`] collects what was dropped.
 #![deny(missing_docs)]
 
 pub mod api;
 pub mod config;
 pub mod deploy;
+pub mod drops;
 pub mod fleet;
 pub mod heartbeat;
 pub mod instances;

@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 
 use crate::deploy::DeployError;
+use crate::drops::DropsError;
 use crate::fleet::{InstanceError, RegisterError};
 use crate::placement::PlacementError;
 use crate::store::StoreError;
@@ -71,6 +72,15 @@ impl From<DeployError> for Status {
             DeployError::Store(_) => Code::Internal,
         };
         status(code, &error)
+    }
+}
+
+impl From<DropsError> for Status {
+    fn from(error: DropsError) -> Self {
+        match error {
+            DropsError::Unknown(_) => status(Code::NotFound, &error),
+            DropsError::Store(error) => error.into(),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
+use prometheus_client::registry::Registry;
 use tonic::{Request, Response, Status};
 use warren_proto::v1;
 use warren_proto::v1::agent_service_server::AgentService;
@@ -11,6 +12,7 @@ use warren_vmm::client::ClientError;
 
 use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc};
 use crate::host::{Host, HostError, Started};
+use crate::metrics::{self, Snapshot};
 use crate::pool::PoolError;
 use crate::proxy::Proxy;
 
@@ -48,6 +50,37 @@ impl Agent {
             Self::Proxy(_) => {
                 Report { role: v1::Role::Proxy, slots: 0, parked: 0, instances: Vec::new() }
             }
+        }
+    }
+
+    /// What was dropped, per slot (on a proxy: per VNI) and reason.
+    pub fn drops(&self) -> Result<Vec<DropCount>, datapath::Error> {
+        match self {
+            Self::Host(host) => host.drops(),
+            Self::Proxy(proxy) => proxy.drops(),
+        }
+    }
+
+    /// What is to be scraped of it.
+    pub fn metrics(&self) -> Registry {
+        let agent = self.clone();
+        let snapshot = move || Snapshot {
+            levels: match &agent {
+                Self::Host(host) => Some(host.levels()),
+                Self::Proxy(_) => None,
+            },
+            drops: agent
+                .drops()
+                .inspect_err(|error| tracing::error!("metrics lack the drops: {error}"))
+                .ok(),
+        };
+        match self {
+            Self::Host(host) => {
+                let mut registry = metrics::registry("host", snapshot);
+                host.starts().register(&mut registry);
+                registry
+            }
+            Self::Proxy(_) => metrics::registry("proxy", snapshot),
         }
     }
 
@@ -229,16 +262,12 @@ impl AgentService for Agent {
         &self,
         _: Request<v1::ListDropsRequest>,
     ) -> Result<Response<v1::ListDropsResponse>, Status> {
-        let drops = match self {
-            Self::Host(host) => host.drops()?,
-            Self::Proxy(proxy) => proxy.drops()?,
-        };
         let count = |DropCount { scope, reason, packets }| v1::DropCount {
             scope,
             reason: reason.name().to_owned(),
             packets,
         };
-        let drops = drops.into_iter().map(count).collect();
+        let drops = self.drops()?.into_iter().map(count).collect();
         Ok(Response::new(v1::ListDropsResponse { drops }))
     }
 }

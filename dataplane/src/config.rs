@@ -1,6 +1,6 @@
 //! The daemon's TOML file.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -21,6 +21,9 @@ pub struct Config {
     pub listen: Vec<Endpoint>,
     /// Where the control plane reaches this agent; by default the first TCP endpoint of `listen`.
     pub advertise: Option<Endpoint>,
+    /// Where Prometheus finds `/metrics`; without it nothing is served. Anybody who can connect may
+    /// read them.
+    pub metrics: Option<SocketAddr>,
     /// Directory of sockets and of what a restart needs; kept across restarts, not across reboots.
     #[serde(default = "default_run_dir")]
     pub run_dir: PathBuf,
@@ -177,6 +180,7 @@ mod tests {
         let config = parse(SMALL).unwrap();
         assert_eq!(config.run_dir, Path::new("/run/warren"));
         assert_eq!(config.listen, ["unix:/run/warren/agent.sock".parse().unwrap()]);
+        assert_eq!(config.metrics, None);
     }
 
     #[test]
@@ -191,6 +195,7 @@ mod tests {
             (format!("{SMALL}[host]\ntemplate = '/t'\nslot = 3"), "slot"),
             ("name = 'h'".to_owned(), "underlay"),
             (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
+            (format!("metrics = '127.0.0.1'\n{SMALL}"), "metrics"),
         ] {
             let error = parse(&text).unwrap_err().to_string();
             assert!(error.contains("warrend.toml"), "{error}");

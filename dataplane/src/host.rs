@@ -1,7 +1,9 @@
 //! A host: the instances that run, the VPCs they are in.
 
+mod vpcs;
+
 use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +19,7 @@ use warren_vmm::control::{
 
 use crate::clock::Clock;
 use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
+use crate::metrics::{Levels, Starts};
 use crate::pool::{Pool, PoolError, Taken};
 use crate::refill::Policy;
 
@@ -122,6 +125,9 @@ pub struct Host {
     datapath: Arc<HostDatapath>,
     pool: Arc<Pool>,
     state: Mutex<State>,
+    starts: Starts,
+    /// Flows that the last sweep left in the table.
+    flows: AtomicU32,
 }
 
 impl Host {
@@ -131,14 +137,16 @@ impl Host {
         let datapath = Arc::new(datapath);
         let zygote = options.zygote.clone();
         let pool = Arc::new(Pool::new(datapath.clone(), zygote, options.policy).await?);
-        let state = Mutex::new(State { vpcs: load_vpcs(&options)?, ..State::default() });
+        let state =
+            Mutex::new(State { vpcs: vpcs::load(&options.zygote.run_dir)?, ..State::default() });
         let found = client::discover(&options.zygote.run_dir).await?;
         for slot in datapath.slots() {
             if !found.iter().any(|(microvm, _)| microvm.slot() == slot.number) {
                 pool.free(slot.number);
             }
         }
-        let host = Arc::new(Self { options, datapath, pool, state });
+        let (starts, flows) = (Starts::default(), AtomicU32::new(0));
+        let host = Arc::new(Self { options, datapath, pool, state, starts, flows });
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;
         }
@@ -156,11 +164,6 @@ impl Host {
         self.pool.parked()
     }
 
-    /// The data path.
-    pub fn datapath(&self) -> &HostDatapath {
-        &self.datapath
-    }
-
     /// The instances, those that ended by themselves among them.
     pub fn instances(&self) -> Vec<v1::Instance> {
         self.state().instances.values().map(|instance| self.describe(instance)).collect()
@@ -172,7 +175,7 @@ impl Host {
         let mut state = self.state();
         state.vpcs.retain(|_, vni| *vni != vpc.vni);
         state.vpcs.insert(name.to_owned(), vpc.vni);
-        save_vpcs(&self.options, &state.vpcs)
+        vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
 
     /// Forgets a VPC without instances.
@@ -185,12 +188,36 @@ impl Host {
         }
         self.datapath.remove_vpc(vni)?;
         state.vpcs.retain(|_, other| *other != vni);
-        save_vpcs(&self.options, &state.vpcs)
+        vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
 
     /// What was dropped, per slot and reason.
-    pub fn drops(&self) -> Result<Vec<DropCount>, HostError> {
-        Ok(self.datapath.drops()?)
+    pub fn drops(&self) -> Result<Vec<DropCount>, datapath::Error> {
+        self.datapath.drops()
+    }
+
+    /// Collects ended flows; call it every second.
+    pub fn sweep(&self) -> Result<(), datapath::Error> {
+        let report = self.datapath.sweep()?;
+        self.flows.store(report.live, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// How things stand, in numbers.
+    pub fn levels(&self) -> Levels {
+        let instances = self.state().instances.values().filter(|i| i.failed.is_none()).count();
+        Levels {
+            slots: self.slots(),
+            free: self.pool.free_slots(),
+            parked: self.parked(),
+            instances: instances as u32,
+            flows: self.flows.load(Ordering::Relaxed),
+        }
+    }
+
+    /// How starts went.
+    pub fn starts(&self) -> &Starts {
+        &self.starts
     }
 
     /// Starts an instance, and invokes it if there is an invocation.
@@ -225,22 +252,12 @@ impl Host {
     ) -> Result<Started, HostError> {
         let mut timings =
             v1::StartTimings { requested_unix_ns: clock.unix_ns, ..v1::StartTimings::default() };
-        let (microvm, slot, ready) = loop {
-            let Taken { microvm, cold } = self.pool.take().await?;
-            timings.cold = cold;
-            timings.cloned_ns = clock.elapsed();
-            let slot = self.slot(microvm.slot());
-            match self.connect_and_release(clock, &mut timings, &record, &slot, microvm).await {
-                Ok((microvm, ready)) => break (microvm, slot, ready),
-                // One that died while it was parked says nothing about the next one.
-                Err(HostError::Vmm(ClientError::Ended(reason))) if !cold => {
-                    tracing::warn!(slot = slot.number, "a parked microVM was dead: {reason}");
-                }
-                Err(error) => return Err(error),
-            }
-        };
-        timings.released_ns = clock.since(ready.released_ns);
-        timings.ready_ns = clock.since(ready.ready_ns);
+        let ready = self.make_ready(clock, &mut timings, &record).await;
+        match &ready {
+            Ok(_) => self.starts.ready(&timings),
+            Err(_) => self.starts.failed(),
+        }
+        let (microvm, slot) = ready?;
         let path = microvm.path().to_owned();
         let described = self.enlist(record, slot, microvm);
 
@@ -253,6 +270,33 @@ impl Host {
             }
         };
         Ok(Started { instance: described, timings, reply })
+    }
+
+    /// Takes a microVM, from the pool if it has one, and makes it the instance.
+    async fn make_ready(
+        &self,
+        clock: Clock,
+        timings: &mut v1::StartTimings,
+        record: &Record,
+    ) -> Result<(MicroVm, Slot), HostError> {
+        loop {
+            let Taken { microvm, cold } = self.pool.take().await?;
+            timings.cold = cold;
+            timings.cloned_ns = clock.elapsed();
+            let slot = self.slot(microvm.slot());
+            match self.connect_and_release(clock, timings, record, &slot, microvm).await {
+                Ok((microvm, ready)) => {
+                    timings.released_ns = clock.since(ready.released_ns);
+                    timings.ready_ns = clock.since(ready.ready_ns);
+                    return Ok((microvm, slot));
+                }
+                // One that died while it was parked says nothing about the next one.
+                Err(HostError::Vmm(ClientError::Ended(reason))) if !cold => {
+                    tracing::warn!(slot = slot.number, "a parked microVM was dead: {reason}");
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Attaches a parked microVM's slot and gives the microVM its identity.
@@ -426,29 +470,6 @@ fn is_hostname(name: &str) -> bool {
         && name.bytes().all(inner)
         && !name.starts_with('-')
         && !name.ends_with('-')
-}
-
-fn vpcs_file(options: &HostOptions) -> PathBuf {
-    options.zygote.run_dir.join("vpcs.json")
-}
-
-fn load_vpcs(options: &HostOptions) -> Result<HashMap<String, u32>, HostError> {
-    let file = vpcs_file(options);
-    match std::fs::read(&file) {
-        Ok(text) => serde_json::from_slice(&text)
-            .map_err(|e| HostError::Record(format!("{}: {e}: remove it", file.display()))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(HashMap::new()),
-        Err(error) => Err(HostError::Record(format!("{}: {error}", file.display()))),
-    }
-}
-
-fn save_vpcs(options: &HostOptions, vpcs: &HashMap<String, u32>) -> Result<(), HostError> {
-    let file = vpcs_file(options);
-    let new = file.with_extension("new");
-    let text = serde_json::to_vec(vpcs).map_err(|e| HostError::Record(e.to_string()))?;
-    std::fs::write(&new, text)
-        .and_then(|()| std::fs::rename(&new, &file))
-        .map_err(|e| HostError::Record(format!("{}: {e}", file.display())))
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use warren_dataplane::datapath::{
 };
 use warren_dataplane::heartbeat;
 use warren_dataplane::host::{Host, HostOptions as RoleOptions};
+use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::Policy;
 use warren_proto::server::{Listeners, Services};
@@ -85,6 +86,9 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     let Some(agent) = agent else { return Ok(()) };
 
     let listeners = Listeners::bind(&config.listen).await?;
+    if let Some(address) = config.metrics {
+        tokio::spawn(Exporter::bind(address).await?.serve(agent.metrics()));
+    }
     let service = AgentServiceServer::new(agent.clone())
         .max_decoding_message_size(MESSAGE_MAX)
         .max_encoding_message_size(MESSAGE_MAX);
@@ -174,7 +178,7 @@ fn programs(config: &Config) -> Result<Vec<u8>> {
 async fn sweep(host: Arc<Host>) {
     loop {
         tokio::time::sleep(SWEEP_INTERVAL).await;
-        if let Err(error) = host.datapath().sweep() {
+        if let Err(error) = host.sweep() {
             tracing::error!("cannot collect ended flows: {error}");
         }
     }

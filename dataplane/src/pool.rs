@@ -77,6 +77,11 @@ impl Pool {
         self.state().parked.len() as u32
     }
 
+    /// Slots without a microVM.
+    pub fn free_slots(&self) -> u32 {
+        self.state().free.len() as u32
+    }
+
     /// Takes a parked microVM; if there is none, makes one at once.
     pub async fn take(&self) -> Result<Taken, PoolError> {
         let parked = {

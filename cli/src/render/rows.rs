@@ -3,7 +3,7 @@
 use serde::Serialize;
 use warren_proto::v1;
 
-use super::{Row, dash, us};
+use super::{Row, dash, some, us};
 use crate::error::Error;
 
 /// A VPC.
@@ -262,10 +262,6 @@ impl Row for StoppedRow {
     fn cells(&self) -> Vec<String> {
         vec![self.id.clone()]
     }
-}
-
-fn some(text: String) -> Option<String> {
-    (!text.is_empty()).then_some(text)
 }
 
 #[cfg(test)]

@@ -166,6 +166,7 @@ pub enum Told {
     Start(StartInstanceRequest),
     End(String),
     Invoke(InvokeInstanceRequest),
+    ListDrops,
 }
 
 /// What all agents were told, with the name of each.
@@ -221,16 +222,27 @@ impl Log {
 pub struct Behaviour {
     name: String,
     log: Log,
-    /// Answers to `ApplyVpc` and `StartInstance` wait until this is true.
+    /// Answers to `ApplyVpc`, `StartInstance` and `ListDrops` wait until this is true.
     pub open: watch::Sender<bool>,
     pub refuse_apply: Mutex<Option<Status>>,
     pub refuse_start: Mutex<Option<Status>>,
     pub instances: Mutex<BTreeMap<String, Instance>>,
     /// What an invocation is answered with; by default with itself.
     pub reply: Mutex<Option<Vec<u8>>>,
+    pub drops: Mutex<Vec<DropCount>>,
 }
 
 impl Behaviour {
+    /// Counts dropped packets.
+    pub fn drop_packets(&self, scope: u32, reason: &str, packets: u64) {
+        let mut drops = self.drops.lock().unwrap();
+        let same = |count: &&mut DropCount| count.scope == scope && count.reason == reason;
+        match drops.iter_mut().find(same) {
+            Some(count) => count.packets += packets,
+            None => drops.push(DropCount { scope, reason: reason.into(), packets }),
+        }
+    }
+
     async fn until_open(&self) {
         self.open.subscribe().wait_for(|open| *open).await.unwrap();
     }
@@ -274,6 +286,7 @@ impl FakeAgent {
             refuse_start: Mutex::default(),
             instances: Mutex::default(),
             reply: Mutex::default(),
+            drops: Mutex::default(),
         });
         let service = AgentServiceServer::new(Agent(behaviour.clone()));
         let server = Server::start(&endpoint, Services::default().with(service)).await;
@@ -372,7 +385,7 @@ impl AgentService for Agent {
             id: uuid::Uuid::new_v4().to_string(),
             vpc: request.vpc,
             hostname: request.hostname,
-            slot: instances.len() as u32,
+            slot: instances.len() as u32 + 1,
             state: InstanceState::Running.into(),
             ..Instance::default()
         };
@@ -421,6 +434,11 @@ impl AgentService for Agent {
         &self,
         _: Request<ListDropsRequest>,
     ) -> Result<Response<ListDropsResponse>, Status> {
-        Err(Status::unimplemented("not asked of it in these tests"))
+        let agent = &self.0;
+        agent.until_open().await;
+        let drops = agent.drops.lock().unwrap().clone();
+        // Logged when it is read: what changes after that is not in the answer.
+        agent.log.add(&agent.name, Told::ListDrops);
+        Ok(Response::new(ListDropsResponse { drops }))
     }
 }

@@ -1,7 +1,8 @@
 //! The whole of Warren on a [`Topology`]: control plane, one host, one proxy, and a VPC for each
 //! tenant.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -15,6 +16,7 @@ use warren_proto::v1;
 use warren_proto::v1::agent_service_client::AgentServiceClient;
 use warren_proto::v1::control_service_client::ControlServiceClient;
 
+use crate::netns::Namespace;
 use crate::process::{self, Process};
 use crate::rundir::RunDir;
 use crate::topology::{CIDR, CONTROL, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
@@ -22,6 +24,8 @@ use crate::topology::{CIDR, CONTROL, HOST, PROXY, SHARED, Topology, UNDERLAY, VP
 /// Names of the tenants' VPCs.
 pub const VPCS: [&str; 2] = ["tenant-a", "tenant-b"];
 
+/// Where each agent serves metrics, in its own namespace.
+const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9401);
 const PATIENCE: Duration = Duration::from_secs(20);
 const PROBE_TIMEOUT_MS: u32 = 10_000;
 
@@ -170,6 +174,26 @@ impl Fleet {
         Ok(drops.iter().filter(|drop| drop.reason == reason).map(|drop| drop.packets).sum())
     }
 
+    /// What Prometheus would scrape of an agent, with the head of the HTTP answer.
+    pub fn scrape(&self, daemon: Daemon) -> Result<String> {
+        self.namespace(daemon).run(|| {
+            let mut stream = TcpStream::connect(METRICS)?;
+            stream
+                .write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        })
+    }
+
+    fn namespace(&self, daemon: Daemon) -> &Namespace {
+        match daemon {
+            Daemon::Control => &self.topology.control,
+            Daemon::Host => &self.topology.host,
+            Daemon::Proxy => &self.topology.proxy,
+        }
+    }
+
     /// Starts an instance in a VPC, on the host, and invokes the probe.
     pub async fn run(
         &self,
@@ -275,16 +299,12 @@ impl Fleet {
         self.end_microvms().await;
         let mut left = Vec::new();
         for daemon in [Daemon::Host, Daemon::Proxy] {
-            let namespace = match daemon {
-                Daemon::Host => &self.topology.host,
-                _ => &self.topology.proxy,
-            };
             let output = command(&self.topology, &self.run, daemon)?.arg("--uninstall").output()?;
             if !output.status.success() {
                 let error = String::from_utf8_lossy(&output.stderr).into_owned();
                 left.push(format!("{}: uninstall failed: {error}", daemon.name()));
             }
-            let links = namespace.ip_lines("link")?;
+            let links = self.namespace(daemon).ip_lines("link")?;
             let ours = |line: &&String| line.contains(": wrn");
             left.extend(links.iter().filter(ours).cloned());
         }
@@ -359,6 +379,7 @@ fn write_config(
         "name = '{name}'\n\
          control = 'http://{CONTROL}:7700'\n\
          listen = ['{unix}', 'http://{address}:7701']\n\
+         metrics = '{METRICS}'\n\
          run_dir = '{dir}'\n\
          bpffs = '{bpf}/{name}'\n\
          programs = '{programs}'\n\

@@ -3,7 +3,7 @@
 use std::process::Output;
 
 use serde_json::Value;
-use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
 use warren_netns::servers;
 
 fn warren(fleet: &Fleet, words: &[&str]) -> Output {
@@ -33,6 +33,7 @@ async fn a_microvm_is_run_probed_listed_and_stopped() {
     assert_eq!(hosts.as_array().unwrap().len(), 2, "{hosts}");
     let vpcs = json(&fleet, &["vpc", "ls"]);
     assert_eq!(vpcs[0]["name"], VPCS[0], "{vpcs}");
+    let vni = &vpcs[0]["vni"];
 
     let started = json(&fleet, &["vm", "run", "--vpc", VPCS[0]]);
     let listed = json(&fleet, &["vm", "ls"]);
@@ -44,6 +45,20 @@ async fn a_microvm_is_run_probed_listed_and_stopped() {
     assert!(String::from_utf8_lossy(&probed.stdout).contains("PONG"), "{probed:?}");
     let refused = warren(&fleet, &["vm", "probe", id, "tcp-connect", "10.0.0.10:81"]);
     assert!(!refused.status.success(), "a failed probe is an error: {refused:?}");
+
+    let outside = ["tcp-connect", "203.0.113.1:80", "--timeout-ms", "500"];
+    warren(&fleet, &[&["vm", "probe", id], &outside[..]].concat());
+    let drops = json(&fleet, &["drops", "--host", "proxy"]);
+    let no_route = |drop: &Value| drop["reason"] == "no-route" && drop["vpc"] == VPCS[0];
+    assert!(drops.as_array().unwrap().iter().any(no_route), "the VPC has no gateway: {drops}");
+
+    let host = fleet.scrape(Daemon::Host).unwrap();
+    for line in ["warren_slots 4", "warren_instances 1", "warren_start_seconds_count 1"] {
+        assert!(host.lines().any(|other| other == line), "no `{line}` in\n{host}");
+    }
+    let proxy = fleet.scrape(Daemon::Proxy).unwrap();
+    let no_route = format!(r#"warren_dropped_packets_total{{reason="no-route",vni="{vni}"}} "#);
+    assert!(proxy.contains(&no_route), "{proxy}");
 
     let unknown = warren(&fleet, &["vm", "run", "--vpc", "nowhere"]);
     let message = String::from_utf8_lossy(&unknown.stderr).into_owned();
