@@ -13,6 +13,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, tcp, tick};
+use warren_abi::icmp::Subject;
 use warren_abi::maps::{Attachment, Flow, HostVpc, InFlow, InKey, OutKey, Slot};
 use warren_abi::nat::{MAX_PROBES, probe_port};
 use warren_abi::wire::Be16;
@@ -119,14 +120,7 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
         port: packet.local_port,
         protocol: packet.protocol as u32,
     };
-    let entry = CT_IN.get_ptr_mut(&key).ok_or((0, Drop::NoFlow))?;
-    // SAFETY: the verifier checked the pointer for null; map values stay readable. One that is
-    // recycled meanwhile is another flow's, whose attachment is checked like any.
-    let flow = unsafe { entry.read() };
-    let slot = slot(flow.ifindex).ok_or((0, Drop::StaleFlow))?;
-    if slot.attachment != Attachment::new(vni, flow.generation) {
-        return Err((slot.number, Drop::StaleFlow));
-    }
+    let (entry, flow, slot) = find(&key, Drop::NoFlow)?;
 
     // The state is the other map's: look there once a tick, and when TCP turns.
     let now = now();
@@ -147,6 +141,51 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
         // SAFETY: as above; at worst, another flow is refreshed a tick late.
         unsafe { (*entry).refreshed = now };
     }
+    Ok(Receiver { slot, port: flow.guest_port })
+}
+
+/// The entry of a flow that its peer names, and its slot; `missing` if there is none.
+#[inline(always)]
+fn find(key: &InKey, missing: Drop) -> Result<(*mut InFlow, InFlow, Slot), (u32, Drop)> {
+    let entry = CT_IN.get_ptr_mut(key).ok_or((0, missing))?;
+    // SAFETY: the verifier checked the pointer for null; map values stay readable. One that is
+    // recycled meanwhile is another flow's, whose attachment is checked like any.
+    let flow = unsafe { entry.read() };
+    let slot = slot(flow.ifindex).ok_or((0, Drop::StaleFlow))?;
+    if slot.attachment != Attachment::new(key.vni, flow.generation) {
+        return Err((slot.number, Drop::StaleFlow));
+    }
+    Ok((entry, flow, slot))
+}
+
+/// The port that stands for the guest's in the flow that its ICMP error is about. Errors neither
+/// refresh nor end a flow (RFC 5508, REQ-6).
+#[inline(always)]
+pub fn error_outward(slot: &Slot, subject: &Subject) -> Result<Be16, Drop> {
+    let key = OutKey {
+        ifindex: slot.ifindex,
+        generation: slot.attachment.generation(),
+        peer: subject.peer,
+        guest_port: subject.local_port,
+        peer_port: subject.peer_port,
+        protocol: subject.protocol as u32,
+    };
+    let flow = CT_OUT.get_ptr(&key).ok_or(Drop::IcmpError)?;
+    // SAFETY: the verifier checked the pointer for null; map values stay readable.
+    Ok(unsafe { (&raw const (*flow).port).read_volatile() })
+}
+
+/// Whom an ICMP error from the VPC is for.
+#[inline(always)]
+pub fn error_inward(vni: u32, subject: &Subject) -> Result<Receiver, (u32, Drop)> {
+    let key = InKey {
+        vni,
+        peer: subject.peer,
+        peer_port: subject.peer_port,
+        port: subject.local_port,
+        protocol: subject.protocol as u32,
+    };
+    let (_, flow, slot) = find(&key, Drop::IcmpError)?;
     Ok(Receiver { slot, port: flow.guest_port })
 }
 

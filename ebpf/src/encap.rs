@@ -7,6 +7,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::bpf_f_adj_room_encap_l2;
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
+use warren_abi::checksum::fold;
 use warren_abi::drop::Drop;
 use warren_abi::nat::tunnel_port;
 use warren_abi::wire::{
@@ -57,7 +58,7 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
         source: underlay.address,
         destination: remote,
     };
-    ip.checksum = checksum(&ip);
+    ip.checksum = !fold(ip.sum());
     let ports = (packet.local_port.0 as u32) << 16 | packet.peer_port.0 as u32;
     let addresses = packet.source.0 ^ packet.destination.0;
     let header = at::<Tunnel>(ctx, IP).ok_or(Drop::Internal)?;
@@ -77,17 +78,4 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
     // No next hop given: the kernel's routes say which gateway leads there, as they are now.
     // SAFETY: the helper takes no parameters from a null pointer of size 0.
     Ok(unsafe { bpf_redirect_neigh(underlay.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
-}
-
-/// The checksum of a header whose checksum field is 0 (RFC 1071).
-#[inline(always)]
-fn checksum(ip: &IpHeader) -> u16 {
-    let mut sum = u16::from_ne_bytes([ip.version_length, ip.tos]) as u32;
-    sum += ip.total_length.0 as u32 + ip.identification.0 as u32 + ip.fragment.0 as u32;
-    sum += u16::from_ne_bytes([ip.ttl, ip.protocol]) as u32;
-    let (source, destination) = (ip.source.0, ip.destination.0);
-    sum += (source & 0xffff) + (source >> 16) + (destination & 0xffff) + (destination >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    !(sum as u16)
 }

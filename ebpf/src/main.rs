@@ -22,6 +22,7 @@ mod arp;
 mod conntrack;
 mod drops;
 mod encap;
+mod icmp;
 mod maps;
 mod nat;
 mod parse;

@@ -8,7 +8,7 @@ use warren_abi::maps::Slot;
 use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY_MAC, Ipv4};
 
 use crate::maps::{HOST_VPCS, slot};
-use crate::{arp, conntrack, drops, encap, nat, parse};
+use crate::{arp, conntrack, drops, encap, icmp, nat, parse};
 
 /// Answers ARP; translates and sends everything else to the proxy of the slot's VPC.
 #[classifier]
@@ -48,8 +48,20 @@ fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
 
-    let port = conntrack::outward(slot, &vpc, &packet)?;
-    nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
+    let port = if packet.is_error {
+        let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
+        // An error goes to who sent the packet that it is about.
+        if subject.local != slot.address || subject.peer != packet.destination {
+            return Err(Drop::IcmpError);
+        }
+        let port = conntrack::error_outward(slot, &subject)?;
+        icmp::translate(ctx, &packet, &subject, Direction::Out, vpc.shared_address, port)?;
+        port
+    } else {
+        let port = conntrack::outward(slot, &vpc, &packet)?;
+        nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
+        port
+    };
     // What the proxy sees, so that both choose the same tunnel port for a flow's two directions.
     packet.source = vpc.shared_address;
     packet.local_port = port;

@@ -10,7 +10,7 @@ use warren_abi::nat::block_of;
 use warren_abi::wire::{Arp, ETHERTYPE_ARP};
 
 use crate::maps::{BLOCKS, INTERFACES};
-use crate::{arp, drops, encap, parse};
+use crate::{arp, drops, encap, icmp, parse};
 
 /// Answers ARP for the shared address; sends what is for it to the host that holds the port.
 #[classifier]
@@ -30,9 +30,14 @@ fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     if parse::ethernet(ctx)?.ethertype == ETHERTYPE_ARP {
         return resolve(ctx, vpc);
     }
-    let packet = parse::packet(ctx, Direction::In)?;
+    let mut packet = parse::packet(ctx, Direction::In)?;
     if packet.destination != vpc.shared_address {
         return Err(Drop::NotSharedAddress);
+    }
+    if packet.is_error
+        && icmp::subject(ctx, &mut packet, Direction::In)?.local != vpc.shared_address
+    {
+        return Err(Drop::IcmpError);
     }
     let block = BlockKey {
         vni: vpc.vni,

@@ -16,11 +16,11 @@ use crate::guest::{KernelGuest, PATIENCE, RawGuest, SILENCE, frame};
 const PORT: u16 = 7000;
 
 /// Whatever is idle ends.
-const AT_ONCE: Timers =
+pub const AT_ONCE: Timers =
     Timers { udp: 0, icmp: 0, tcp_transitory: 0, tcp_established: 0, tcp_closed: 0 };
 
 /// Until what was just used counts as idle.
-fn next_tick() {
+pub fn next_tick() {
     std::thread::sleep(Duration::from_nanos(TICK_NS) + Duration::from_millis(20));
 }
 

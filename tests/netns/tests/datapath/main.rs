@@ -5,5 +5,6 @@ mod bed;
 mod flows;
 mod guest;
 mod hostile;
+mod icmp;
 mod lifecycle;
 mod traffic;
