@@ -19,3 +19,15 @@ pub const fn update<const N: usize>(checksum: u16, old: [u16; N], new: [u16; N])
     }
     !fold(sum)
 }
+
+/// The checksum that is the same after it is computed over itself and words whose sum is `rest`.
+///
+/// It is half of what is missing, and half is the rotation by one bit: twice a word is the rotation
+/// back, as carries come in again at the other end.
+#[inline(always)]
+pub const fn settled(rest: u16) -> u16 {
+    match (!rest).rotate_right(1) {
+        0 => 0xffff,
+        checksum => checksum,
+    }
+}

@@ -72,6 +72,44 @@ pub struct Subject {
     pub peer_port: Be16,
 }
 
+/// Why a packet went no further, as its sender is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reason {
+    /// Type and code.
+    pub kind: [u8; 2],
+    /// What the type says.
+    pub rest: [Be16; 2],
+}
+
+impl Reason {
+    /// Fragmentation needed and DF set.
+    const TOO_BIG: [u8; 2] = [UNREACHABLE, 4];
+    /// Communication administratively prohibited.
+    const PROHIBITED: [u8; 2] = [UNREACHABLE, 13];
+
+    /// What the sender of a packet that was dropped is told; `mtu` is the next hop's.
+    ///
+    /// Too big: the MTU (RFC 1191, section 4). No time left to live (RFC 792). No port or no room
+    /// for a new flow (RFC 5508, REQ-8). Of all else, nothing: silence is not a leak.
+    #[inline(always)]
+    pub const fn of(drop: Drop, mtu: u16) -> Option<Self> {
+        let (kind, mtu) = match drop {
+            Drop::TooBig => (Self::TOO_BIG, mtu),
+            Drop::TtlExceeded => ([TIME_EXCEEDED, 0], 0),
+            Drop::PortsExhausted | Drop::FlowsExhausted => (Self::PROHIBITED, 0),
+            _ => return None,
+        };
+        Some(Self { kind, rest: [Be16(0), Be16::new(mtu)] })
+    }
+
+    /// Whether it concerns only packets that must not be fragmented.
+    #[inline(always)]
+    pub const fn is_about_df(&self) -> bool {
+        let [kind, code] = self.kind;
+        kind == Self::TOO_BIG[0] && code == Self::TOO_BIG[1]
+    }
+}
+
 impl IcmpError {
     /// The flow that it is about. `direction` is the error's way; the packet that it embeds went
     /// the other.

@@ -74,7 +74,14 @@ impl Mac {
         Self(unsafe { core::mem::transmute::<[u8; 6], [u16; 3]>(octets) })
     }
 
+    /// Whether it is of a group, or of all.
+    #[inline(always)]
+    pub const fn is_multicast(self) -> bool {
+        self.octets()[0] & 1 != 0
+    }
+
     /// Its octets.
+    #[inline(always)]
     pub const fn octets(self) -> [u8; 6] {
         // SAFETY: both are six bytes, of which any are a value.
         unsafe { core::mem::transmute::<[u16; 3], [u8; 6]>(self.0) }

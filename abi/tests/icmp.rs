@@ -1,7 +1,7 @@
 //! Checksums, and the translation of ICMP errors.
 
 use proptest::prelude::*;
-use warren_abi::checksum::{fold, update};
+use warren_abi::checksum::{fold, settled, update};
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::icmp::{ECHO_REPLY, ECHO_REQUEST, IcmpError, IcmpErrorTcp, UNREACHABLE};
@@ -139,5 +139,19 @@ proptest! {
         let subject = error.subject(Direction::In).expect("it is about a flow");
         error.translate(&subject, Direction::In, Ipv4(address), Be16(port), None);
         prop_assert_eq!(error.l4[3], Be16(0));
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_settled_checksum_stays_when_it_is_filled_in(
+        words in prop::collection::vec(any::<u16>(), 1..20),
+    ) {
+        let checksum = settled(sum(&words));
+        let filled_in = match !sum(&[&words[..], &[checksum]].concat()) {
+            0 => 0xffff,
+            filled_in => filled_in,
+        };
+        prop_assert_eq!(filled_in, checksum);
     }
 }

@@ -21,21 +21,27 @@ use crate::parse::{IP, Packet, at};
 /// The lower two bits of DSCP and ECN (RFC 3168).
 const ECN: u8 = 0b11;
 
-/// Puts the packet into the tunnel of `vni` to `remote`, and sends it there.
+/// Whether the packet, or each segment that is made of it, fits into the tunnel.
+#[inline(always)]
+pub fn fits(ctx: &TcContext, packet: &Packet) -> Result<(), Drop> {
+    let inner = ctx.len() - IP as u32;
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    let segment = unsafe { (*ctx.skb.skb).gso_size };
+    let longest = if segment == 0 { inner } else { segment + packet.header_length };
+    let overhead = VXLAN_OVERHEAD as u32;
+    if longest + overhead > underlay().mtu || inner + overhead > u16::MAX as u32 {
+        return Err(Drop::TooBig);
+    }
+    Ok(())
+}
+
+/// Puts the packet, which [`fits`], into the tunnel of `vni` to `remote`, and sends it there.
 ///
 /// `packet` tells of it as it was parsed; its addresses and ports are hashed as they are given.
 #[inline(always)]
 pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<i32, Drop> {
     let underlay = underlay();
-    let inner = ctx.len() - IP as u32;
-    let outer = inner + VXLAN_OVERHEAD as u32;
-    // SAFETY: the context is the kernel's for as long as the program runs.
-    let segment = unsafe { (*ctx.skb.skb).gso_size };
-    let longest = if segment == 0 { inner } else { segment + packet.header_length };
-    if longest + VXLAN_OVERHEAD as u32 > underlay.mtu || outer > u16::MAX as u32 {
-        return Err(Drop::TooBig);
-    }
-
+    let length = (ctx.len() - IP as u32) as u16 + VXLAN_OVERHEAD;
     let flags = BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
         | BPF_F_ADJ_ROOM_ENCAP_L4_UDP
         | BPF_F_ADJ_ROOM_ENCAP_L2_ETH
@@ -44,7 +50,6 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
     ctx.adjust_room(size_of::<Tunnel>() as i32, BPF_ADJ_ROOM_MAC, flags)
         .map_err(|_| Drop::Internal)?;
 
-    let length = outer as u16;
     let mut ip = IpHeader {
         version_length: IpHeader::PLAIN,
         // RFC 6040, section 4.1, normal mode; the underlay's DSCP is not the tenant's to set.

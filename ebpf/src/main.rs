@@ -18,6 +18,7 @@
     reason = "maps take keys by value as well, and would copy them"
 )]
 
+mod answer;
 mod arp;
 mod conntrack;
 mod drops;

@@ -44,7 +44,7 @@ fn seal_icmp(frame: &mut [u8]) {
 }
 
 /// An ICMP error about the IP packet in a frame, of which it embeds so many bytes.
-fn error(
+pub fn error(
     macs: ([u8; 6], [u8; 6]),
     addresses: (Ipv4Addr, Ipv4Addr),
     kind: [u8; 2],
