@@ -18,6 +18,7 @@ pub mod flow;
 pub mod icmp;
 pub mod maps;
 pub mod microvm;
+pub mod mss;
 pub mod nat;
 #[cfg(feature = "probe")]
 pub mod probe;

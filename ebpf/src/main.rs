@@ -25,6 +25,7 @@ mod drops;
 mod encap;
 mod icmp;
 mod maps;
+mod mss;
 mod nat;
 mod parse;
 mod sweep;

@@ -9,7 +9,7 @@ use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY, GATEWAY_MAC, Ipv4}
 
 use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, slot};
-use crate::{answer, arp, conntrack, drops, encap, icmp, nat, parse};
+use crate::{answer, arp, conntrack, drops, encap, icmp, mss, nat, parse};
 
 /// Answers ARP; translates and sends everything else to the proxy of the slot's VPC, or tells the
 /// guest why not.
@@ -67,6 +67,7 @@ fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
         port
     } else {
         let port = conntrack::outward(slot, &vpc, &packet)?;
+        mss::clamp(ctx, &packet)?;
         nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
         port
     };

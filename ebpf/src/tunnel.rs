@@ -18,7 +18,7 @@ use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ipv4};
 use crate::conntrack::Receiver;
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;
-use crate::{conntrack, drops, icmp, nat, parse};
+use crate::{conntrack, drops, icmp, mss, nat, parse};
 
 /// Address family of IPv4.
 const AF_INET: u32 = 2;
@@ -56,7 +56,9 @@ fn to_guest(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
         (slot, icmp::translate(ctx, &packet, &subject, Direction::In, address, port))
     } else {
         let Receiver { slot, port } = conntrack::inward(vni, &packet)?;
-        (slot, nat::translate(ctx, &packet, Direction::In, slot.address, port))
+        let clamped = mss::clamp(ctx, &packet);
+        let translate = |()| nat::translate(ctx, &packet, Direction::In, slot.address, port);
+        (slot, clamped.and_then(translate))
     };
     translated.map_err(|reason| (slot.number, reason))?;
     let ethernet = at::<Ethernet>(ctx, 0).ok_or((slot.number, Drop::Internal))?;

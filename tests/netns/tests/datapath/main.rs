@@ -8,4 +8,5 @@ mod guest;
 mod hostile;
 mod icmp;
 mod lifecycle;
+mod mss;
 mod traffic;
