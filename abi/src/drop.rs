@@ -37,7 +37,7 @@ reasons! {
     Fragment = "fragment",
     /// Neither TCP, UDP nor an ICMP echo message or error.
     UnsupportedProtocol = "unsupported-protocol",
-    /// An ICMP error, which is not translated.
+    /// An ICMP error that is not translated, or is about no flow.
     IcmpError = "icmp-error",
     /// The source MAC address is not the slot's.
     SpoofedMac = "spoofed-mac",
@@ -75,6 +75,8 @@ reasons! {
     NoRoute = "no-route",
     /// Came from the VPC, but not for its shared address.
     NotSharedAddress = "not-shared-address",
+    /// The checksum of an ICMP error, or of the IP header that it embeds, is wrong.
+    BadChecksum = "bad-checksum",
 }
 
 impl Drop {

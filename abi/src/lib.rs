@@ -4,14 +4,21 @@
 //! a wire. Change one only together with all of its readers.
 #![no_std]
 #![deny(missing_docs)]
+#![allow(
+    clippy::inline_always,
+    reason = "what packets run through: the verifier forgets bounds across a call"
+)]
 
 #[cfg(feature = "probe")]
 extern crate alloc;
 
+pub mod checksum;
 pub mod drop;
 pub mod flow;
+pub mod icmp;
 pub mod maps;
 pub mod microvm;
+pub mod mss;
 pub mod nat;
 #[cfg(feature = "probe")]
 pub mod probe;

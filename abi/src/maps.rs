@@ -134,6 +134,22 @@ pub struct OutKey {
     pub protocol: u32,
 }
 
+impl OutKey {
+    /// The mapping of this flow's port, which all flows from there share (RFC 4787, REQ-1): an
+    /// entry of its own, under the peer 0.0.0.0, which no flow has.
+    #[inline]
+    #[must_use]
+    pub const fn mapping(self) -> Self {
+        Self { peer: Ipv4(0), peer_port: Be16(0), ..self }
+    }
+
+    /// Whether it is that of a mapping.
+    #[inline]
+    pub const fn is_mapping(&self) -> bool {
+        self.peer.0 == 0
+    }
+}
+
 /// What is known of a flow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

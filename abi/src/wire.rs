@@ -74,7 +74,14 @@ impl Mac {
         Self(unsafe { core::mem::transmute::<[u8; 6], [u16; 3]>(octets) })
     }
 
+    /// Whether it is of a group, or of all.
+    #[inline(always)]
+    pub const fn is_multicast(self) -> bool {
+        self.octets()[0] & 1 != 0
+    }
+
     /// Its octets.
+    #[inline(always)]
     pub const fn octets(self) -> [u8; 6] {
         // SAFETY: both are six bytes, of which any are a value.
         unsafe { core::mem::transmute::<[u16; 3], [u8; 6]>(self.0) }
@@ -210,6 +217,25 @@ impl IpHeader {
     pub const DF: Be16 = Be16::new(0x4000);
     /// In a fragment, one of these bits is set: more fragments follow, or the offset.
     pub const FRAGMENT: Be16 = Be16::new(0x3fff);
+    /// The fragment's offset: 0 in the first one.
+    pub const OFFSET: Be16 = Be16::new(0x1fff);
+
+    /// The sum of its words (RFC 1071): folded, it is the complement of the checksum if that
+    /// field is 0, and 0xffff if the field is right.
+    #[inline(always)]
+    pub const fn sum(&self) -> u32 {
+        let (source, destination) = (self.source.0, self.destination.0);
+        u16::from_ne_bytes([self.version_length, self.tos]) as u32
+            + self.total_length.0 as u32
+            + self.identification.0 as u32
+            + self.fragment.0 as u32
+            + u16::from_ne_bytes([self.ttl, self.protocol]) as u32
+            + self.checksum as u32
+            + (source & 0xffff)
+            + (source >> 16)
+            + (destination & 0xffff)
+            + (destination >> 16)
+    }
 }
 
 /// VXLAN header (RFC 7348, section 5).

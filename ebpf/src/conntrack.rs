@@ -5,6 +5,10 @@
 //! loses that race gives the port back and uses the winner's. The sweep removes them the other
 //! way round, after it ended the state with a compare-and-exchange, so that a packet either
 //! refreshes a flow or finds it gone.
+//!
+//! UDP's ports are endpoint-independent (RFC 4787, REQ-1, REQ-3): what claims one is a mapping, an
+//! entry of both maps under no peer, and the flows from that port of the guest's all have its
+//! port. The flows are the filter: only their peers get through. A flow keeps its mapping alive.
 
 use core::arch::asm;
 use core::num::NonZeroU32;
@@ -13,9 +17,10 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns};
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, tcp, tick};
+use warren_abi::icmp::Subject;
 use warren_abi::maps::{Attachment, Flow, HostVpc, InFlow, InKey, OutKey, Slot};
 use warren_abi::nat::{MAX_PROBES, probe_port};
-use warren_abi::wire::Be16;
+use warren_abi::wire::{Be16, Ipv4, UDP};
 
 use crate::maps::{CT_IN, CT_OUT, slot};
 use crate::parse::Packet;
@@ -51,29 +56,33 @@ pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop
     if !FlowState::can_begin(packet.protocol, packet.flags) {
         return Err(Drop::NoFlow);
     }
-    if let Some(port) = begin(&key, slot.attachment.vni(), vpc, now)? {
+    let vni = slot.attachment.vni();
+    if packet.protocol == UDP {
+        let port = mapped(&key.mapping(), vni, vpc, now)?;
+        if let Attempt::Begun = attempt(&key, vni, port, now)? {
+            return Ok(port);
+        }
+    } else if let Some(port) = begin(&key, vni, vpc, now)? {
         return Ok(port);
     }
     refresh(&key, Direction::Out, packet.flags, now)?.ok_or(Drop::Internal)
 }
 
-/// Begins a flow; none if another CPU did so meanwhile.
+/// The port of a mapping, which a new flow begins or keeps alive.
+#[inline(always)]
+fn mapped(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Be16, Drop> {
+    if let Some(found) = enter(key, Direction::Out, 0, now)? {
+        return Ok(found.port);
+    }
+    if let Some(port) = begin(key, vni, vpc, now)? {
+        return Ok(port);
+    }
+    enter(key, Direction::Out, 0, now)?.map(|found| found.port).ok_or(Drop::Internal)
+}
+
+/// Begins a flow or a mapping on a port of the host's; none if another CPU did so meanwhile.
 #[inline(always)]
 fn begin(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Option<Be16>, Drop> {
-    let back = InFlow {
-        ifindex: key.ifindex,
-        generation: key.generation,
-        refreshed: now,
-        guest_port: key.guest_port,
-        reserved: 0,
-    };
-    let mut claim = InKey {
-        vni,
-        peer: key.peer,
-        peer_port: key.peer_port,
-        port: Be16(0),
-        protocol: key.protocol,
-    };
     let count = NonZeroU32::new(vpc.port_count).ok_or(Drop::PortsExhausted)?;
     // SAFETY: the helper has no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
@@ -81,24 +90,45 @@ fn begin(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Option<Be16>
     while probe < MAX_PROBES {
         let port = Be16::new(probe_port(vpc.port_base, count, random, probe));
         probe += 1;
-        claim.port = port;
-        match CT_IN.insert(&claim, &back, BPF_NOEXIST as u64) {
-            Ok(()) => {
-                let state = FlowState::begin(key.protocol as u8, now);
-                let flow = Flow { state, vni, port, reserved: 0 };
-                return match CT_OUT.insert(key, &flow, BPF_NOEXIST as u64) {
-                    Ok(()) => Ok(Some(port)),
-                    Err(error) => {
-                        let _ = CT_IN.remove(&claim);
-                        if error == EEXIST { Ok(None) } else { Err(Drop::FlowsExhausted) }
-                    }
-                };
-            }
-            Err(EEXIST) => {}
-            Err(_) => return Err(Drop::FlowsExhausted),
+        match attempt(key, vni, port, now)? {
+            Attempt::Begun => return Ok(Some(port)),
+            Attempt::Lost => return Ok(None),
+            Attempt::Taken => {}
         }
     }
     Err(Drop::PortsExhausted)
+}
+
+/// What came of an attempt at a port.
+enum Attempt {
+    /// The flow began.
+    Begun,
+    /// Another CPU began it, on a port of its own.
+    Lost,
+    /// The port is another's.
+    Taken,
+}
+
+/// Begins a flow or a mapping on this port, if it can be had.
+#[inline(always)]
+fn attempt(key: &OutKey, vni: u32, port: Be16, now: u32) -> Result<Attempt, Drop> {
+    let OutKey { ifindex, generation, peer, guest_port, peer_port, protocol } = *key;
+    let back = InFlow { ifindex, generation, refreshed: now, guest_port, reserved: 0 };
+    let claim = InKey { vni, peer, peer_port, port, protocol };
+    match CT_IN.insert(&claim, &back, BPF_NOEXIST as u64) {
+        Ok(()) => {}
+        Err(EEXIST) => return Ok(Attempt::Taken),
+        Err(_) => return Err(Drop::FlowsExhausted),
+    }
+    let state = FlowState::begin(protocol as u8, now);
+    let flow = Flow { state, vni, port, reserved: 0 };
+    match CT_OUT.insert(key, &flow, BPF_NOEXIST as u64) {
+        Ok(()) => Ok(Attempt::Begun),
+        Err(error) => {
+            let _ = CT_IN.remove(&claim);
+            if error == EEXIST { Ok(Attempt::Lost) } else { Err(Drop::FlowsExhausted) }
+        }
+    }
 }
 
 /// Who gets a packet from the VPC, and at which port.
@@ -119,14 +149,7 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
         port: packet.local_port,
         protocol: packet.protocol as u32,
     };
-    let entry = CT_IN.get_ptr_mut(&key).ok_or((0, Drop::NoFlow))?;
-    // SAFETY: the verifier checked the pointer for null; map values stay readable. One that is
-    // recycled meanwhile is another flow's, whose attachment is checked like any.
-    let flow = unsafe { entry.read() };
-    let slot = slot(flow.ifindex).ok_or((0, Drop::StaleFlow))?;
-    if slot.attachment != Attachment::new(vni, flow.generation) {
-        return Err((slot.number, Drop::StaleFlow));
-    }
+    let (entry, flow, slot) = find(&key, Drop::NoFlow)?;
 
     // The state is the other map's: look there once a tick, and when TCP turns.
     let now = now();
@@ -150,9 +173,80 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
     Ok(Receiver { slot, port: flow.guest_port })
 }
 
-/// Enters a packet into its flow's state: the flow's port, or none if there is no such flow.
+/// The entry of a flow that its peer names, and its slot; `missing` if there is none.
+#[inline(always)]
+fn find(key: &InKey, missing: Drop) -> Result<(*mut InFlow, InFlow, Slot), (u32, Drop)> {
+    // What comes from no address is no answer to anybody; a mapping's entry is there.
+    if key.peer == Ipv4(0) {
+        return Err((0, missing));
+    }
+    let entry = CT_IN.get_ptr_mut(key).ok_or((0, missing))?;
+    // SAFETY: the verifier checked the pointer for null; map values stay readable. One that is
+    // recycled meanwhile is another flow's, whose attachment is checked like any.
+    let flow = unsafe { entry.read() };
+    let slot = slot(flow.ifindex).ok_or((0, Drop::StaleFlow))?;
+    if slot.attachment != Attachment::new(key.vni, flow.generation) {
+        return Err((slot.number, Drop::StaleFlow));
+    }
+    Ok((entry, flow, slot))
+}
+
+/// The port that stands for the guest's in the flow that its ICMP error is about. Errors neither
+/// refresh nor end a flow (RFC 5508, REQ-6).
+#[inline(always)]
+pub fn error_outward(slot: &Slot, subject: &Subject) -> Result<Be16, Drop> {
+    let key = OutKey {
+        ifindex: slot.ifindex,
+        generation: slot.attachment.generation(),
+        peer: subject.peer,
+        guest_port: subject.local_port,
+        peer_port: subject.peer_port,
+        protocol: subject.protocol as u32,
+    };
+    let flow = CT_OUT.get_ptr(&key).ok_or(Drop::IcmpError)?;
+    // SAFETY: the verifier checked the pointer for null; map values stay readable.
+    Ok(unsafe { (&raw const (*flow).port).read_volatile() })
+}
+
+/// Whom an ICMP error from the VPC is for.
+#[inline(always)]
+pub fn error_inward(vni: u32, subject: &Subject) -> Result<Receiver, (u32, Drop)> {
+    let key = InKey {
+        vni,
+        peer: subject.peer,
+        peer_port: subject.peer_port,
+        port: subject.local_port,
+        protocol: subject.protocol as u32,
+    };
+    let (_, flow, slot) = find(&key, Drop::IcmpError)?;
+    Ok(Receiver { slot, port: flow.guest_port })
+}
+
+/// Enters a packet into its flow's state, and once a tick into its mapping's: the flow's port, or
+/// none if there is no such flow.
 #[inline(always)]
 fn refresh(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Option<Be16>, Drop> {
+    let found = enter(key, direction, flags, now)?;
+    Ok(found.map(|Entered { port, changed }| {
+        if changed && key.protocol == UDP as u32 {
+            // If it is gone, a sweep just took it for idle: the flow goes on alone.
+            let _ = enter(&key.mapping(), direction, 0, now);
+        }
+        port
+    }))
+}
+
+/// What was found of a flow or a mapping.
+struct Entered {
+    /// Its port.
+    port: Be16,
+    /// Whether its state changed.
+    changed: bool,
+}
+
+/// Enters a packet into the state of a flow or of a mapping; none if it is not there.
+#[inline(always)]
+fn enter(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Option<Entered>, Drop> {
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         attempt += 1;
@@ -170,8 +264,9 @@ fn refresh(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Op
                 return Err(Drop::NoFlow);
             }
             let next = found.after(direction, flags, now);
-            if next == found || compare_exchange(&raw mut (*flow).state, found, next) {
-                return Ok(Some(port));
+            let changed = next != found;
+            if !changed || compare_exchange(&raw mut (*flow).state, found, next) {
+                return Ok(Some(Entered { port, changed }));
             }
         }
     }

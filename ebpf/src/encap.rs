@@ -7,6 +7,7 @@ use aya_ebpf::bindings::{
 use aya_ebpf::bpf_f_adj_room_encap_l2;
 use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
+use warren_abi::checksum::fold;
 use warren_abi::drop::Drop;
 use warren_abi::nat::tunnel_port;
 use warren_abi::wire::{
@@ -20,21 +21,27 @@ use crate::parse::{IP, Packet, at};
 /// The lower two bits of DSCP and ECN (RFC 3168).
 const ECN: u8 = 0b11;
 
-/// Puts the packet into the tunnel of `vni` to `remote`, and sends it there.
+/// Whether the packet, or each segment that is made of it, fits into the tunnel.
+#[inline(always)]
+pub fn fits(ctx: &TcContext, packet: &Packet) -> Result<(), Drop> {
+    let inner = ctx.len() - IP as u32;
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    let segment = unsafe { (*ctx.skb.skb).gso_size };
+    let longest = if segment == 0 { inner } else { segment + packet.header_length };
+    let overhead = VXLAN_OVERHEAD as u32;
+    if longest + overhead > underlay().mtu || inner + overhead > u16::MAX as u32 {
+        return Err(Drop::TooBig);
+    }
+    Ok(())
+}
+
+/// Puts the packet, which [`fits`], into the tunnel of `vni` to `remote`, and sends it there.
 ///
 /// `packet` tells of it as it was parsed; its addresses and ports are hashed as they are given.
 #[inline(always)]
 pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<i32, Drop> {
     let underlay = underlay();
-    let inner = ctx.len() - IP as u32;
-    let outer = inner + VXLAN_OVERHEAD as u32;
-    // SAFETY: the context is the kernel's for as long as the program runs.
-    let segment = unsafe { (*ctx.skb.skb).gso_size };
-    let longest = if segment == 0 { inner } else { segment + packet.header_length };
-    if longest + VXLAN_OVERHEAD as u32 > underlay.mtu || outer > u16::MAX as u32 {
-        return Err(Drop::TooBig);
-    }
-
+    let length = (ctx.len() - IP as u32) as u16 + VXLAN_OVERHEAD;
     let flags = BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
         | BPF_F_ADJ_ROOM_ENCAP_L4_UDP
         | BPF_F_ADJ_ROOM_ENCAP_L2_ETH
@@ -43,7 +50,6 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
     ctx.adjust_room(size_of::<Tunnel>() as i32, BPF_ADJ_ROOM_MAC, flags)
         .map_err(|_| Drop::Internal)?;
 
-    let length = outer as u16;
     let mut ip = IpHeader {
         version_length: IpHeader::PLAIN,
         // RFC 6040, section 4.1, normal mode; the underlay's DSCP is not the tenant's to set.
@@ -57,7 +63,7 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
         source: underlay.address,
         destination: remote,
     };
-    ip.checksum = checksum(&ip);
+    ip.checksum = !fold(ip.sum());
     let ports = (packet.local_port.0 as u32) << 16 | packet.peer_port.0 as u32;
     let addresses = packet.source.0 ^ packet.destination.0;
     let header = at::<Tunnel>(ctx, IP).ok_or(Drop::Internal)?;
@@ -77,17 +83,4 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
     // No next hop given: the kernel's routes say which gateway leads there, as they are now.
     // SAFETY: the helper takes no parameters from a null pointer of size 0.
     Ok(unsafe { bpf_redirect_neigh(underlay.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
-}
-
-/// The checksum of a header whose checksum field is 0 (RFC 1071).
-#[inline(always)]
-fn checksum(ip: &IpHeader) -> u16 {
-    let mut sum = u16::from_ne_bytes([ip.version_length, ip.tos]) as u32;
-    sum += ip.total_length.0 as u32 + ip.identification.0 as u32 + ip.fragment.0 as u32;
-    sum += u16::from_ne_bytes([ip.ttl, ip.protocol]) as u32;
-    let (source, destination) = (ip.source.0, ip.destination.0);
-    sum += (source & 0xffff) + (source >> 16) + (destination & 0xffff) + (destination >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    !(sum as u16)
 }

@@ -18,11 +18,14 @@
     reason = "maps take keys by value as well, and would copy them"
 )]
 
+mod answer;
 mod arp;
 mod conntrack;
 mod drops;
 mod encap;
+mod icmp;
 mod maps;
+mod mss;
 mod nat;
 mod parse;
 mod sweep;

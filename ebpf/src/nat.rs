@@ -2,6 +2,7 @@
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::programs::TcContext;
+use warren_abi::checksum::update;
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::wire::{Be16, ICMP, IpHeader, Ipv4, TCP, UDP};
@@ -9,7 +10,7 @@ use warren_abi::wire::{Be16, ICMP, IpHeader, Ipv4, TCP, UDP};
 use crate::parse::{IP, L4, Packet, at};
 
 /// Puts `address` and `port` in the place of the guest's side: the source outwards, the
-/// destination inwards. Takes one off the time to live, which must be above 0.
+/// destination inwards. Takes one off the time to live.
 #[inline(always)]
 pub fn translate(
     ctx: &TcContext,
@@ -18,12 +19,6 @@ pub fn translate(
     address: Ipv4,
     port: Be16,
 ) -> Result<(), Drop> {
-    #[repr(C, packed(2))]
-    struct Headers {
-        ip: IpHeader,
-        l4: [Be16; 4],
-    }
-
     let old = match direction {
         Direction::Out => packet.source,
         Direction::In => packet.destination,
@@ -44,39 +39,46 @@ pub fn translate(
         ctx.l4_csum_replace(offset, packet.local_port.0 as u64, port.0 as u64, flags | 2)
             .map_err(|_| Drop::Internal)?;
     }
+    readdress(ctx, packet, direction, address)?;
     // SAFETY: `at` checked the bounds.
-    let headers = unsafe { &mut *at::<Headers>(ctx, IP).ok_or(Drop::Internal)? };
-    let lifetime = [packet.ttl, packet.protocol];
-    headers.ip.ttl = packet.ttl - 1;
-    headers.ip.checksum = update(
-        headers.ip.checksum,
-        [old.0 as u16, (old.0 >> 16) as u16, u16::from_ne_bytes(lifetime)],
-        [
-            address.0 as u16,
-            (address.0 >> 16) as u16,
-            u16::from_ne_bytes([packet.ttl - 1, packet.protocol]),
-        ],
-    );
-    match direction {
-        Direction::Out => headers.ip.source = address,
-        Direction::In => headers.ip.destination = address,
-    }
+    let ports = unsafe { &mut *at::<[Be16; 4]>(ctx, L4).ok_or(Drop::Internal)? };
     let index = match (packet.protocol, direction) {
         (ICMP, _) => 2,
         (_, Direction::Out) => 0,
         (_, Direction::In) => 1,
     };
-    headers.l4[index] = port;
+    ports[index] = port;
     Ok(())
 }
 
-/// A checksum after some of the words under it changed (RFC 1624, equation 3).
+/// Puts `address` in the place of the guest's side in the IP header, and takes one off the time
+/// to live.
 #[inline(always)]
-fn update(checksum: u16, old: [u16; 3], new: [u16; 3]) -> u16 {
-    let mut sum = !checksum as u32;
-    sum += !old[0] as u32 + !old[1] as u32 + !old[2] as u32;
-    sum += new[0] as u32 + new[1] as u32 + new[2] as u32;
-    sum = (sum & 0xffff) + (sum >> 16);
-    sum = (sum & 0xffff) + (sum >> 16);
-    !(sum as u16)
+pub fn readdress(
+    ctx: &TcContext,
+    packet: &Packet,
+    direction: Direction,
+    address: Ipv4,
+) -> Result<(), Drop> {
+    if packet.ttl <= 1 {
+        return Err(Drop::TtlExceeded);
+    }
+    let old = match direction {
+        Direction::Out => packet.source,
+        Direction::In => packet.destination,
+    };
+    // SAFETY: `at` checked the bounds.
+    let ip = unsafe { &mut *at::<IpHeader>(ctx, IP).ok_or(Drop::Internal)? };
+    let lifetime = |ttl| u16::from_ne_bytes([ttl, packet.protocol]);
+    ip.ttl = packet.ttl - 1;
+    ip.checksum = update(
+        ip.checksum,
+        [old.0 as u16, (old.0 >> 16) as u16, lifetime(packet.ttl)],
+        [address.0 as u16, (address.0 >> 16) as u16, lifetime(packet.ttl - 1)],
+    );
+    match direction {
+        Direction::Out => ip.source = address,
+        Direction::In => ip.destination = address,
+    }
+    Ok(())
 }

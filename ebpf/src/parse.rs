@@ -3,6 +3,7 @@
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
+use warren_abi::icmp;
 use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, IpHeader, Ipv4, TCP, UDP};
 
 /// Where the IP header begins.
@@ -31,11 +32,17 @@ pub fn prepare(ctx: &TcContext) -> Result<(), Drop> {
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Err(Drop::NotIpv4);
     }
-    if ctx.data() + HEADERS as usize > ctx.data_end() {
-        // A failure is met again as a missing header.
-        let _ = ctx.pull_data(if ctx.len() < HEADERS { ctx.len() } else { HEADERS });
-    }
+    pull(ctx, HEADERS);
     Ok(())
+}
+
+/// Makes the first `length` bytes directly readable, as far as there are so many.
+#[inline(always)]
+pub fn pull(ctx: &TcContext, length: u32) {
+    if ctx.data() + length as usize > ctx.data_end() {
+        // A failure is met again as a missing header.
+        let _ = ctx.pull_data(if ctx.len() < length { ctx.len() } else { length });
+    }
 }
 
 /// The Ethernet header.
@@ -68,12 +75,14 @@ pub struct Packet {
     pub peer_port: Be16,
     /// It is UDP without a checksum.
     pub unchecked: bool,
+    /// It is an ICMP error: [`icmp`](crate::icmp) finds the ports, which are 0.
+    pub is_error: bool,
     /// Length of IP and transport headers.
     pub header_length: u32,
 }
 
 /// Reads the IPv4 packet behind an Ethernet header. ICMP is accepted as an echo request outwards
-/// and an echo reply inwards.
+/// and an echo reply inwards, and as an error both ways.
 #[inline(always)]
 pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
     #[repr(C, packed(2))]
@@ -112,6 +121,7 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
         local_port,
         peer_port,
         unchecked: false,
+        is_error: false,
         header_length: size_of::<IpHeader>() as u32 + 8,
     };
     let total_length = ip.total_length.get() as u32;
@@ -130,11 +140,16 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
         ICMP => {
             let [kind, _] = l4[0].0.to_ne_bytes();
             match (direction, kind) {
-                (Direction::Out, 8) | (Direction::In, 0) => {
+                (Direction::Out, icmp::ECHO_REQUEST) | (Direction::In, icmp::ECHO_REPLY) => {
                     packet.local_port = l4[2];
                     packet.peer_port = Be16(0);
                 }
-                (_, 3 | 4 | 5 | 11 | 12) => return Err(Drop::IcmpError),
+                (_, kind) if icmp::is_error(kind) => {
+                    packet.is_error = true;
+                    packet.local_port = Be16(0);
+                    packet.peer_port = Be16(0);
+                }
+                (_, icmp::SOURCE_QUENCH | icmp::REDIRECT) => return Err(Drop::IcmpError),
                 _ => return Err(Drop::UnsupportedProtocol),
             }
         }

@@ -30,6 +30,8 @@ pub fn sweep(ctx: TcContext) -> i32 {
             let key = (&raw const (*order).keys[index]).read_unaligned();
             match end(&key, &timers, now) {
                 Verdict::Live => {}
+                // It went with its flows.
+                _ if key.is_mapping() => {}
                 Verdict::Expired => expired += 1,
                 Verdict::Stale => stale += 1,
             }

@@ -5,18 +5,25 @@ use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::maps::Slot;
-use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY_MAC, Ipv4};
+use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY, GATEWAY_MAC, Ipv4};
 
+use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, slot};
-use crate::{arp, conntrack, drops, encap, nat, parse};
+use crate::{answer, arp, conntrack, drops, encap, icmp, mss, nat, parse};
 
-/// Answers ARP; translates and sends everything else to the proxy of the slot's VPC.
+/// Answers ARP; translates and sends everything else to the proxy of the slot's VPC, or tells the
+/// guest why not.
 #[classifier]
 pub fn tap(ctx: TcContext) -> i32 {
     // SAFETY: the context is the kernel's for as long as the program runs.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     match slot(ifindex) {
-        Some(slot) => drops::verdict(&ctx, slot.number, ingress(&ctx, &slot)),
+        Some(slot) => {
+            let result = ingress(&ctx, &slot);
+            let action = drops::verdict(&ctx, slot.number, result);
+            let gateway = Answerer { mac: GATEWAY_MAC, address: GATEWAY.into(), ifindex };
+            result.err().and_then(|reason| answer::send(&ctx, &gateway, reason)).unwrap_or(action)
+        }
         None => drops::verdict(&ctx, 0, Err(Drop::Detached)),
     }
 }
@@ -48,8 +55,22 @@ fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
 
-    let port = conntrack::outward(slot, &vpc, &packet)?;
-    nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
+    encap::fits(ctx, &packet)?;
+    let port = if packet.is_error {
+        let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
+        // An error goes to who sent the packet that it is about.
+        if subject.local != slot.address || subject.peer != packet.destination {
+            return Err(Drop::IcmpError);
+        }
+        let port = conntrack::error_outward(slot, &subject)?;
+        icmp::translate(ctx, &packet, &subject, Direction::Out, vpc.shared_address, port)?;
+        port
+    } else {
+        let port = conntrack::outward(slot, &vpc, &packet)?;
+        mss::clamp(ctx, &packet)?;
+        nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
+        port
+    };
     // What the proxy sees, so that both choose the same tunnel port for a flow's two directions.
     packet.source = vpc.shared_address;
     packet.local_port = port;

@@ -15,9 +15,10 @@ use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
 use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ipv4};
 
+use crate::conntrack::Receiver;
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;
-use crate::{conntrack, drops, nat, parse};
+use crate::{conntrack, drops, icmp, mss, nat, parse};
 
 /// Address family of IPv4.
 const AF_INET: u32 = 2;
@@ -41,17 +42,25 @@ fn to_guest(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
         return Err((0, Drop::NotFromProxy));
     }
     parse::prepare(ctx).map_err(nobody)?;
-    let packet = parse::packet(ctx, Direction::In).map_err(nobody)?;
+    let mut packet = parse::packet(ctx, Direction::In).map_err(nobody)?;
     if packet.destination != vpc.shared_address {
         return Err((0, Drop::NotSharedAddress));
     }
-    let receiver = conntrack::inward(vni, &packet)?;
-    let slot = receiver.slot;
-    if packet.ttl <= 1 {
-        return Err((slot.number, Drop::TtlExceeded));
-    }
-    nat::translate(ctx, &packet, Direction::In, slot.address, receiver.port)
-        .map_err(|reason| (slot.number, reason))?;
+    let (slot, translated) = if packet.is_error {
+        let subject = icmp::subject(ctx, &mut packet, Direction::In).map_err(nobody)?;
+        if subject.local != vpc.shared_address {
+            return Err((0, Drop::IcmpError));
+        }
+        let Receiver { slot, port } = conntrack::error_inward(vni, &subject)?;
+        let address = slot.address;
+        (slot, icmp::translate(ctx, &packet, &subject, Direction::In, address, port))
+    } else {
+        let Receiver { slot, port } = conntrack::inward(vni, &packet)?;
+        let clamped = mss::clamp(ctx, &packet);
+        let translate = |()| nat::translate(ctx, &packet, Direction::In, slot.address, port);
+        (slot, clamped.and_then(translate))
+    };
+    translated.map_err(|reason| (slot.number, reason))?;
     let ethernet = at::<Ethernet>(ctx, 0).ok_or((slot.number, Drop::Internal))?;
     // SAFETY: `at` checked the bounds.
     unsafe {
@@ -78,9 +87,15 @@ pub fn tunnel_proxy(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
     parse::prepare(ctx)?;
-    let packet = parse::packet(ctx, Direction::Out)?;
+    let mut packet = parse::packet(ctx, Direction::Out)?;
     if packet.source != vpc.shared_address {
         return Err(Drop::SpoofedAddress);
+    }
+    if packet.is_error {
+        let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
+        if subject.local != vpc.shared_address || subject.peer != packet.destination {
+            return Err(Drop::IcmpError);
+        }
     }
     let block = BlockKey {
         vni: vpc.vni,

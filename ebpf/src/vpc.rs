@@ -9,8 +9,9 @@ use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
 use warren_abi::wire::{Arp, ETHERTYPE_ARP};
 
+use crate::answer::Answerer;
 use crate::maps::{BLOCKS, INTERFACES};
-use crate::{arp, drops, encap, parse};
+use crate::{answer, arp, drops, encap, icmp, parse};
 
 /// Answers ARP for the shared address; sends what is for it to the host that holds the port.
 #[classifier]
@@ -19,7 +20,13 @@ pub fn vpc(ctx: TcContext) -> i32 {
     // once, and one that is replaced meanwhile is a VPC as well.
     let vpc = unsafe { INTERFACES.get((*ctx.skb.skb).ifindex) }.copied();
     match vpc {
-        Some(vpc) => drops::verdict(&ctx, vpc.scope, ingress(&ctx, &vpc)),
+        Some(vpc) => {
+            let result = ingress(&ctx, &vpc);
+            let action = drops::verdict(&ctx, vpc.scope, result);
+            let ProxyVpc { mac, shared_address: address, ifindex, .. } = vpc;
+            let proxy = Answerer { mac, address, ifindex };
+            result.err().and_then(|reason| answer::send(&ctx, &proxy, reason)).unwrap_or(action)
+        }
         None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
     }
 }
@@ -30,9 +37,14 @@ fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     if parse::ethernet(ctx)?.ethertype == ETHERTYPE_ARP {
         return resolve(ctx, vpc);
     }
-    let packet = parse::packet(ctx, Direction::In)?;
+    let mut packet = parse::packet(ctx, Direction::In)?;
     if packet.destination != vpc.shared_address {
         return Err(Drop::NotSharedAddress);
+    }
+    if packet.is_error
+        && icmp::subject(ctx, &mut packet, Direction::In)?.local != vpc.shared_address
+    {
+        return Err(Drop::IcmpError);
     }
     let block = BlockKey {
         vni: vpc.vni,
@@ -41,6 +53,7 @@ fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     };
     // SAFETY: the entry is read once, whole.
     let host = *unsafe { BLOCKS.get(block) }.ok_or(Drop::NoBlockHolder)?;
+    encap::fits(ctx, &packet)?;
     encap::send(ctx, &packet, vpc.vni, host)
 }
 

@@ -223,7 +223,8 @@ impl HostDatapath {
     /// How many flows are in the table, those included that ended since the last sweep.
     pub fn flows(&self) -> Result<u32, Error> {
         let mut count = 0;
-        sweep::for_each(self.flows.fd().as_fd(), |_, _| count += 1)?;
+        let visit = |key: &maps::OutKey, _: &_| count += u32::from(!key.is_mapping());
+        sweep::for_each(self.flows.fd().as_fd(), visit)?;
         Ok(count)
     }
 

@@ -95,7 +95,7 @@ pub(super) fn run(
     let mut total = 0;
     let mut ended = Vec::new();
     for_each(map, |key, flow| {
-        total += 1;
+        total += u32::from(!key.is_mapping());
         let attachment = Attachment::new(flow.vni, key.generation);
         if attachments.get(&key.ifindex) != Some(&attachment)
             || flow.state.is_expired(key.protocol as u8, timers, now)

@@ -16,11 +16,11 @@ use crate::guest::{KernelGuest, PATIENCE, RawGuest, SILENCE, frame};
 const PORT: u16 = 7000;
 
 /// Whatever is idle ends.
-const AT_ONCE: Timers =
+pub const AT_ONCE: Timers =
     Timers { udp: 0, icmp: 0, tcp_transitory: 0, tcp_established: 0, tcp_closed: 0 };
 
 /// Until what was just used counts as idle.
-fn next_tick() {
+pub fn next_tick() {
     std::thread::sleep(Duration::from_nanos(TICK_NS) + Duration::from_millis(20));
 }
 
@@ -68,8 +68,10 @@ fn every_port_is_used_before_flows_are_refused() {
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), (8192..8192 + 64).collect::<Vec<_>>());
     guest.send(&frame(guest.packet(SERVER, 64).udp(65, PORT), b"one too many"));
     assert_eq!(bed.host_drops(1, DropReason::PortsExhausted), 1);
-    // Another destination has all ports of its own, and flows that stand go on.
-    guest.send(&frame(guest.packet(SERVER, 64).udp(65, PORT + 1), b"hello"));
+    // Nor is there one for another destination; but ports that stand serve that as well.
+    guest.send(&frame(guest.packet(SERVER, 64).udp(65, PORT + 1), b"one too many"));
+    assert_eq!(bed.host_drops(1, DropReason::PortsExhausted), 2);
+    guest.send(&frame(guest.packet(SERVER, 64).udp(64, PORT + 1), b"hello"));
     other.recv(&mut [0; 16]).expect("the server is reached");
     seen_from(&guest, 64, &server);
 
@@ -78,6 +80,87 @@ fn every_port_is_used_before_flows_are_refused() {
     let report = bed.host().sweep_with(&AT_ONCE).expect("flows can be swept");
     assert_eq!(report, SweepReport { live: 0, expired: 65, stale: 0 });
     seen_from(&guest, 65, &server);
+}
+
+#[test]
+fn tcp_uses_a_port_again_for_another_destination_and_whatever_udp_has() {
+    let bed = Bed::new();
+    let ports = PortRange { base: 8192, count: 64 };
+    bed.apply_host(VNI_A, ports);
+    bed.apply_proxy(VNI_A, vec![(ports, HOST)]);
+    let guest = RawGuest::open(&bed, 1);
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    let syn = |from: u16, to: u16| {
+        guest.send(&frame(guest.packet(SERVER, 64).tcp(from, to, 7, 512).syn(), b""));
+        bed.host_drops(1, DropReason::PortsExhausted)
+    };
+    for port in 1..=64 {
+        guest.send(&frame(guest.packet(SERVER, 64).udp(port, PORT), b"all of UDP's"));
+        assert_eq!(syn(port, PORT), 0);
+    }
+    assert_eq!(syn(65, PORT), 1);
+    assert_eq!(syn(65, PORT + 1), 1);
+    assert_eq!(bed.host().flows().expect("flows can be counted"), 64 + 64 + 1);
+}
+
+#[test]
+fn a_udp_port_is_the_same_for_all_destinations_and_no_other_guest_s() {
+    let bed = Bed::new();
+    let guests = [RawGuest::open(&bed, 1), RawGuest::open(&bed, 2)];
+    let servers = [PORT, PORT + 1].map(|port| {
+        let server = udp(&bed.topology.vpcs[0], port).expect("the port is free");
+        server.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
+        server
+    });
+    let seen = |guest: &RawGuest, port: u16, server: usize| {
+        let to = PORT + server as u16;
+        guest.send(&frame(guest.packet(SERVER, 64).udp(port, to), b"hello"));
+        servers[server].recv_from(&mut [0; 16]).expect("the server is reached").1
+    };
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    bed.host().attach(2, VNI_A).expect("the slot is free");
+    let mut ports = std::collections::BTreeSet::new();
+    for guest in &guests {
+        for port in 1000..1100 {
+            let first = seen(guest, port, 0);
+            assert_eq!(seen(guest, port, 1), first);
+            assert!(ports.insert(first.port()), "{first} is another's");
+        }
+    }
+    // Who was written to may answer; who was not, may not, whatever port is mapped.
+    let one = seen(&guests[0], 2000, 0);
+    servers[1].send_to(b"unasked", one).expect("there is a route");
+    eventually(|| bed.host_drops(0, DropReason::NoFlow) == 1);
+    servers[0].send_to(b"answer", one).expect("there is a route");
+    assert!(guests[0].receive(PATIENCE).is_some());
+    assert_eq!(guests[0].receive(SILENCE), None);
+}
+
+#[test]
+fn a_udp_port_is_kept_as_long_as_one_of_its_flows() {
+    let bed = Bed::new();
+    let guest = RawGuest::open(&bed, 1);
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    let server = udp(&bed.topology.vpcs[0], PORT).expect("the port is free");
+    let other = udp(&bed.topology.vpcs[0], PORT + 1).expect("the port is free");
+    other.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
+    let first = seen_from(&guest, 1000, &server);
+    next_tick();
+    next_tick();
+    // The answer keeps the flow alive, and the flow its port.
+    server.send_to(b"answer", first).expect("there is a route");
+    assert!(guest.receive(PATIENCE).is_some());
+    let soon = Timers { udp: 1, ..AT_ONCE };
+    let report = bed.host().sweep_with(&soon).expect("flows can be swept");
+    assert_eq!(report, SweepReport { live: 1, expired: 0, stale: 0 });
+    guest.send(&frame(guest.packet(SERVER, 64).udp(1000, PORT + 1), b"hello"));
+    assert_eq!(other.recv_from(&mut [0; 16]).expect("the server is reached").1, first);
+    next_tick();
+    let report = bed.host().sweep_with(&AT_ONCE).expect("flows can be swept");
+    assert_eq!(report, SweepReport { live: 0, expired: 2, stale: 0 });
+    // The ports are free again: all that is left of the table is empty.
+    let report = bed.host().sweep_with(&AT_ONCE).expect("flows can be swept");
+    assert_eq!(report, SweepReport::default());
 }
 
 #[test]

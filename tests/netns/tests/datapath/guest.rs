@@ -47,7 +47,12 @@ impl RawGuest {
 
     /// Sends a frame. When it returns, the program has dealt with it.
     pub fn send(&self, frame: &[u8]) {
-        let mut bytes = vec![0; VNET_HEADER];
+        self.send_with([0; VNET_HEADER], frame);
+    }
+
+    /// Sends a frame behind a virtio-net header.
+    pub fn send_with(&self, header: [u8; VNET_HEADER], frame: &[u8]) {
+        let mut bytes = header.to_vec();
         bytes.extend_from_slice(frame);
         let sent = (&self.tap).write(&bytes).expect("the TAP takes the frame");
         assert_eq!(sent, bytes.len());

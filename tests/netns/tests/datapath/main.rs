@@ -1,9 +1,12 @@
 //! The data path of a host and of a proxy, in namespaces: no daemon, no microVM, no KVM. Guests
 //! are namespaces behind a slot's TAP, or tests that write frames.
 
+mod answers;
 mod bed;
 mod flows;
 mod guest;
 mod hostile;
+mod icmp;
 mod lifecycle;
+mod mss;
 mod traffic;

@@ -6,7 +6,7 @@ use std::net::{TcpStream, UdpSocket};
 use etherparse::{Icmpv4Type, SlicedPacket, TransportSlice};
 use warren_netns::capture::{Capture, vni};
 use warren_netns::netns::Namespace;
-use warren_netns::servers::{bulk_sink, bulk_source, udp_echo};
+use warren_netns::servers::{bulk_sink, bulk_source, udp, udp_echo};
 use warren_netns::topology::{CONTROL, HOST, ONLY_IN_B, PROXY, SERVER, SHARED, UNDERLAY};
 
 use crate::bed::{Bed, VNI_A, VNI_B};
@@ -151,6 +151,7 @@ fn the_tunnel_s_headers_are_as_the_standards_want_them() {
     let bed = Bed::new();
     let guest = RawGuest::open(&bed, 1);
     bed.host().attach(1, VNI_A).expect("the slot is free");
+    let _server = udp(&bed.topology.vpcs[0], PORT).expect("the port is free");
     let underlay = Capture::start(&bed.topology.proxy, UNDERLAY).expect("captures can be made");
     let next = || loop {
         let frame = underlay.next(PATIENCE).expect("it can be read").expect("it comes");
