@@ -252,12 +252,22 @@ impl Fleet {
         self.wait_registered().await
     }
 
-    /// Waits until so many microVMs are parked on the host.
+    /// Waits until so many microVMs are parked on the host. Asks the host itself: what the control
+    /// plane knows is as old as the last heartbeat.
     pub async fn wait_parked(&self, parked: u32) -> Result<()> {
-        self.wait_hosts(&format!("{parked} parked microVMs"), |hosts| {
-            hosts.iter().any(|host| host.parked >= parked)
-        })
-        .await
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        loop {
+            let metrics = self.scrape(Daemon::Host)?;
+            let value = metrics.lines().find_map(|l| l.strip_prefix("warren_parked_microvms "));
+            let now: u32 = value.context("the host does not say how many are parked")?.parse()?;
+            if now >= parked {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() > deadline {
+                bail!("{now} of {parked} microVMs are parked; host's log:\n{}", self.host.log());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     async fn wait_registered(&self) -> Result<()> {
