@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-/// A temporary directory with a BPF file system mounted at `bpf` in it.
+/// A temporary directory with a BPF file system mounted at `bpf` in it. Only a process that is killed
+/// with SIGKILL leaves it behind.
 #[derive(Debug)]
 pub struct RunDir {
     dir: tempfile::TempDir,
