@@ -71,7 +71,7 @@ fn kvm_opens() -> bool {
     std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-/// Interfaces, mounts and processes of Warren in this namespace.
+/// Interfaces, mounts, temporary directories and processes of Warren in this namespace.
 fn leftovers() -> Result<Vec<String>> {
     let links = output(Command::new("ip").args(["-o", "link"]))?;
     let links = links
@@ -82,7 +82,11 @@ fn leftovers() -> Result<Vec<String>> {
     let mounts = std::fs::read_to_string("/proc/mounts")?;
     let mounts =
         mounts.lines().filter(|line| line.contains("/warren-")).map(|line| format!("mount {line}"));
-    let mut found: Vec<_> = links.chain(mounts).collect();
+    let directories = std::fs::read_dir(std::env::temp_dir())?
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("warren-"))
+        .map(|entry| format!("directory {}", entry.path().display()));
+    let mut found: Vec<_> = links.chain(mounts).chain(directories).collect();
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Ok(exe) = std::fs::read_link(entry.path().join("exe")) else { continue };
         let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, OnceLock};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, unshare};
@@ -52,27 +52,6 @@ pub fn guest(name: &str) -> PathBuf {
     let extension = first.extension().unwrap_or_default().to_owned();
     let path = first.with_file_name(name).with_extension(extension);
     assert!(path.exists(), "no {}: run `cargo xtask build`", path.display());
-    path
-}
-
-/// A template of a guest program, made once for each test program.
-pub fn template(name: &'static str) -> PathBuf {
-    static DIRECTORY: OnceLock<TempDir> = OnceLock::new();
-    static MADE: Mutex<Vec<&str>> = Mutex::new(Vec::new());
-    let path = DIRECTORY.get_or_init(|| tempfile::tempdir().unwrap()).path().join(name);
-    let mut made = MADE.lock().unwrap();
-    if !made.contains(&name) {
-        let output = Command::new(vmm())
-            .arg("template")
-            .arg("--guest")
-            .arg(guest(name))
-            .arg("--output")
-            .arg(&path)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        made.push(name);
-    }
     path
 }
 
@@ -129,8 +108,16 @@ impl Host {
     }
 }
 
-pub fn config(guest: &'static str, run_dir: &Path) -> ZygoteConfig {
-    ZygoteConfig { binary: vmm(), template: template(guest), run_dir: run_dir.to_owned() }
+/// What a zygote needs: a template of the guest program, in the directory of the sockets.
+pub fn config(name: &'static str, run_dir: &Path) -> ZygoteConfig {
+    let path = run_dir.join(name);
+    if !path.exists() {
+        let mut command = Command::new(vmm());
+        command.arg("template").arg("--guest").arg(guest(name)).arg("--output").arg(&path);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    ZygoteConfig { binary: vmm(), template: path, run_dir: run_dir.to_owned() }
 }
 
 /// An identity that differs from slot to slot.
