@@ -85,7 +85,7 @@ async fn demo(arguments: &Arguments) -> Result<()> {
     let scene = Scene::set(arguments.clones).await?;
     let starts = starts::run(&scene, arguments.clones, &mut figures).await?;
     isolation::check(&scene, &starts, &mut figures).await?;
-    let left = scene.clear().await?;
+    let left = scene.clear()?;
     step(&format!("everything ended; left over: {}", left.len()));
     for line in &left {
         eprintln!("    {line}");

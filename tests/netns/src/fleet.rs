@@ -271,25 +271,16 @@ impl Fleet {
     }
 
     async fn wait_registered(&self) -> Result<()> {
-        self.wait_hosts("host and proxy to register", |hosts| {
-            hosts.iter().filter(|host| host.alive).count() == 2
-        })
-        .await
-    }
-
-    async fn wait_hosts(&self, what: &str, ready: impl Fn(&[v1::Host]) -> bool) -> Result<()> {
         let deadline = tokio::time::Instant::now() + PATIENCE;
         let mut control = self.control().await?;
         loop {
             let hosts = control.list_hosts(v1::ListHostsRequest {}).await?.into_inner().hosts;
-            if ready(&hosts) {
+            if hosts.iter().filter(|host| host.alive).count() == 2 {
                 return Ok(());
             }
             if tokio::time::Instant::now() > deadline {
-                bail!(
-                    "waited in vain for {what}; hosts: {hosts:?}\nhost's log:\n{}",
-                    self.host.log()
-                );
+                let log = self.host.log();
+                bail!("host and proxy do not register; hosts: {hosts:?}\nhost's log:\n{log}");
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -301,12 +292,13 @@ impl Fleet {
             .wait_until(PATIENCE, || std::os::unix::net::UnixStream::connect(&path).is_ok())
     }
 
-    /// Ends everything gracefully and counts what is left: processes, pins, TAPs, tunnel devices.
-    pub async fn shut_down(mut self) -> Result<Vec<String>> {
+    /// Ends everything gracefully and returns what is left: processes, pins, TAPs, tunnel devices,
+    /// mounts, the directory.
+    pub fn shut_down(mut self) -> Result<Vec<String>> {
         for daemon in [Daemon::Control, Daemon::Host, Daemon::Proxy] {
             self.process(daemon).stop(Duration::from_secs(5))?;
         }
-        self.end_microvms().await;
+        self.kill_microvms();
         let mut left = Vec::new();
         for daemon in [Daemon::Host, Daemon::Proxy] {
             let output = command(&self.topology, &self.run, daemon)?.arg("--uninstall").output()?;
@@ -322,19 +314,23 @@ impl Fleet {
         let run = self.run.path().to_string_lossy().into_owned();
         drop(self);
         left.extend(process::mentioning(&run).iter().map(|pid| format!("process {pid}")));
+        let mounts = std::fs::read_to_string("/proc/mounts")?;
+        left.extend(mounts.lines().filter(|line| line.contains(&run)).map(str::to_owned));
         if Path::new(&run).exists() {
             left.push(format!("directory {run}"));
         }
         Ok(left)
     }
 
-    async fn end_microvms(&self) {
+    /// Kills whatever runs on the host still, and waits until it is gone.
+    fn kill_microvms(&self) {
         for _ in 0..200 {
             if !kill_mentioning(self.run.path()) {
                 return;
             }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            std::thread::sleep(Duration::from_millis(10));
         }
+        tracing::error!("processes of {} cannot be killed", self.run.path().display());
     }
 }
 
@@ -343,13 +339,7 @@ impl Drop for Fleet {
         for daemon in [Daemon::Control, Daemon::Host, Daemon::Proxy] {
             self.process(daemon).kill().ok();
         }
-        for _ in 0..200 {
-            if !kill_mentioning(self.run.path()) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        tracing::error!("processes of {} cannot be killed", self.run.path().display());
+        self.kill_microvms();
     }
 }
 
