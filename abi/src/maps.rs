@@ -5,7 +5,7 @@
 
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
-use crate::wire::{Be16, Ipv4, Mac};
+use crate::wire::{Be16, Ip, Ipv4, Mac};
 
 /// Names of the maps.
 pub mod names {
@@ -125,7 +125,7 @@ pub struct OutKey {
     /// The attachment under which it began.
     pub generation: u32,
     /// Address of the peer.
-    pub peer: Ipv4,
+    pub peer: Ip,
     /// The guest's port, or its ICMP echo identifier.
     pub guest_port: Be16,
     /// The peer's port; 0 for ICMP.
@@ -136,18 +136,33 @@ pub struct OutKey {
 
 impl OutKey {
     /// The mapping of this flow's port, which all flows from there share (RFC 4787, REQ-1): an
-    /// entry of its own, under the peer 0.0.0.0, which no flow has.
+    /// entry of its own, under the peer `::`, which no flow has.
     #[inline]
     #[must_use]
     pub const fn mapping(self) -> Self {
-        Self { peer: Ipv4(0), peer_port: Be16(0), ..self }
+        Self { peer: Ip::UNSPECIFIED, peer_port: Be16(0), ..self }
     }
 
     /// Whether it is that of a mapping.
     #[inline]
     pub const fn is_mapping(&self) -> bool {
-        self.peer.0 == 0
+        self.peer.is_unspecified()
     }
+}
+
+/// How much went one way; a segmented packet (GSO) counts as what is made of it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// IP packets.
+    pub packets: u64,
+    /// Their bytes, IP headers included.
+    pub bytes: u64,
+}
+
+impl Traffic {
+    /// Nothing yet.
+    pub const NONE: Self = Self { packets: 0, bytes: 0 };
 }
 
 /// What is known of a flow.
@@ -162,6 +177,8 @@ pub struct Flow {
     pub port: Be16,
     /// Zero.
     pub reserved: u16,
+    /// What the guest sent; a mapping's is zero.
+    pub sent: Traffic,
 }
 
 /// A flow, as its peer sees it. Inserting it claims the port.
@@ -171,7 +188,7 @@ pub struct InKey {
     /// The VPC.
     pub vni: u32,
     /// Address of the peer.
-    pub peer: Ipv4,
+    pub peer: Ip,
     /// The peer's port; 0 for ICMP.
     pub peer_port: Be16,
     /// The port on the shared address, or the ICMP echo identifier.
@@ -194,6 +211,8 @@ pub struct InFlow {
     pub guest_port: Be16,
     /// Zero.
     pub reserved: u16,
+    /// What the guest received.
+    pub received: Traffic,
 }
 
 /// A VPC on a proxy.
@@ -265,7 +284,7 @@ impl Sweep {
         keys: [OutKey {
             ifindex: 0,
             generation: 0,
-            peer: Ipv4(0),
+            peer: Ip::UNSPECIFIED,
             guest_port: Be16(0),
             peer_port: Be16(0),
             protocol: 0,
@@ -311,11 +330,12 @@ without_padding!(
     Underlay = 12,
     Slot = 32,
     HostVpc = 16,
-    OutKey = 20,
-    Flow = 16,
-    InKey = 16,
-    InFlow = 16,
+    OutKey = 32,
+    Traffic = 16,
+    Flow = 32,
+    InKey = 28,
+    InFlow = 32,
     ProxyVpc = 36,
     BlockKey = 12,
-    Sweep = 366
+    Sweep = 558
 );

@@ -3,7 +3,7 @@
 //! Headers are 2-byte aligned, since an Ethernet header of 14 bytes precedes them; they are read
 //! and written in place.
 
-use core::net::Ipv4Addr;
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// An IPv4 address, its octets in memory as on the wire.
 #[repr(transparent)]
@@ -39,6 +39,74 @@ impl From<Ipv4Addr> for Ipv4 {
 impl From<Ipv4> for Ipv4Addr {
     fn from(address: Ipv4) -> Self {
         address.0.to_ne_bytes().into()
+    }
+}
+
+/// An IP address of either family, IPv4 as an IPv4-mapped IPv6 address (RFC 4291, section
+/// 2.5.5.2), its octets in memory as on the wire: one kind of key for both.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ip(pub [u32; 4]);
+
+impl Ip {
+    /// `::`, which no flow has.
+    pub const UNSPECIFIED: Self = Self([0; 4]);
+    /// What precedes an IPv4 address: `::ffff:0:0/96`.
+    const MAPPED: [u32; 3] = [0, 0, 0xffffu32.to_be()];
+
+    /// An IPv4 address.
+    #[inline(always)]
+    pub const fn v4(address: Ipv4) -> Self {
+        let [a, b, c] = Self::MAPPED;
+        Self([a, b, c, address.0])
+    }
+
+    /// The IPv4 address, if it is one.
+    #[inline(always)]
+    pub const fn to_v4(self) -> Option<Ipv4> {
+        let [a, b, c, d] = self.0;
+        if a == 0 && b == 0 && c == Self::MAPPED[2] { Some(Ipv4(d)) } else { None }
+    }
+
+    /// Whether it is `::`.
+    #[inline(always)]
+    pub const fn is_unspecified(&self) -> bool {
+        let [a, b, c, d] = self.0;
+        a | b | c | d == 0
+    }
+}
+
+impl From<Ipv6Addr> for Ip {
+    fn from(address: Ipv6Addr) -> Self {
+        let octets = address.octets();
+        let (words, _) = octets.as_chunks::<4>();
+        Self(core::array::from_fn(|index| u32::from_ne_bytes(words[index])))
+    }
+}
+
+impl From<Ipv4Addr> for Ip {
+    fn from(address: Ipv4Addr) -> Self {
+        Self::v4(address.into())
+    }
+}
+
+impl From<IpAddr> for Ip {
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(address) => address.into(),
+            IpAddr::V6(address) => address.into(),
+        }
+    }
+}
+
+impl From<Ip> for IpAddr {
+    /// An IPv4-mapped address becomes an IPv4 address.
+    fn from(address: Ip) -> Self {
+        let mut octets = [0; 16];
+        for (to, word) in octets.as_chunks_mut::<4>().0.iter_mut().zip(address.0) {
+            *to = word.to_ne_bytes();
+        }
+        Ipv6Addr::from(octets).to_canonical()
     }
 }
 

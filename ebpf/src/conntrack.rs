@@ -18,9 +18,9 @@ use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns}
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, tcp, tick};
 use warren_abi::icmp::Subject;
-use warren_abi::maps::{Attachment, Flow, HostVpc, InFlow, InKey, OutKey, Slot};
+use warren_abi::maps::{Attachment, Flow, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::{MAX_PROBES, probe_port};
-use warren_abi::wire::{Be16, Ipv4, UDP};
+use warren_abi::wire::{Be16, Ip, UDP};
 
 use crate::maps::{CT_IN, CT_OUT, slot};
 use crate::parse::Packet;
@@ -44,13 +44,13 @@ pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop
     let key = OutKey {
         ifindex: slot.ifindex,
         generation: slot.attachment.generation(),
-        peer: packet.destination,
+        peer: Ip::v4(packet.destination),
         guest_port: packet.local_port,
         peer_port: packet.peer_port,
         protocol: packet.protocol as u32,
     };
     let now = now();
-    if let Some(port) = refresh(&key, Direction::Out, packet.flags, now)? {
+    if let Some(port) = resume(&key, packet, now)? {
         return Ok(port);
     }
     if !FlowState::can_begin(packet.protocol, packet.flags) {
@@ -59,30 +59,53 @@ pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop
     let vni = slot.attachment.vni();
     if packet.protocol == UDP {
         let port = mapped(&key.mapping(), vni, vpc, now)?;
-        if let Attempt::Begun = attempt(&key, vni, port, now)? {
+        if let Attempt::Begun = attempt(&key, vni, port, packet.traffic, now)? {
             return Ok(port);
         }
-    } else if let Some(port) = begin(&key, vni, vpc, now)? {
+    } else if let Some(port) = begin(&key, vni, vpc, packet.traffic, now)? {
         return Ok(port);
     }
-    refresh(&key, Direction::Out, packet.flags, now)?.ok_or(Drop::Internal)
+    resume(&key, packet, now)?.ok_or(Drop::Internal)
+}
+
+/// The port of the guest's flow that the packet keeps alive; none if there is no such flow.
+#[inline(always)]
+fn resume(key: &OutKey, packet: &Packet, now: u32) -> Result<Option<Be16>, Drop> {
+    let Some(flow) = refresh(key, Direction::Out, packet.flags, now)? else {
+        return Ok(None);
+    };
+    // SAFETY: it is a map value. One that is recycled meanwhile counts a packet too many.
+    unsafe {
+        add(&raw mut (*flow).sent, packet.traffic);
+        Ok(Some((&raw const (*flow).port).read_volatile()))
+    }
 }
 
 /// The port of a mapping, which a new flow begins or keeps alive.
 #[inline(always)]
 fn mapped(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Be16, Drop> {
+    let port = |Entered { flow, .. }: Entered| {
+        // SAFETY: it is a map value.
+        unsafe { (&raw const (*flow).port).read_volatile() }
+    };
     if let Some(found) = enter(key, Direction::Out, 0, now)? {
-        return Ok(found.port);
+        return Ok(port(found));
     }
-    if let Some(port) = begin(key, vni, vpc, now)? {
+    if let Some(port) = begin(key, vni, vpc, Traffic::NONE, now)? {
         return Ok(port);
     }
-    enter(key, Direction::Out, 0, now)?.map(|found| found.port).ok_or(Drop::Internal)
+    enter(key, Direction::Out, 0, now)?.map(port).ok_or(Drop::Internal)
 }
 
 /// Begins a flow or a mapping on a port of the host's; none if another CPU did so meanwhile.
 #[inline(always)]
-fn begin(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Option<Be16>, Drop> {
+fn begin(
+    key: &OutKey,
+    vni: u32,
+    vpc: &HostVpc,
+    sent: Traffic,
+    now: u32,
+) -> Result<Option<Be16>, Drop> {
     let count = NonZeroU32::new(vpc.port_count).ok_or(Drop::PortsExhausted)?;
     // SAFETY: the helper has no preconditions.
     let random = unsafe { bpf_get_prandom_u32() };
@@ -90,7 +113,7 @@ fn begin(key: &OutKey, vni: u32, vpc: &HostVpc, now: u32) -> Result<Option<Be16>
     while probe < MAX_PROBES {
         let port = Be16::new(probe_port(vpc.port_base, count, random, probe));
         probe += 1;
-        match attempt(key, vni, port, now)? {
+        match attempt(key, vni, port, sent, now)? {
             Attempt::Begun => return Ok(Some(port)),
             Attempt::Lost => return Ok(None),
             Attempt::Taken => {}
@@ -111,9 +134,10 @@ enum Attempt {
 
 /// Begins a flow or a mapping on this port, if it can be had.
 #[inline(always)]
-fn attempt(key: &OutKey, vni: u32, port: Be16, now: u32) -> Result<Attempt, Drop> {
+fn attempt(key: &OutKey, vni: u32, port: Be16, sent: Traffic, now: u32) -> Result<Attempt, Drop> {
     let OutKey { ifindex, generation, peer, guest_port, peer_port, protocol } = *key;
-    let back = InFlow { ifindex, generation, refreshed: now, guest_port, reserved: 0 };
+    let received = Traffic::NONE;
+    let back = InFlow { ifindex, generation, refreshed: now, guest_port, reserved: 0, received };
     let claim = InKey { vni, peer, peer_port, port, protocol };
     match CT_IN.insert(&claim, &back, BPF_NOEXIST as u64) {
         Ok(()) => {}
@@ -121,7 +145,7 @@ fn attempt(key: &OutKey, vni: u32, port: Be16, now: u32) -> Result<Attempt, Drop
         Err(_) => return Err(Drop::FlowsExhausted),
     }
     let state = FlowState::begin(protocol as u8, now);
-    let flow = Flow { state, vni, port, reserved: 0 };
+    let flow = Flow { state, vni, port, reserved: 0, sent };
     match CT_OUT.insert(key, &flow, BPF_NOEXIST as u64) {
         Ok(()) => Ok(Attempt::Begun),
         Err(error) => {
@@ -144,7 +168,7 @@ pub struct Receiver {
 pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
     let key = InKey {
         vni,
-        peer: packet.source,
+        peer: Ip::v4(packet.source),
         peer_port: packet.peer_port,
         port: packet.local_port,
         protocol: packet.protocol as u32,
@@ -157,7 +181,7 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
         let key = OutKey {
             ifindex: flow.ifindex,
             generation: flow.generation,
-            peer: packet.source,
+            peer: Ip::v4(packet.source),
             guest_port: flow.guest_port,
             peer_port: packet.peer_port,
             protocol: packet.protocol as u32,
@@ -170,14 +194,16 @@ pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
         // SAFETY: as above; at worst, another flow is refreshed a tick late.
         unsafe { (*entry).refreshed = now };
     }
+    // SAFETY: it is a map value. One that is recycled meanwhile counts a packet too many.
+    unsafe { add(&raw mut (*entry).received, packet.traffic) };
     Ok(Receiver { slot, port: flow.guest_port })
 }
 
 /// The entry of a flow that its peer names, and its slot; `missing` if there is none.
 #[inline(always)]
 fn find(key: &InKey, missing: Drop) -> Result<(*mut InFlow, InFlow, Slot), (u32, Drop)> {
-    // What comes from no address is no answer to anybody; a mapping's entry is there.
-    if key.peer == Ipv4(0) {
+    // What comes from no address is no answer to anybody: a mapping's entry is there.
+    if key.peer.is_unspecified() {
         return Err((0, missing));
     }
     let entry = CT_IN.get_ptr_mut(key).ok_or((0, missing))?;
@@ -198,7 +224,7 @@ pub fn error_outward(slot: &Slot, subject: &Subject) -> Result<Be16, Drop> {
     let key = OutKey {
         ifindex: slot.ifindex,
         generation: slot.attachment.generation(),
-        peer: subject.peer,
+        peer: Ip::v4(subject.peer),
         guest_port: subject.local_port,
         peer_port: subject.peer_port,
         protocol: subject.protocol as u32,
@@ -213,7 +239,7 @@ pub fn error_outward(slot: &Slot, subject: &Subject) -> Result<Be16, Drop> {
 pub fn error_inward(vni: u32, subject: &Subject) -> Result<Receiver, (u32, Drop)> {
     let key = InKey {
         vni,
-        peer: subject.peer,
+        peer: Ip::v4(subject.peer),
         peer_port: subject.peer_port,
         port: subject.local_port,
         protocol: subject.protocol as u32,
@@ -222,24 +248,29 @@ pub fn error_inward(vni: u32, subject: &Subject) -> Result<Receiver, (u32, Drop)
     Ok(Receiver { slot, port: flow.guest_port })
 }
 
-/// Enters a packet into its flow's state, and once a tick into its mapping's: the flow's port, or
-/// none if there is no such flow.
+/// Enters a packet into its flow's state, and once a tick into its mapping's: the flow, or none if
+/// it is not there.
 #[inline(always)]
-fn refresh(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Option<Be16>, Drop> {
+fn refresh(
+    key: &OutKey,
+    direction: Direction,
+    flags: u8,
+    now: u32,
+) -> Result<Option<*mut Flow>, Drop> {
     let found = enter(key, direction, flags, now)?;
-    Ok(found.map(|Entered { port, changed }| {
+    Ok(found.map(|Entered { flow, changed }| {
         if changed && key.protocol == UDP as u32 {
             // If it is gone, a sweep just took it for idle: the flow goes on alone.
             let _ = enter(&key.mapping(), direction, 0, now);
         }
-        port
+        flow
     }))
 }
 
 /// What was found of a flow or a mapping.
 struct Entered {
-    /// Its port.
-    port: Be16,
+    /// Its entry.
+    flow: *mut Flow,
     /// Whether its state changed.
     changed: bool,
 }
@@ -258,7 +289,6 @@ fn enter(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Opti
         // found was an old tick's. Only a flow of this very tick goes without, and such a one does
         // not expire.
         unsafe {
-            let port = (&raw const (*flow).port).read_volatile();
             let found = (&raw const (*flow).state).read_volatile();
             if found.is_ended() {
                 return Err(Drop::NoFlow);
@@ -266,7 +296,7 @@ fn enter(key: &OutKey, direction: Direction, flags: u8, now: u32) -> Result<Opti
             let next = found.after(direction, flags, now);
             let changed = next != found;
             if !changed || compare_exchange(&raw mut (*flow).state, found, next) {
-                return Ok(Some(Entered { port, changed }));
+                return Ok(Some(Entered { flow, changed }));
             }
         }
     }
@@ -291,4 +321,22 @@ pub unsafe fn compare_exchange(state: *mut FlowState, expected: FlowState, new: 
         );
     }
     found == expected.0
+}
+
+/// Adds to what a flow carried, which other CPUs may do as well.
+///
+/// # Safety
+/// `total` must point into a map value.
+#[inline(always)]
+unsafe fn add(total: *mut Traffic, Traffic { packets, bytes }: Traffic) {
+    // SAFETY: two atomic instructions on the map value; `core` has none on this target.
+    unsafe {
+        asm!(
+            "lock *(u64 *)({total} + 0) += {packets}",
+            "lock *(u64 *)({total} + 8) += {bytes}",
+            total = in(reg) total,
+            packets = in(reg) packets,
+            bytes = in(reg) bytes,
+        );
+    }
 }

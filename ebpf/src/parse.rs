@@ -4,6 +4,7 @@ use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::icmp;
+use warren_abi::maps::Traffic;
 use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, IpHeader, Ipv4, TCP, UDP};
 
 /// Where the IP header begins.
@@ -79,6 +80,8 @@ pub struct Packet {
     pub is_error: bool,
     /// Length of IP and transport headers.
     pub header_length: u32,
+    /// What it adds to its flow's traffic.
+    pub traffic: Traffic,
 }
 
 /// Reads the IPv4 packet behind an Ethernet header. ICMP is accepted as an echo request outwards
@@ -123,6 +126,7 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
         unchecked: false,
         is_error: false,
         header_length: size_of::<IpHeader>() as u32 + 8,
+        traffic: Traffic::NONE,
     };
     let total_length = ip.total_length.get() as u32;
     match packet.protocol {
@@ -158,5 +162,16 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
     if total_length < packet.header_length || total_length + IP as u32 > ctx.len() {
         return Err(Drop::Truncated);
     }
+    packet.traffic = traffic(ctx, total_length, packet.header_length);
     Ok(packet)
+}
+
+/// What a packet of this length amounts to on the wire, where each segment has all headers.
+#[inline(always)]
+fn traffic(ctx: &TcContext, length: u32, headers: u32) -> Traffic {
+    // SAFETY: the context is the kernel's for as long as the program runs. Its count of segments
+    // is not looked at: it is 0 for what came through a TAP.
+    let segment = unsafe { (*ctx.skb.skb).gso_size };
+    let packets = if segment == 0 { 1 } else { (length - headers).div_ceil(segment).max(1) };
+    Traffic { packets: packets as u64, bytes: (length + (packets - 1) * headers) as u64 }
 }
