@@ -1,6 +1,7 @@
 //! `warren-bench`: the benchmarks behind `cargo xtask bench`.
 
 mod attach;
+mod datapath;
 mod packet;
 mod start;
 
@@ -32,6 +33,8 @@ enum Bench {
     Start,
     /// Each program's nanoseconds per packet, over 1 to 1,000,000 live flows
     Packet,
+    /// Throughput and latency through Warren, routing, SNAT by nftables, and the kernel's VXLAN
+    Datapath,
 }
 
 /// Samples of figures that one start or one attachment yields.
@@ -50,6 +53,10 @@ fn main() -> Result<()> {
         Bench::Packet => {
             let (figures, table) = packet::run(rounds(packet::ROUNDS))?;
             (figures, format!("Nanoseconds per packet:\n\n{table}"))
+        }
+        Bench::Datapath => {
+            let (figures, table) = datapath::run(rounds(datapath::ROUNDS))?;
+            (figures, format!("Medians, and of Warren's ratios to the others:\n\n{table}"))
         }
     };
     println!("{table}");
