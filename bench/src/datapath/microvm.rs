@@ -123,14 +123,14 @@ impl Guest {
         let to = at(ECHO_PORT);
         let echo = Operation::UdpEcho { to, count: REQUESTS, length: SMALL, interval_us: 0 };
         let reply = self.call(echo).await?;
-        let Ok(Outcome::Udp { received, .. }) = reply.outcome else { bail!(unexpected(reply)) };
+        let Ok(Outcome::Udp { received, .. }) = reply.outcome else { bail!(unexpected(&reply)) };
         let took_ns = reply.timings.end_ns - reply.timings.start_ns;
         let per_s = f64::from(received) / took_ns as f64 * 1e9;
         let mut connects = Vec::new();
         for _ in 0..CONNECTIONS {
             let reply = self.call(Operation::TcpConnect { to: at(SINK_PORT) }).await?;
             let (Ok(Outcome::Done), timings) = (&reply.outcome, reply.timings) else {
-                bail!(unexpected(reply))
+                bail!(unexpected(&reply))
             };
             connects.push((timings.connected_ns - timings.start_ns) as f64 / 1000.0);
         }
@@ -142,7 +142,7 @@ impl Guest {
     async fn bulk(&self, operation: Operation) -> Result<f64> {
         let reply = self.call(operation).await?;
         let Ok(Outcome::Bulk { bytes: BULK, corrupt_at: None }) = reply.outcome else {
-            bail!(unexpected(reply))
+            bail!(unexpected(&reply))
         };
         let took_ns = reply.timings.end_ns - reply.timings.connected_ns;
         Ok(BULK as f64 * 8.0 / took_ns as f64)
@@ -160,6 +160,6 @@ fn at(port: u16) -> Endpoint {
     Endpoint { address: SERVER.octets(), port }
 }
 
-fn unexpected(reply: Reply) -> String {
+fn unexpected(reply: &Reply) -> String {
     format!("the microVM's probe says: {:?}", reply.outcome)
 }

@@ -202,7 +202,7 @@ fn forwarding(kind: Kind, topology: &Topology) -> Result<[File; 2]> {
         let name = format!("tap{slot}");
         let tap = tap::make(host, &name)?;
         host.ip(&format!("link set {name} mtu {MTU} up"))?;
-        host.ip(&format!("addr add {}/32 dev {name}", Ipv4Addr::from(GATEWAY)))?;
+        host.ip(&format!("addr add {GATEWAY}/32 dev {name}"))?;
         host.ip(&format!("route add {} dev {name}", guest_address(slot)?))?;
         taps.push(tap);
     }
@@ -244,19 +244,18 @@ fn forwarding(kind: Kind, topology: &Topology) -> Result<[File; 2]> {
 fn configure(guest: &Namespace) -> Result<()> {
     let (address, mac) = (guest_address(PUMPED)?, guest_mac(PUMPED));
     let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-    let gateway = Ipv4Addr::from(GATEWAY);
     guest.sysctl("ipv6/conf/eth0/disable_ipv6", "1").ok();
     guest.ip(&format!("link set eth0 address {mac} mtu {MTU} up"))?;
     guest.ip(&format!("addr add {address}/32 dev eth0"))?;
-    guest.ip(&format!("route add {gateway} dev eth0"))?;
-    guest.ip(&format!("route add default via {gateway}"))?;
+    guest.ip(&format!("route add {GATEWAY} dev eth0"))?;
+    guest.ip(&format!("route add default via {GATEWAY}"))?;
     // Connections that closed hold their ports for a minute.
     guest.sysctl("ipv4/ip_local_port_range", "1024 65535")
 }
 
 /// Address of the guest in a slot.
 pub fn guest_address(slot: u32) -> Result<Ipv4Addr> {
-    Ok(slot_address(slot).context("no such slot")?.into())
+    slot_address(slot).context("no such slot")
 }
 
 /// MAC address of the guest in a slot.
