@@ -44,9 +44,9 @@ impl Batch {
         count(unsafe { libc::sendmmsg(socket, self.headers.as_mut_ptr(), COUNT as u32, 0) })
     }
 
-    /// Waits for one as long as the socket does, and takes those that are there with it: how many.
+    /// Takes those that are there: how many; `WouldBlock` if there is none.
     pub fn receive(&mut self, socket: RawFd) -> io::Result<usize> {
-        let (flags, timeout) = (libc::MSG_WAITFORONE, ptr::null_mut());
+        let (flags, timeout) = (libc::MSG_DONTWAIT, ptr::null_mut());
         // SAFETY: the headers and what they point to are this value's, and nobody reads them.
         count(unsafe {
             libc::recvmmsg(socket, self.headers.as_mut_ptr(), COUNT as u32, flags, timeout)
