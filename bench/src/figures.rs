@@ -22,6 +22,15 @@ pub enum Figure {
         /// Number of samples.
         n: usize,
     },
+    /// Numbers under names of their own.
+    Values(BTreeMap<String, f64>),
+}
+
+/// The median of samples in any order, by the nearest-rank method; `None` without samples.
+pub fn median(samples: &[f64]) -> Option<f64> {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    percentile(&sorted, 50.0)
 }
 
 /// The percentile of sorted samples by the nearest-rank method; `None` without samples.
@@ -61,12 +70,22 @@ impl Figures {
         self.by_key.insert(key.to_owned(), figure);
     }
 
+    /// Adds numbers under names of their own.
+    pub fn values<K: Into<String>>(
+        &mut self,
+        key: &str,
+        values: impl IntoIterator<Item = (K, f64)>,
+    ) {
+        let values = values.into_iter().map(|(name, value)| (name.into(), value)).collect();
+        self.by_key.insert(key.to_owned(), Figure::Values(values));
+    }
+
     /// A figure by its key.
     pub fn get(&self, key: &str) -> Option<&Figure> {
         self.by_key.get(key)
     }
 
-    /// A table of all figures.
+    /// A table of all counts and distributions.
     pub fn table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
@@ -74,19 +93,20 @@ impl Figures {
         for (key, figure) in &self.by_key {
             match figure {
                 Figure::Count(count) => {
-                    table.add_row([key.clone(), count.to_string(), String::new(), String::new()])
+                    table.add_row([key.clone(), count.to_string(), String::new(), String::new()]);
                 }
-                Figure::Distribution { p50, p99, n } => table.add_row([
-                    key.clone(),
-                    format!("{p50:.0}"),
-                    format!("{p99:.0}"),
-                    n.to_string(),
-                ]),
-            };
+                Figure::Distribution { p50, p99, n } => {
+                    table.add_row([
+                        key.clone(),
+                        format!("{p50:.0}"),
+                        format!("{p99:.0}"),
+                        n.to_string(),
+                    ]);
+                }
+                Figure::Values(_) => {}
+            }
         }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
+        align(&mut table);
         table
     }
 
@@ -94,6 +114,25 @@ impl Figures {
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self)? + "\n";
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// A table of numbers: a name before each row.
+pub fn grid<'a>(header: &[&str], rows: impl IntoIterator<Item = (&'a str, Vec<String>)>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header([""].iter().chain(header));
+    for (name, cells) in rows {
+        table.add_row([name.to_owned()].into_iter().chain(cells));
+    }
+    align(&mut table);
+    table
+}
+
+/// Numbers to the right.
+fn align(table: &mut Table) {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
     }
 }
 

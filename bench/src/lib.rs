@@ -1,4 +1,5 @@
-//! What the demo and the benchmarks share: figures and how they are shown.
+//! What the demo and the benchmarks share: figures and how they are shown, and Ctrl-C.
 #![deny(missing_docs)]
 
 pub mod figures;
+pub mod interrupt;

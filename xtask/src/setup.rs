@@ -24,6 +24,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("redis-server", "a real server in a tenant's VPC"),
     ("redis-tools", "its client"),
     ("nginx-light", "a real server in a tenant's VPC"),
+    ("iperf3", "TCP streams of the data path's benchmark"),
+    ("nftables", "SNAT that the data path's benchmark compares with"),
 ];
 
 /// Installs what is missing. Where it may not, it lists the commands and fails.
@@ -61,7 +63,7 @@ fn missing() -> Result<Vec<String>> {
             ));
         }
     } else {
-        for program in ["cc", "ip", "redis-server", "redis-cli", "nginx"] {
+        for program in ["cc", "ip", "redis-server", "redis-cli", "nginx", "iperf3", "nft"] {
             if !on_path(program) {
                 bail!("`{program}` is missing: install it with your package manager");
             }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use nix::cmsg_space;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind,
-    recvmsg, send, setsockopt, socket, sockopt,
+    recv, recvmsg, send, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeSpec;
 
@@ -63,6 +63,35 @@ impl Capture {
             Ok(socket)
         })?;
         Ok(Self { socket })
+    }
+
+    /// Takes incoming frames only from now on.
+    pub fn ignore_outgoing(&self) -> Result<()> {
+        // Linux's <linux/if_packet.h>; the libc crate has it not for every target.
+        const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
+        let on: libc::c_int = 1;
+        // SAFETY: the pointer and the length are those of a whole c_int.
+        let result = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                PACKET_IGNORE_OUTGOING,
+                (&raw const on).cast(),
+                size_of::<libc::c_int>() as u32,
+            )
+        };
+        nix::errno::Errno::result(result)?;
+        Ok(())
+    }
+
+    /// A frame that is there already, cut at the end of `buffer`: its length. Cheaper than
+    /// [`Capture::next`], without a time stamp.
+    pub fn try_next(&self, buffer: &mut [u8]) -> Result<Option<usize>> {
+        match recv(self.socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(length) => Ok(Some(length)),
+            Err(nix::errno::Errno::EAGAIN) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Puts a frame on the wire.

@@ -86,6 +86,23 @@ pub fn built(name: &str) -> Result<PathBuf> {
     found.with_context(|| format!("{name} is not built: run `cargo xtask build` first"))
 }
 
+/// Boots a guest, one of [`GUEST`] and [`HOSTILE`], and saves it as a template.
+pub fn template(run: &RunDir, guest: &str) -> Result<PathBuf> {
+    let template = run.path().join("guest.template");
+    let made = Command::new(built("warren-vmm")?)
+        .args(["template", "--guest"])
+        .arg(built(guest)?)
+        .arg("--output")
+        .arg(&template)
+        .output()?;
+    ensure!(
+        made.status.success(),
+        "cannot make the template: {}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+    Ok(template)
+}
+
 /// Why microVMs cannot run here, if they cannot.
 pub fn kvm_missing() -> Option<String> {
     warren_vmm::template::open_kvm().err().map(|error| error.to_string())
@@ -109,18 +126,7 @@ impl Fleet {
     pub async fn start(options: FleetOptions) -> Result<Self> {
         let topology = Topology::new()?;
         let run = RunDir::new()?;
-        let template = run.path().join("guest.template");
-        let made = Command::new(built("warren-vmm")?)
-            .args(["template", "--guest"])
-            .arg(built(options.guest)?)
-            .arg("--output")
-            .arg(&template)
-            .output()?;
-        ensure!(
-            made.status.success(),
-            "cannot make the template: {}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+        let template = template(&run, options.guest)?;
         for daemon in [Daemon::Host, Daemon::Proxy] {
             write_config(&run, daemon, options, &template)?;
         }

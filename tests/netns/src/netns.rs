@@ -99,6 +99,25 @@ impl Namespace {
         Ok(())
     }
 
+    /// Writes a switch of the namespace's network, such as `ipv4/ip_forward`.
+    pub fn sysctl(&self, path: &str, value: &str) -> Result<()> {
+        let path = format!("/proc/sys/net/{path}");
+        self.run(|| std::fs::write(&path, value)).with_context(|| format!("cannot write {path}"))
+    }
+
+    /// Loads a ruleset by `nft`.
+    pub fn nft(&self, ruleset: &str) -> Result<()> {
+        let output = self
+            .command("nft")
+            .arg(ruleset)
+            .output()
+            .context("cannot run `nft` (package nftables)")?;
+        if !output.status.success() {
+            bail!("`nft` in {}: {}", self.name, String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
+    }
+
     /// Runs `ip -o` with these words and returns its lines.
     pub fn ip_lines(&self, words: &str) -> Result<Vec<String>> {
         let output = self.command("ip").arg("-o").args(words.split_whitespace()).output()?;

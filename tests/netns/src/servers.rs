@@ -62,6 +62,19 @@ pub fn nginx(namespace: &Namespace, dir: &Path, page: &str) -> Result<Process> {
     Ok(process)
 }
 
+/// Starts `iperf3 -s` on all addresses of the namespace, port 5201.
+pub fn iperf3(namespace: &Namespace, dir: &Path) -> Result<Process> {
+    let name = format!("iperf3-{}", namespace.name());
+    let mut command = namespace.command("iperf3");
+    command.args(["--server", "--forceflush"]);
+    let log = dir.join(format!("{name}.log"));
+    let mut process = Process::start(&name, command, &log)?;
+    // A connection would be a test to it.
+    let is_ready = || std::fs::read_to_string(&log).is_ok_and(|log| log.contains("listening"));
+    process.wait_until(PATIENCE, is_ready)?;
+    Ok(process)
+}
+
 /// Runs `redis-cli` in the namespace against its own server and returns what it prints.
 pub fn redis_cli(namespace: &Namespace, words: &[&str]) -> Result<String> {
     let output = namespace
@@ -81,7 +94,9 @@ pub struct Server {
 }
 
 impl Server {
-    fn start(
+    /// Starts a thread in the namespace: it serves until the flag is set, looking at it at least
+    /// every [`TICK`], and counts.
+    pub fn start(
         namespace: &Namespace,
         serve: impl FnOnce(&AtomicBool, &AtomicU64) + Send + 'static,
     ) -> Self {
@@ -106,7 +121,8 @@ impl Drop for Server {
     }
 }
 
-const TICK: Duration = Duration::from_millis(50);
+/// How long a server may wait for something before it looks whether it is to end.
+pub const TICK: Duration = Duration::from_millis(50);
 
 /// A UDP socket of the namespace, with a read time-out of 50 ms.
 pub fn udp(namespace: &Namespace, port: u16) -> Result<UdpSocket> {

@@ -57,6 +57,8 @@ impl Topology {
     pub fn new() -> Result<Self> {
         let fabric = Namespace::new("fabric")?;
         fabric.ip("link add br0 type bridge stp_state 0 forward_delay 0")?;
+        // A wire filters nothing. Without the module br_netfilter there is no such switch.
+        fabric.sysctl("bridge/bridge-nf-call-iptables", "0").ok();
         fabric.ip("link set br0 up")?;
         let mut machines = Vec::new();
         for (name, address) in
