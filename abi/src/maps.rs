@@ -36,6 +36,10 @@ pub mod programs {
     pub const TUNNEL_HOST: &str = "tunnel_host";
     /// tcx ingress on a proxy's VXLAN device.
     pub const TUNNEL_PROXY: &str = "tunnel_proxy";
+    /// tcx ingress on a host's underlay interface.
+    pub const UNDERLAY_HOST: &str = "underlay_host";
+    /// tcx ingress on a proxy's underlay interface.
+    pub const UNDERLAY_PROXY: &str = "underlay_proxy";
     /// tcx ingress on a proxy's interface in a VPC.
     pub const VPC: &str = "vpc";
     /// Removes flows that ended; run by the daemon on a [`Sweep`](super::Sweep).

@@ -26,6 +26,15 @@ pub fn probe_port(base: u32, count: NonZeroU32, random: u32, probe: u32) -> u16 
     (base + offset) as u16
 }
 
+/// How many source ports the tunnel has.
+pub const TUNNEL_PORTS: u32 = 1 << 14;
+
+/// Numbers the tunnel's source ports, from 0 to [`TUNNEL_PORTS`] less 1.
+#[inline]
+pub const fn tunnel_port_index(port: u16) -> u32 {
+    port as u32 % TUNNEL_PORTS
+}
+
 /// The UDP source port of a flow's outer header, 49152 to 65535 (RFC 7348, section 5): the same
 /// for all of its packets, so that the underlay keeps them in order.
 #[inline]

@@ -317,10 +317,13 @@ pub struct Vxlan {
 }
 
 impl Vxlan {
+    /// The I flag and no other.
+    pub const FLAGS: u32 = 0x0800_0000u32.to_be();
+
     /// The header for a VNI below 2^24.
     #[inline]
     pub const fn new(vni: u32) -> Self {
-        Self { flags: 0x0800_0000u32.to_be(), vni: (vni << 8).to_be() }
+        Self { flags: Self::FLAGS, vni: (vni << 8).to_be() }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::maps::underlay;
 use crate::parse::{IP, Packet, at};
 
 /// The lower two bits of DSCP and ECN (RFC 3168).
-const ECN: u8 = 0b11;
+pub const ECN: u8 = 0b11;
 
 /// Whether the packet, or each segment that is made of it, fits into the tunnel.
 #[inline(always)]

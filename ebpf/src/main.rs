@@ -1,7 +1,7 @@
 //! The data path: one tc program per hook, attached by tcx.
 //!
 //! Host: [`tap`] is what guests send, [`tunnel`] what returns to them. Proxy: [`tunnel`] is what
-//! hosts send into a VPC, [`vpc`] what returns. [`sweep`] collects flows that ended.
+//! hosts send into a VPC, [`vpc`] what returns. [`underlay`] is the tunnel's short cut on both. [`sweep`] collects flows that ended.
 //!
 //! Nothing that a program does not understand passes: the kernel's own stack is out of reach from
 //! guests, tunnels and VPCs.
@@ -31,6 +31,7 @@ mod parse;
 mod sweep;
 mod tap;
 mod tunnel;
+mod underlay;
 mod vpc;
 
 /// The kernel offers most helpers to programs under a licence compatible with the GPL only.

@@ -1,7 +1,8 @@
 //! What comes out of the tunnel: tcx ingress on the VXLAN device, which decapsulated it.
 //!
-//! The kernel decapsulates, not the program: only it can undo the tunnel's segmentation state,
-//! without which a TAP takes large packets apart in software, seven times slower.
+//! Here the kernel decapsulated: only it can undo the tunnel's segmentation state, without which a
+//! TAP takes large packets apart in software, seven times slower. What is not segmented rarely
+//! comes this way: see [`underlay`](crate::underlay).
 
 use core::mem::MaybeUninit;
 
@@ -26,16 +27,25 @@ const AF_INET: u32 = 2;
 /// On a host: translates back, and hands to the guest's TAP.
 #[classifier]
 pub fn tunnel_host(ctx: TcContext) -> i32 {
-    match to_guest(&ctx) {
-        Ok(action) => drops::verdict(&ctx, 0, Ok(action)),
-        Err((scope, reason)) => drops::verdict(&ctx, scope, Err(reason)),
+    match tunnel(&ctx) {
+        Ok((vni, remote)) => host(&ctx, vni, remote),
+        Err(reason) => drops::verdict(&ctx, 0, Err(reason)),
+    }
+}
+
+/// Deals with a packet from the tunnel of `vni` and the tunnel's end `remote`, without its outer
+/// headers.
+#[inline(always)]
+pub fn host(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
+    match to_guest(ctx, vni, remote) {
+        Ok(action) => drops::verdict(ctx, 0, Ok(action)),
+        Err((scope, reason)) => drops::verdict(ctx, scope, Err(reason)),
     }
 }
 
 #[inline(always)]
-fn to_guest(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
+fn to_guest(ctx: &TcContext, vni: u32, remote: Ipv4) -> Result<i32, (u32, Drop)> {
     let nobody = |reason| (0, reason);
-    let (vni, remote) = tunnel(ctx).map_err(nobody)?;
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or((0, Drop::UnknownVpc))?;
     if remote != vpc.proxy_address {
@@ -73,14 +83,19 @@ fn to_guest(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
 /// On a proxy: sends into the VPC what a host may send there.
 #[classifier]
 pub fn tunnel_proxy(ctx: TcContext) -> i32 {
-    let (vni, remote) = match tunnel(&ctx) {
-        Ok(tunnel) => tunnel,
-        Err(reason) => return drops::verdict(&ctx, 0, Err(reason)),
-    };
+    match tunnel(&ctx) {
+        Ok((vni, remote)) => proxy(&ctx, vni, remote),
+        Err(reason) => drops::verdict(&ctx, 0, Err(reason)),
+    }
+}
+
+/// As [`host`].
+#[inline(always)]
+pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     match unsafe { PROXY_VPCS.get(vni) }.copied() {
-        Some(vpc) => drops::verdict(&ctx, vpc.scope, to_vpc(&ctx, &vpc, remote)),
-        None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
+        Some(vpc) => drops::verdict(ctx, vpc.scope, to_vpc(ctx, &vpc, remote)),
+        None => drops::verdict(ctx, 0, Err(Drop::UnknownVpc)),
     }
 }
 

@@ -82,7 +82,7 @@ impl HostDatapath {
                 MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1).at_least(slots + 1),
             ],
-            &[programs::TAP, programs::TUNNEL_HOST, programs::SWEEP],
+            &[programs::TAP, programs::TUNNEL_HOST, programs::UNDERLAY_HOST, programs::SWEEP],
         )?;
         let mut state = State {
             slots: programs.map(names::SLOTS)?,
@@ -95,6 +95,8 @@ impl HostDatapath {
         let _expedited = ExpeditedRcu::new();
         underlay::open_device(&mut netlink, &mut programs, programs::TUNNEL_HOST, &device, mtu)?;
         let slots = open_slots(options, &mut netlink, &mut programs, &mut state, mtu)?;
+        let interface = &options.underlay_interface;
+        programs.attach(programs::UNDERLAY_HOST, underlay::SHORT_CUT, interface)?;
         let (state, programs) = (Mutex::new(state), Mutex::new(programs));
         Ok(Self { slots, mtu, state, counters, flows, programs })
     }

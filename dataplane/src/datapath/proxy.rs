@@ -71,7 +71,7 @@ impl ProxyDatapath {
                 MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1),
             ],
-            &[programs::TUNNEL_PROXY, programs::VPC],
+            &[programs::TUNNEL_PROXY, programs::UNDERLAY_PROXY, programs::VPC],
         )?;
         let _expedited = ExpeditedRcu::new();
         underlay::open_device(
@@ -81,6 +81,8 @@ impl ProxyDatapath {
             &device,
             underlay::inner_mtu(&underlay),
         )?;
+        let interface = &options.underlay_interface;
+        programs.attach(programs::UNDERLAY_PROXY, underlay::SHORT_CUT, interface)?;
         for link in programs.pins().link_names()? {
             if link.starts_with(LINK_PREFIX) {
                 // Where the interface is gone, the VPC waits to be applied again.

@@ -12,6 +12,8 @@ use super::{Error, sysctl};
 
 /// Name of the VXLAN device's pinned link.
 const LINK: &str = "tunnel";
+/// Name of the underlay interface's pinned link.
+pub(super) const SHORT_CUT: &str = "underlay";
 
 /// Smallest MTU of an underlay, in bytes: that of IPv4 (RFC 791) and the tunnel's headers.
 const MIN_MTU: u32 = 576 + VXLAN_OVERHEAD as u32;

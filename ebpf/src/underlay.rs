@@ -1,0 +1,115 @@
+//! What arrives on the underlay: tcx ingress on its interface, in front of the kernel's own stack.
+//!
+//! A packet of the tunnel that is not segmented (GSO) is decapsulated here and dealt with at once:
+//! twice as fast as by way of the VXLAN device, which all others take, as does whatever is unusual
+//! about the outer headers. What is not the tunnel's passes.
+//!
+//! Two ways must not mean that packets overtake each other: TCP takes large and small ones as lost
+//! and sends anew. While a flow's large packets may still be on the longer way, its small ones
+//! follow them.
+
+use aya_ebpf::bindings::{BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::Array;
+use aya_ebpf::programs::TcContext;
+use warren_abi::nat::{TUNNEL_PORTS, tunnel_port_index};
+use warren_abi::wire::{
+    Be16, ETHERTYPE_IPV4, Ethernet, IpHeader, Ipv4, TCP, Tunnel, UDP, VXLAN_PORT, Vxlan,
+};
+
+use crate::encap::ECN;
+use crate::maps::underlay;
+use crate::parse::{at, pull};
+use crate::tunnel;
+
+/// Left to the next program, or to the kernel.
+const TCX_NEXT: i32 = -1;
+
+/// Addressed to this machine (`linux/if_packet.h`).
+const PACKET_HOST: u32 = 0;
+
+/// Nanoseconds, as a power of two, in the unit of [`SEGMENTED`]: a millisecond.
+const MOMENT: u32 = 20;
+/// For how many moments after a large packet a flow's small ones take the longer way: several
+/// times what the kernel takes for a batch of received packets.
+const WINDOW: u32 = 20;
+
+/// When the last segmented packet came, by the tunnel's source port, which tells flows apart well
+/// enough.
+#[map]
+static SEGMENTED: Array<u32> = Array::with_max_entries(TUNNEL_PORTS, 0);
+
+/// On a host.
+#[classifier]
+pub fn underlay_host(ctx: TcContext) -> i32 {
+    match decapsulate(&ctx) {
+        Some((vni, remote)) => tunnel::host(&ctx, vni, remote),
+        None => TCX_NEXT,
+    }
+}
+
+/// On a proxy.
+#[classifier]
+pub fn underlay_proxy(ctx: TcContext) -> i32 {
+    match decapsulate(&ctx) {
+        Some((vni, remote)) => tunnel::proxy(&ctx, vni, remote),
+        None => TCX_NEXT,
+    }
+}
+
+/// Takes the tunnel's headers off, if there is nothing special about them: its VNI and the outer
+/// source. None: the packet is as it was.
+#[inline(always)]
+fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
+    #[repr(C, packed(2))]
+    struct Headers {
+        ethernet: Ethernet,
+        tunnel: Tunnel,
+        ip: IpHeader,
+    }
+
+    pull(ctx, size_of::<Headers>() as u32);
+    // SAFETY: `at` checked the bounds; every bit pattern is a value.
+    let Headers { ethernet, tunnel: Tunnel { ip, udp, vxlan, ethernet: inner }, ip: packet } =
+        unsafe { at::<Headers>(ctx, 0)?.read_unaligned() };
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    let (segment, is_tagged, is_ours) = unsafe {
+        let skb = ctx.skb.skb;
+        ((*skb).gso_size, (*skb).vlan_present != 0, (*skb).pkt_type == PACKET_HOST)
+    };
+    let is_tunnel = is_ours
+        && ethernet.ethertype == ETHERTYPE_IPV4
+        && ip.version_length == IpHeader::PLAIN
+        && ip.protocol == UDP
+        && { ip.destination } == underlay().address
+        && ip.fragment.0 & IpHeader::FRAGMENT.0 == 0
+        && udp.destination == Be16::new(VXLAN_PORT);
+    if !is_tunnel {
+        return None;
+    }
+    let last = SEGMENTED.get_ptr_mut(tunnel_port_index(udp.source.get()))?;
+    // SAFETY: the helper has no preconditions.
+    let now = (unsafe { bpf_ktime_get_coarse_ns() } >> MOMENT) as u32;
+    if segment != 0 {
+        // SAFETY: the verifier checked the pointer for null; an array's entries stay.
+        unsafe { last.write_volatile(now) };
+        return None;
+    }
+    let is_plain = !is_tagged
+        && { vxlan.flags } == Vxlan::FLAGS
+        && udp.checksum == 0
+        && inner.ethertype == ETHERTYPE_IPV4
+        // What the underlay tells of congestion is the kernel's to pass on (RFC 6040).
+        && ip.tos & ECN == packet.tos & ECN
+        && ip.total_length.get() as u32 + size_of::<Ethernet>() as u32 == ctx.len();
+    // SAFETY: as above.
+    let is_behind =
+        packet.protocol == TCP && now.wrapping_sub(unsafe { last.read_volatile() }) < WINDOW;
+    if !is_plain || is_behind {
+        return None;
+    }
+    let flags = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
+    ctx.adjust_room(-(size_of::<Tunnel>() as i32), BPF_ADJ_ROOM_MAC, flags).ok()?;
+    Some((u32::from_be({ vxlan.vni }) >> 8, ip.source))
+}
