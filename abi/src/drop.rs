@@ -71,12 +71,14 @@ reasons! {
     NotBlockHolder = "not-block-holder",
     /// No host holds the port block.
     NoBlockHolder = "no-block-holder",
-    /// Outside the VPC's CIDR, and the VPC has no gateway.
+    /// The VPC has no route there.
     NoRoute = "no-route",
     /// Came from the VPC, but not for its shared address.
     NotSharedAddress = "not-shared-address",
     /// The checksum of an ICMP error, or of the IP header that it embeds, is wrong.
     BadChecksum = "bad-checksum",
+    /// The VPC's route table has a blackhole there.
+    Blackhole = "blackhole",
 }
 
 impl Drop {

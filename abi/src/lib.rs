@@ -22,4 +22,5 @@ pub mod mss;
 pub mod nat;
 #[cfg(feature = "probe")]
 pub mod probe;
+pub mod route;
 pub mod wire;

@@ -5,6 +5,7 @@
 
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
+pub use crate::route::{CachedRoute, Route, RouteKey};
 use crate::wire::{Be16, Ip, Ipv4, Mac};
 
 /// Names of the maps.
@@ -26,6 +27,11 @@ pub mod names {
     /// Both, per CPU: scope -> [`Drops`](super::Drops). The scope is a slot's number, or
     /// [`ProxyVpc::scope`](super::ProxyVpc::scope); 0 is nobody's.
     pub const DROPS: &str = "DROPS";
+    /// Proxy: longest prefix of [`RouteKey`](super::RouteKey) -> [`Route`](super::Route).
+    pub const ROUTES: &str = "ROUTES";
+    /// Proxy, per CPU: [`CachedRoute::index`](super::CachedRoute::index) ->
+    /// [`CachedRoute`](super::CachedRoute).
+    pub const ROUTE_CACHE: &str = "ROUTE_CACHE";
 }
 
 /// Names of the programs.
@@ -240,7 +246,10 @@ pub struct ProxyVpc {
     /// MAC address of the interface.
     pub mac: Mac,
     /// Zero.
-    pub reserved: [u8; 2],
+    pub reserved: [u8; 6],
+    /// When the VPC's route table was last changed: no other change of any table has the same. 0:
+    /// there is none, but the CIDR and the gateway.
+    pub table: u64,
 }
 
 /// A block of ports.
@@ -321,7 +330,10 @@ mod pod {
             )+
         };
     }
-    pod!(Slot, HostVpc, OutKey, Flow, InKey, InFlow, ProxyVpc, BlockKey, Underlay, Ipv4);
+    pod!(
+        Slot, HostVpc, OutKey, Flow, InKey, InFlow, ProxyVpc, BlockKey, Underlay, Ipv4, RouteKey,
+        Route
+    );
 }
 
 /// Fails to compile if a type has another size than its fields together.
@@ -339,7 +351,10 @@ without_padding!(
     Flow = 32,
     InKey = 28,
     InFlow = 32,
-    ProxyVpc = 36,
+    ProxyVpc = 48,
     BlockKey = 12,
-    Sweep = 558
+    Sweep = 558,
+    RouteKey = 20,
+    Route = 20,
+    CachedRoute = 48
 );

@@ -1,6 +1,7 @@
 //! The command line.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use warren_proto::endpoint::Endpoint;
@@ -49,6 +50,9 @@ pub enum Command {
     Host(HostCommand),
     /// What was dropped, where and why.
     Drops(DropsArguments),
+    /// Where packets go in a VPC.
+    #[command(subcommand)]
+    Route(RouteCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -95,6 +99,55 @@ pub struct DropsArguments {
     /// each.
     #[arg(long, short)]
     pub follow: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum RouteCommand {
+    /// Add a route to a VPC's table. The longest prefix wins.
+    Add {
+        /// VPC.
+        vpc: String,
+        /// Such as 10.9.0.0/16; 0.0.0.0/0 is the default route.
+        prefix: String,
+        #[command(flatten)]
+        target: TargetArguments,
+    },
+    /// Delete routes from a VPC's table.
+    Delete {
+        /// VPC.
+        vpc: String,
+        /// Prefixes of the routes.
+        #[arg(required = true, value_name = "PREFIX")]
+        prefixes: Vec<String>,
+    },
+    /// List the routes of a VPC: its table, and those of its CIDR and gateway.
+    List {
+        /// VPC.
+        vpc: String,
+    },
+    /// Make the routes in a file the VPC's whole table.
+    Replace {
+        /// VPC.
+        vpc: String,
+        /// A route each line: PREFIX via ADDRESS, PREFIX local or PREFIX blackhole; # begins a
+        /// comment.
+        #[arg(long)]
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct TargetArguments {
+    /// To this next hop, which must be on-link.
+    #[arg(long, value_name = "ADDRESS")]
+    pub via: Option<IpAddr>,
+    /// Drop it.
+    #[arg(long)]
+    pub blackhole: bool,
+    /// The addresses are on-link: on the VPC's interface.
+    #[arg(long)]
+    pub local: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -179,6 +232,16 @@ mod tests {
         assert_eq!(vpc.ports_per_host, 64);
         let error = parse("warren vpc create blue --cidr 10.1.0.0/16").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument);
+    }
+
+    #[test]
+    fn a_route_has_one_target() {
+        let line = "warren route add blue 10.9.0.0/16";
+        let with = |flags: &str| parse(&format!("{line} {flags}"));
+        assert!(with("--via 10.1.0.2").is_ok() && with("--blackhole").is_ok());
+        assert_eq!(with("").unwrap_err().kind(), ErrorKind::MissingRequiredArgument);
+        let error = with("--local --blackhole").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ArgumentConflict);
     }
 
     #[test]

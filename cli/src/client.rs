@@ -5,8 +5,9 @@ use tonic::{Response, Status};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
-    CallInstanceRequest, CreateVpcRequest, Host, HostDrops, Instance, ListFleetDropsRequest,
-    ListHostsRequest, ListInstancesRequest, ListVpcsRequest, RunInstanceRequest,
+    AddRoutesRequest, CallInstanceRequest, CreateVpcRequest, DeleteRoutesRequest, Host, HostDrops,
+    Instance, ListFleetDropsRequest, ListHostsRequest, ListInstancesRequest, ListRoutesRequest,
+    ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route, RunInstanceRequest,
     RunInstanceResponse, StopInstanceRequest, Vpc,
 };
 
@@ -65,6 +66,27 @@ impl Client {
         let host = host.unwrap_or_default().to_owned();
         let answer = self.service.list_fleet_drops(ListFleetDropsRequest { host }).await;
         Ok(self.unwrap(answer)?.hosts)
+    }
+
+    pub async fn add_route(&mut self, vpc: String, route: Route) -> Result<(), Error> {
+        let request = AddRoutesRequest { vpc, routes: vec![route] };
+        let answer = self.service.add_routes(request).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn delete_routes(&mut self, vpc: String, prefixes: Vec<String>) -> Result<(), Error> {
+        let answer = self.service.delete_routes(DeleteRoutesRequest { vpc, prefixes }).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn replace_routes(&mut self, vpc: String, routes: Vec<Route>) -> Result<(), Error> {
+        let answer = self.service.replace_routes(ReplaceRoutesRequest { vpc, routes }).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn routes(&mut self, vpc: String) -> Result<ListRoutesResponse, Error> {
+        let answer = self.service.list_routes(ListRoutesRequest { vpc }).await;
+        self.unwrap(answer)
     }
 
     fn unwrap<T>(&self, answer: Result<Response<T>, Status>) -> Result<T, Error> {

@@ -15,6 +15,7 @@ use crate::drops;
 use crate::error::Error;
 use crate::probe::Operation;
 use crate::render::{self, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+use crate::route;
 
 /// Runs the command and prints its result on standard output.
 pub async fn run(arguments: Arguments) -> Result<(), Error> {
@@ -43,6 +44,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Drops(DropsArguments { host, follow: true }) => {
             drops::follow(client, output, host.as_deref()).await
         }
+        Command::Route(command) => route::run(client, output, command).await,
         Command::Vm(VmCommand::Ls) => {
             let rows = instance_rows(client.instances().await?);
             print(&render::list(output, &rows))

@@ -7,6 +7,7 @@ mod drops;
 mod error;
 mod probe;
 mod render;
+mod route;
 
 use std::process::ExitCode;
 

@@ -2,6 +2,7 @@
 
 mod drops;
 mod probe;
+mod routes;
 mod rows;
 
 use comfy_table::{Table, presets};
@@ -11,6 +12,7 @@ use crate::args::Output;
 
 pub use drops::{DropRow, Scope, drop_rows};
 pub use probe::probe;
+pub use routes::{RouteRow, route_rows};
 pub use rows::{HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 
 /// Something that is a row of a table and an object in JSON.

@@ -236,3 +236,51 @@ async fn probes_report_outcomes_and_failures() {
     assert_eq!(code, 1);
     assert!(error.contains("not a probe's"), "{error}");
 }
+
+#[tokio::test]
+async fn routes_are_added_listed_replaced_and_deleted() {
+    let world = World::new().await;
+    done(&world, &format!("{CREATE} --gateway 10.1.0.1")).await;
+    let added = json(&world, "route add blue 10.9.0.0/16 --via 10.1.0.2").await;
+    assert_eq!(
+        added,
+        serde_json::json!({
+            "prefix": "10.9.0.0/16", "kind": "via", "via": "10.1.0.2", "origin": "table",
+        })
+    );
+    done(&world, "route add blue 10.9.0.0/16 --via 10.1.0.2").await;
+    done(&world, "route add blue 0.0.0.0/0 --blackhole").await;
+    assert_eq!(
+        done(&world, "route list blue").await,
+        "PREFIX       KIND       NEXT HOP  ORIGIN\n\
+         10.1.0.0/16  local      -         vpc\n\
+         0.0.0.0/0    blackhole  -         table\n\
+         10.9.0.0/16  via        10.1.0.2  table\n"
+    );
+    done(&world, "route delete blue 0.0.0.0/0 10.9.0.0/16").await;
+    let listed = json(&world, "route list blue").await;
+    assert_eq!(listed[1]["via"], "10.1.0.1", "the gateway is in force again: {listed}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("routes");
+    let line = format!("route replace blue --file {}", file.display());
+    std::fs::write(&file, "fd00::/8 local # all of it\n\n2001:db8::/32 via fd00::1\n").unwrap();
+    assert_eq!(json(&world, &line).await.as_array().unwrap().len(), 4);
+    std::fs::write(&file, "10.9.0.0/16 local\n10.9.0.0/16 over there\n").unwrap();
+    let (code, error) = failed(&world, &line).await;
+    assert_eq!((code, error.contains("line 2: \"10.9.0.0/16 over there\"")), (2, true), "{error}");
+
+    for (line, code, part) in [
+        ("route add blue fd00::/8 --blackhole", 1, "has the route fd00::/8 local already"),
+        ("route add blue 10.9.0.1/16 --local", 2, "write 10.9.0.0/16"),
+        ("route add blue 10.9.0.0/16 --via 10.8.0.1", 2, "10.8.0.1 of 10.9.0.0/16 is not on-link"),
+        ("route delete blue fd00::/8", 2, "fd00::1 of 2001:db8::/32 is not on-link"),
+        ("route delete blue 10.1.0.0/16", 4, "can be overruled, not deleted"),
+        ("route list red", 4, "there is no VPC \"red\""),
+        ("route replace blue --file /nowhere/routes", 2, "cannot read /nowhere/routes"),
+    ] {
+        let (got, error) = failed(&world, line).await;
+        assert_eq!(got, code, "{line}: {error}");
+        assert!(error.contains(part), "{line}: {error}");
+    }
+}

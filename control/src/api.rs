@@ -5,11 +5,13 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 use warren_proto::v1::control_service_server::ControlService;
 use warren_proto::v1::{
-    CallInstanceRequest, CallInstanceResponse, CreateVpcRequest, CreateVpcResponse,
+    AddRoutesRequest, AddRoutesResponse, CallInstanceRequest, CallInstanceResponse,
+    CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
     EndInstanceRequest, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
     ListHostsRequest, ListHostsResponse, ListInstancesRequest, ListInstancesResponse,
-    ListVpcsRequest, ListVpcsResponse, RunInstanceRequest, RunInstanceResponse,
-    StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
+    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
+    ReplaceRoutesResponse, RunInstanceRequest, RunInstanceResponse, StartInstanceRequest,
+    StopInstanceRequest, StopInstanceResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
@@ -18,7 +20,7 @@ use crate::fleet::Fleet;
 use crate::name::{self, InvalidName};
 use crate::status::of_agent;
 use crate::store::Store;
-use crate::vpc;
+use crate::{routes, vpc};
 
 /// The service.
 pub struct Api {
@@ -140,5 +142,43 @@ impl ControlService for Api {
         let wanted = (!host.is_empty()).then_some(host.as_str());
         let hosts = drops::list(&*self.store, &self.fleet, wanted).await?;
         Ok(Response::new(ListFleetDropsResponse { hosts }))
+    }
+
+    async fn add_routes(
+        &self,
+        request: Request<AddRoutesRequest>,
+    ) -> Result<Response<AddRoutesResponse>, Status> {
+        let AddRoutesRequest { vpc, routes } = request.into_inner();
+        routes::add(&*self.store, &vpc, &routes).await?;
+        Ok(Response::new(AddRoutesResponse {}))
+    }
+
+    async fn delete_routes(
+        &self,
+        request: Request<DeleteRoutesRequest>,
+    ) -> Result<Response<DeleteRoutesResponse>, Status> {
+        let DeleteRoutesRequest { vpc, prefixes } = request.into_inner();
+        routes::delete(&*self.store, &vpc, &prefixes).await?;
+        Ok(Response::new(DeleteRoutesResponse {}))
+    }
+
+    async fn replace_routes(
+        &self,
+        request: Request<ReplaceRoutesRequest>,
+    ) -> Result<Response<ReplaceRoutesResponse>, Status> {
+        let ReplaceRoutesRequest { vpc, routes } = request.into_inner();
+        routes::replace(&*self.store, &vpc, &routes).await?;
+        Ok(Response::new(ReplaceRoutesResponse {}))
+    }
+
+    async fn list_routes(
+        &self,
+        request: Request<ListRoutesRequest>,
+    ) -> Result<Response<ListRoutesResponse>, Status> {
+        let routes::Listed { routes, defaults } =
+            routes::list(&*self.store, &request.into_inner().vpc).await?;
+        let messages = |routes: Vec<_>| routes.into_iter().map(Into::into).collect();
+        let (routes, defaults) = (messages(routes), messages(defaults));
+        Ok(Response::new(ListRoutesResponse { routes, defaults }))
     }
 }

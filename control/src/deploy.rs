@@ -13,11 +13,13 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tonic::Status;
-use warren_proto::v1::ApplyVpcRequest;
+use warren_proto::route::Route;
+use warren_proto::v1::{self, ApplyVpcRequest};
 
 use crate::fleet::{Agent, Fleet, Peer, Session};
 use crate::plan::{Node, Plan, plan};
 use crate::ports::{Exhausted, Leases};
+use crate::routes::ROUTES_PREFIX;
 use crate::store::{Event, Events, Precondition, Revision, Store, StoreError, Write, decode};
 use crate::vpc::{self, VPC_PREFIX, Vpc};
 
@@ -107,6 +109,7 @@ struct State {
 #[derive(Default)]
 struct Network {
     vpc: Option<Vpc>,
+    routes: Vec<v1::Route>,
     leases: Leases,
     agents: HashMap<String, Told>,
     plan: Plan,
@@ -354,6 +357,10 @@ impl State {
             let leases = value.map(|value| decode(key, value)).transpose()?;
             self.network(name).leases = leases.unwrap_or_default();
             name
+        } else if let Some(name) = key.strip_prefix(ROUTES_PREFIX) {
+            let routes: Option<Vec<Route>> = value.map(|value| decode(key, value)).transpose()?;
+            self.network(name).routes = routes.into_iter().flatten().map(Into::into).collect();
+            name
         } else {
             return Ok(());
         };
@@ -389,7 +396,7 @@ impl Network {
             };
             (name.clone(), node)
         };
-        let mut plan = plan(vpc, &self.leases, &peers.iter().map(node).collect());
+        let mut plan = plan(vpc, &self.routes, &self.leases, &peers.iter().map(node).collect());
         if !settled {
             // The proxy that hosts send to may be about to register again: do not move them.
             plan.pushes.retain(|name, _| plan.proxies.contains(name));

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use warren_proto::v1::apply_vpc_request::Role as Apply;
-use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc};
+use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route};
 
 use crate::fleet::{Role, Session};
 use crate::ports::Leases;
@@ -40,13 +40,20 @@ pub struct Plan {
     pub proxies: BTreeSet<String>,
 }
 
-/// Plans the deployment of one VPC on all nodes.
-pub fn plan(vpc: &Vpc, leases: &Leases, nodes: &BTreeMap<String, Node<'_>>) -> Plan {
+/// Plans the deployment of one VPC, with its own routes, on all nodes.
+pub fn plan(
+    vpc: &Vpc,
+    routes: &[Route],
+    leases: &Leases,
+    nodes: &BTreeMap<String, Node<'_>>,
+) -> Plan {
     let mut plan = Plan::default();
-    let wanted = proxy_request(vpc, leases, nodes);
+    let wanted = proxy_request(vpc, routes, leases, nodes);
     let alive =
         |role| nodes.iter().filter(move |(_, node)| node.role == role && node.session.is_some());
-    let acknowledged: Vec<_> = alive(Role::Proxy).map(|(_, node)| node.acknowledged).collect();
+    // Once for each proxy, not for each host: a route table is large.
+    let serving: Vec<_> =
+        alive(Role::Proxy).map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
     for (name, proxy) in alive(Role::Proxy) {
         plan.proxies.insert(name.clone());
         if proxy.acknowledged != Some(&wanted) {
@@ -57,10 +64,8 @@ pub fn plan(vpc: &Vpc, leases: &Leases, nodes: &BTreeMap<String, Node<'_>>) -> P
     let Some((_, owner)) = alive(Role::Proxy).next() else { return plan };
     for (name, host) in alive(Role::Host) {
         let Some(holder) = holder(leases, name, host) else { continue };
-        if !acknowledged
-            .iter()
-            .all(|known| known.is_some_and(|known| covers(known, &wanted, &holder)))
-        {
+        // The other holders do not matter: a host does not wait for another's range.
+        if !serving.iter().all(|holders| holders.is_some_and(|known| known.contains(&holder))) {
             continue;
         }
         let request = request(
@@ -96,6 +101,7 @@ fn holder(leases: &Leases, name: &str, host: &Node<'_>) -> Option<PortHolder> {
 
 fn proxy_request(
     vpc: &Vpc,
+    routes: &[Route],
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
 ) -> ApplyVpcRequest {
@@ -105,22 +111,29 @@ fn proxy_request(
         cidr: vpc.cidr.to_string(),
         gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
         holders: hosts.filter_map(|(name, host)| holder(leases, name, host)).collect(),
+        routes: routes.to_vec(),
     };
     request(vpc, Apply::Proxy(proxy))
 }
 
-/// Whether a proxy with the definition `known` serves this holder as one with `wanted` would. The
-/// other holders do not matter: a host does not wait for another's range.
-fn covers(known: &ApplyVpcRequest, wanted: &ApplyVpcRequest, holder: &PortHolder) -> bool {
-    let without_holders = |request: &ApplyVpcRequest| {
-        let mut request = request.clone();
-        if let Some(Apply::Proxy(proxy)) = &mut request.role {
-            proxy.holders.clear();
-        }
-        request
+/// The holders that a proxy knows, if but for them it serves as one with the definition `wanted`.
+fn holders_of_same<'a>(
+    known: Option<&'a ApplyVpcRequest>,
+    wanted: &ApplyVpcRequest,
+) -> Option<&'a [PortHolder]> {
+    let ApplyVpcRequest { vpc, vni, shared_address, role } = known?;
+    let (Some(Apply::Proxy(known)), Some(Apply::Proxy(proxy))) = (role, &wanted.role) else {
+        return None;
     };
-    let Some(Apply::Proxy(proxy)) = &known.role else { return false };
-    proxy.holders.contains(holder) && without_holders(known) == without_holders(wanted)
+    let ProxyVpc { interface, cidr, gateway, holders, routes } = known;
+    let same = *vpc == wanted.vpc
+        && *vni == wanted.vni
+        && *shared_address == wanted.shared_address
+        && *interface == proxy.interface
+        && *cidr == proxy.cidr
+        && *gateway == proxy.gateway
+        && *routes == proxy.routes;
+    same.then_some(holders)
 }
 
 #[cfg(test)]
@@ -143,6 +156,7 @@ mod tests {
     #[derive(Default)]
     struct World {
         leases: Leases,
+        routes: Vec<Route>,
         nodes: BTreeMap<String, (Role, Option<Session>)>,
         acknowledged: BTreeMap<String, ApplyVpcRequest>,
     }
@@ -172,7 +186,7 @@ mod tests {
                 };
                 (name.clone(), node)
             });
-            plan(&vpc(), &self.leases, &nodes.collect())
+            plan(&vpc(), &self.routes, &self.leases, &nodes.collect())
         }
 
         /// Plans, and lets these agents acknowledge; fails if nothing was to be pushed to one.
@@ -269,6 +283,18 @@ mod tests {
         assert_eq!((world.pushes(), world.ready()), (vec!["h1".into()], vec![]));
         world.acknowledge(&["h1"]);
         world.acknowledged.remove("p1");
+        assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
+        world.acknowledge(&["p1"]);
+        assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn a_host_is_ready_again_when_proxies_know_the_new_routes() {
+        let mut world = World::with(&["h1", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        world.acknowledge(&["h1"]);
+        world.routes = vec![Route { prefix: "10.9.0.0/16".into(), ..Route::default() }];
         assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
         world.acknowledge(&["p1"]);
         assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));

@@ -6,6 +6,7 @@ use crate::deploy::DeployError;
 use crate::drops::DropsError;
 use crate::fleet::{InstanceError, RegisterError};
 use crate::placement::PlacementError;
+use crate::routes::RoutesError;
 use crate::store::StoreError;
 use crate::vpc::CreateVpcError;
 
@@ -103,6 +104,18 @@ impl From<InstanceError> for Status {
         let code = match error {
             InstanceError::Unknown(_) => Code::NotFound,
             InstanceError::DeadHost { .. } => Code::Unavailable,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<RoutesError> for Status {
+    fn from(error: RoutesError) -> Self {
+        let code = match error {
+            RoutesError::Store(error) => return error.into(),
+            RoutesError::UnknownVpc(_) | RoutesError::NoRoute { .. } => Code::NotFound,
+            RoutesError::Exists { .. } => Code::AlreadyExists,
+            RoutesError::Route(_) | RoutesError::Table(_) => Code::InvalidArgument,
         };
         status(code, &error)
     }

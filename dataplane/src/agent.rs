@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
 use tonic::{Request, Response, Status};
+use warren_proto::route::{InvalidRoute, Route};
 use warren_proto::v1;
 use warren_proto::v1::agent_service_server::AgentService;
 use warren_proto::v1::apply_vpc_request::Role as VpcRole;
@@ -123,6 +124,11 @@ fn ports(field: &str, range: Option<v1::PortRange>) -> Result<PortRange, Status>
     Ok(PortRange { base: range.base as u16, count: range.count })
 }
 
+fn routes(field: &str, routes: &[v1::Route]) -> Result<Vec<Route>, Status> {
+    let error = |error: InvalidRoute| Status::invalid_argument(format!("{field}: {error}"));
+    routes.iter().map(|route| route.try_into().map_err(error)).collect()
+}
+
 fn host_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::HostVpc) -> Result<HostVpc, Status> {
     Ok(HostVpc {
         vni: vni(request.vni)?,
@@ -149,6 +155,7 @@ fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyV
             text => Some(address("proxy.gateway", text)?),
         },
         holders: holders.collect::<Result<_, Status>>()?,
+        routes: routes("proxy.routes", &vpc.routes)?,
     })
 }
 
@@ -174,7 +181,9 @@ impl From<datapath::Error> for Status {
     fn from(error: datapath::Error) -> Self {
         let text = error.to_string();
         match error {
-            datapath::Error::Invalid { .. } => Self::invalid_argument(text),
+            datapath::Error::Invalid { .. } | datapath::Error::Routes(_) => {
+                Self::invalid_argument(text)
+            }
             datapath::Error::NoInterface { .. }
             | datapath::Error::UnknownVpc(_)
             | datapath::Error::VpcInUse { .. } => Self::failed_precondition(text),

@@ -28,6 +28,7 @@ mod maps;
 mod mss;
 mod nat;
 mod parse;
+mod route;
 mod sweep;
 mod tap;
 mod tunnel;

@@ -2,9 +2,10 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{HashMap, PerCpuArray};
+use aya_ebpf::maps::{HashMap, LpmTrie, PerCpuArray};
 use warren_abi::maps::{
-    BlockKey, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Slot, Underlay,
+    BlockKey, CachedRoute, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Route, RouteKey,
+    Slot, Underlay,
 };
 use warren_abi::wire::Ipv4;
 
@@ -29,6 +30,10 @@ pub static INTERFACES: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 pub static BLOCKS: HashMap<BlockKey, Ipv4> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static ROUTES: LpmTrie<RouteKey, Route> = LpmTrie::with_max_entries(1, 0);
+#[map]
+pub static ROUTE_CACHE: PerCpuArray<CachedRoute> = PerCpuArray::with_max_entries(1, 0);
 
 /// The end of the tunnel here.
 #[inline(always)]

@@ -14,12 +14,12 @@ use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
-use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ipv4};
+use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ip, Ipv4};
 
 use crate::conntrack::Receiver;
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;
-use crate::{conntrack, drops, icmp, mss, nat, parse};
+use crate::{conntrack, drops, icmp, mss, nat, parse, route};
 
 /// Address family of IPv4.
 const AF_INET: u32 = 2;
@@ -124,13 +124,8 @@ fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
     if packet.destination == vpc.shared_address {
         return Err(Drop::BadDestination);
     }
-    let next_hop = if packet.destination.is_in(vpc.network, vpc.mask) {
-        packet.destination
-    } else if vpc.gateway != Ipv4(0) {
-        vpc.gateway
-    } else {
-        return Err(Drop::NoRoute);
-    };
+    let next_hop =
+        route::next_hop(vpc, Ip::v4(packet.destination))?.to_v4().ok_or(Drop::NoRoute)?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.
     let mut to = bpf_redir_neigh {
         nh_family: AF_INET,

@@ -1,5 +1,6 @@
 //! `warren.v1`: clients, servers and messages generated from `proto/warren/v1/*.proto`, where they
-//! are documented; [`endpoint`]: how a server is reached; [`server`]: how one is run.
+//! are documented; [`endpoint`]: how a server is reached; [`server`]: how one is run; [`route`]: what
+//! makes a route table.
 #![deny(missing_docs)]
 
 /// Package `warren.v1`.
@@ -12,4 +13,5 @@ pub mod v1 {
 }
 
 pub mod endpoint;
+pub mod route;
 pub mod server;

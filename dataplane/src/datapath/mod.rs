@@ -13,12 +13,14 @@ use aya::maps::MapError;
 use ipnetwork::Ipv4Network;
 pub use warren_abi::drop::Drop as DropReason;
 use warren_abi::nat::BLOCK_PORTS;
+use warren_proto::route::{InvalidTable, Route};
 
 mod counters;
 mod host;
 mod netlink;
 mod programs;
 mod proxy;
+mod routes;
 mod sweep;
 mod sysctl;
 mod tap;
@@ -121,6 +123,8 @@ pub struct ProxyVpc {
     pub gateway: Option<Ipv4Addr>,
     /// Who holds which ports: the underlay addresses of hosts.
     pub holders: Vec<(PortRange, Ipv4Addr)>,
+    /// Its own routes, which come before those of CIDR and gateway; the longest prefix wins.
+    pub routes: Vec<Route>,
 }
 
 /// That a slot is connected to a VPC.
@@ -247,6 +251,9 @@ pub enum Error {
         /// What the kernel said.
         source: Box<MapError>,
     },
+    /// A VPC's routes make no table.
+    #[error(transparent)]
+    Routes(InvalidTable),
 }
 
 impl Error {

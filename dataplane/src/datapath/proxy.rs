@@ -15,11 +15,13 @@ use warren_abi::wire::{Ipv4, Mac};
 use super::counters::Counters;
 use super::netlink::{Interface, Netlink};
 use super::programs::{MapSpec, Pins, Programs};
+use super::routes::{self, Entries, Routes};
 use super::sysctl::{self, ExpeditedRcu};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, is_missing,
     underlay,
 };
+use crate::clock::monotonic_ns;
 
 /// VPCs that a proxy can serve.
 const MAX_VPCS: u32 = 4096;
@@ -41,6 +43,7 @@ struct State {
     interfaces: HashMap<MapData, u32, maps::ProxyVpc>,
     blocks: HashMap<MapData, BlockKey, Ipv4>,
     counters: Counters,
+    routes: Routes,
 }
 
 impl Debug for ProxyDatapath {
@@ -61,11 +64,14 @@ impl ProxyDatapath {
         let mut netlink = Netlink::open()?;
         let underlay =
             underlay::find(&mut netlink, &options.underlay_interface, options.underlay_address)?;
+        let [routes, cache] = routes::map_specs();
         let mut programs = Programs::load(
             &options.object,
             &underlay,
             Pins::open(&options.bpffs)?,
             &[
+                routes,
+                cache,
                 MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS),
                 MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS),
                 MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
@@ -95,13 +101,14 @@ impl ProxyDatapath {
             interfaces: programs.map(names::INTERFACES)?,
             blocks: programs.map(names::BLOCKS)?,
             counters: Counters::new(programs.map(names::DROPS)?),
+            routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
         };
         Ok(Self { state: Mutex::new(state) })
     }
 
-    /// Makes a VPC known, or replaces what was known: blocks that are not listed any more are
-    /// removed, without a gap for those that are.
+    /// Makes a VPC known, or replaces what was known: blocks and routes that are not listed any
+    /// more are removed, without a gap for those that are.
     pub fn apply_vpc(&self, vpc: &ProxyVpc) -> Result<(), Error> {
         check_vni(vpc.vni)?;
         check_address("shared address", vpc.shared_address)?;
@@ -109,6 +116,7 @@ impl ProxyDatapath {
             check_address("gateway", gateway)?;
         }
         let blocks = blocks(vpc)?;
+        let routes = routes::entries(vpc)?;
         let mut state = self.lock();
         let interface = state.netlink.interface(&vpc.interface)?;
         let Some(mac) = interface.mac else {
@@ -132,6 +140,10 @@ impl ProxyDatapath {
         }
 
         state.set_blocks(vpc.vni, &blocks)?;
+        let has_table = !routes.is_empty();
+        if has_table {
+            state.routes.set(vpc.vni, routes)?;
+        }
         let value = maps::ProxyVpc {
             vni: vpc.vni,
             ifindex: interface.index,
@@ -141,7 +153,9 @@ impl ProxyDatapath {
             gateway: vpc.gateway.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
             scope,
             mac: Mac::new(mac),
-            reserved: [0; 2],
+            reserved: [0; 6],
+            // After the table changed: what programs found in it until now is not used any more.
+            table: if has_table { monotonic_ns() } else { 0 },
         };
         state
             .interfaces
@@ -151,6 +165,10 @@ impl ProxyDatapath {
             .vpcs
             .insert(vpc.vni, value, 0)
             .map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+        if !has_table {
+            // Nobody looks there any more.
+            state.routes.set(vpc.vni, Entries::new())?;
+        }
         state.enter_interface(vpc, &interface, before.map(|before| before.shared_address.into()))
     }
 
@@ -160,6 +178,7 @@ impl ProxyDatapath {
         let Some(vpc) = state.vpc(vni)? else { return Ok(()) };
         state.leave_interface(&vpc)?;
         state.vpcs.remove(&vni).map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+        state.routes.set(vni, Entries::new())?;
         state.set_blocks(vni, &BTreeMap::new())
     }
 
@@ -175,7 +194,7 @@ impl ProxyDatapath {
                 .find(|interface| interface.index == vpc.ifindex)
                 .map_or_else(String::new, |interface| interface.name.clone());
             let cidr = Ipv4Network::with_netmask(vpc.network.into(), vpc.mask.into());
-            vpcs.push(ProxyVpc {
+            let mut vpc = ProxyVpc {
                 vni: vpc.vni,
                 interface: name,
                 shared_address: vpc.shared_address.into(),
@@ -186,7 +205,10 @@ impl ProxyDatapath {
                 gateway: Some(vpc.gateway.into())
                     .filter(|gateway: &Ipv4Addr| !gateway.is_unspecified()),
                 holders: holders.remove(&vpc.vni).unwrap_or_default(),
-            });
+                routes: Vec::new(),
+            };
+            vpc.routes = state.routes.of(&vpc);
+            vpcs.push(vpc);
         }
         vpcs.sort_unstable_by_key(|vpc| vpc.vni);
         Ok(vpcs)

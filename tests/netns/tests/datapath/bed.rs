@@ -130,6 +130,7 @@ pub fn proxy_vpc(vni: u32, holders: Vec<(PortRange, Ipv4Addr)>) -> ProxyVpc {
         cidr: CIDR.parse().expect("it is a CIDR"),
         gateway: None,
         holders,
+        routes: Vec::new(),
     }
 }
 

@@ -9,4 +9,5 @@ mod hostile;
 mod icmp;
 mod lifecycle;
 mod mss;
+mod routes;
 mod traffic;

@@ -1,0 +1,74 @@
+//! A VPC's route table, from the command line to the microVM's packets.
+
+use warren_abi::probe::{Endpoint, Operation};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::servers;
+
+const ECHO: u16 = 7;
+/// Behind the server of the VPC.
+const BEHIND: [u8; 4] = [198, 51, 100, 1];
+
+fn warren(fleet: &Fleet, line: &str) -> String {
+    let output = std::process::Command::new(built("warren").unwrap())
+        .args(line.split_whitespace())
+        .env("WARREN_ENDPOINT", fleet.control_endpoint().to_string())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{line}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Whether datagrams come back from there.
+async fn reaches(fleet: &Fleet, id: &str) -> bool {
+    let to = Endpoint { address: BEHIND, port: ECHO };
+    let echo = Operation::UdpEcho { to, count: 1, length: 64, interval_us: 1000 };
+    let reply = fleet.probe_within(id, echo, 1000).await.unwrap();
+    matches!(reply.outcome, Ok(warren_abi::probe::Outcome::Udp { received: 1, .. }))
+}
+
+/// Whether it becomes so in a moment: routes are deployed just after they are stored.
+async fn becomes(fleet: &Fleet, id: &str, reached: bool) -> bool {
+    for _ in 0..10 {
+        if reaches(fleet, id).await == reached {
+            return true;
+        }
+    }
+    false
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routes_of_the_command_line_lead_a_microvm_and_outlive_the_daemons() {
+    if !kvm_or_skip("routes_of_the_command_line_lead_a_microvm") {
+        return;
+    }
+    let options = FleetOptions { slots: 4, parked: 1, guest: GUEST };
+    let mut fleet = Fleet::start(options).await.unwrap();
+    let server = &fleet.topology.vpcs[0];
+    server.ip("addr add 198.51.100.1/32 dev lo").unwrap();
+    server.ip("route add 10.0.0.100 dev eth0 src 198.51.100.1").unwrap();
+    let _echo = servers::udp_echo(server, ECHO).unwrap();
+    let (started, _) = fleet.run(VPCS[0], None).await.unwrap();
+    let id = started.instance.unwrap().id;
+
+    assert!(!reaches(&fleet, &id).await, "there is no route");
+    let vpc = VPCS[0];
+    warren(&fleet, &format!("route add {vpc} 198.51.100.0/24 --via 10.0.0.10"));
+    assert!(becomes(&fleet, &id, true).await);
+    for daemon in [Daemon::Control, Daemon::Proxy] {
+        fleet.kill_and_restart(daemon).await.unwrap();
+        assert!(reaches(&fleet, &id).await, "a table outlives {}", daemon.name());
+    }
+    let file = fleet.run.path().join("routes");
+    let mut routes: String = (0..9999)
+        .map(|n| format!("100.{}.{}.0/24 via 10.0.0.10\n", 64 + n / 256, n % 256))
+        .collect();
+    routes.push_str("198.51.100.0/25 blackhole\n");
+    std::fs::write(&file, routes).unwrap();
+    let listed = warren(&fleet, &format!("route replace {vpc} --file {}", file.display()));
+    assert_eq!(listed.lines().count(), 1 + 1 + 10_000, "a header, the CIDR, the table");
+    assert!(becomes(&fleet, &id, false).await);
+    assert!(fleet.drops(Daemon::Proxy, "blackhole").await.unwrap() > 0);
+    warren(&fleet, &format!("route delete {vpc} 198.51.100.0/25"));
+    warren(&fleet, &format!("route add {vpc} 198.51.100.1/32 --via 10.0.0.10"));
+    assert!(becomes(&fleet, &id, true).await);
+}
