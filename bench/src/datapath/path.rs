@@ -172,6 +172,7 @@ impl Warren {
                 cidr: CIDR.parse()?,
                 gateway: None,
                 holders: vec![(PORTS, HOST)],
+                routes: Vec::new(),
             };
             Ok(ProxyDatapath::open(&this.proxy.0)?.apply_vpc(&vpc)?)
         })?;

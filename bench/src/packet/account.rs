@@ -25,6 +25,22 @@ pub struct Program {
     fd: OwnedFd,
 }
 
+/// The programs that a packet meets on its way in: all packets the first, some also another.
+pub struct Hook(pub Vec<Program>);
+
+impl Hook {
+    /// The time of all programs, by the runs of the first: packets.
+    pub fn account(&self) -> Result<Account> {
+        let mut sum = Account::default();
+        for (index, program) in self.0.iter().enumerate() {
+            let Account { ns, runs } = program.account()?;
+            sum.ns += ns;
+            sum.runs += if index == 0 { runs } else { 0 };
+        }
+        Ok(sum)
+    }
+}
+
 /// What a program ran so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Account {

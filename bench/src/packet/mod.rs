@@ -1,6 +1,6 @@
 //! `packet`: what each program costs per packet, by the kernel's own account, under real traffic.
 //!
-//! Guests' datagrams go out to peers in a VPC and come back, through all four programs, over more
+//! Guests' datagrams go out to peers in a VPC and come back, through all programs, over more
 //! and more live flows.
 
 mod account;
@@ -8,6 +8,7 @@ mod empty;
 mod traffic;
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::Table;
@@ -19,14 +20,16 @@ use warren_dataplane::datapath::{
     HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc,
 };
 use warren_netns::fleet::built;
+use warren_netns::netns::Namespace;
 use warren_netns::rundir::RunDir;
 use warren_netns::topology::{
     CIDR, HOST, PROXY, SERVER, SHARED, Topology, UNDERLAY, VPC_INTERFACES,
 };
+use warren_proto::route::{Route, Target};
 
-use account::{Account, Accounting, Program};
+use account::{Account, Accounting, Hook, Program};
 use empty::Empty;
-use traffic::{Exchanged, MAPPINGS, SLOTS, Traffic};
+use traffic::{Exchanged, MAPPINGS, PEERS, SLOTS, Traffic};
 
 /// Rounds of each case, unless more or fewer are asked for.
 pub const ROUNDS: u32 = 15;
@@ -45,17 +48,20 @@ struct Case {
     flows: u32,
     /// Exponent of Zipf's law over the flows; 0: all alike.
     zipf: f64,
+    /// Routes of the VPC's own.
+    routes: u32,
 }
 
 /// In the order of their flows, which stay alive.
-const CASES: [Case; 4] = [
-    Case { key: "flows_1", flows: 1, zipf: 0.0 },
-    Case { key: "hot_100k", flows: 100_000, zipf: 1.0 },
-    Case { key: "uniform_100k", flows: 100_000, zipf: 0.0 },
-    Case { key: "uniform_1m", flows: 1_000_000, zipf: 0.0 },
+const CASES: [Case; 5] = [
+    Case { key: "flows_1", flows: 1, zipf: 0.0, routes: 0 },
+    Case { key: "hot_100k", flows: 100_000, zipf: 1.0, routes: 0 },
+    Case { key: "uniform_100k", flows: 100_000, zipf: 0.0, routes: 0 },
+    Case { key: "routes_10k", flows: 100_000, zipf: 0.0, routes: 10_000 },
+    Case { key: "uniform_1m", flows: 1_000_000, zipf: 0.0, routes: 0 },
 ];
 
-/// Keys of the programs' figures, and of the empty program's, in the order of [`Bed::programs`].
+/// Keys of the programs' figures, and of the empty program's, in the order of [`Bed::hooks`].
 const KEYS: [&str; 5] =
     ["tap_ingress_ns", "proxy_out_ns", "proxy_back_ns", "tunnel_ingress_ns", "overhead_ns"];
 
@@ -90,8 +96,9 @@ pub fn run(rounds: u32) -> Result<(Figures, Table)> {
 /// The data paths, open, with guests attached.
 struct Bed {
     datapath: HostDatapath,
+    router: Router,
     traffic: Traffic,
-    programs: Vec<Program>,
+    hooks: Vec<Hook>,
     /// Flows that were made so far.
     flows: u32,
     _accounting: Accounting,
@@ -107,18 +114,9 @@ impl Bed {
             ports: PORTS,
             proxy_address: PROXY,
         })?;
-        topology.proxy.run(|| -> Result<()> {
-            let vpc = ProxyVpc {
-                vni: VNI,
-                interface: VPC_INTERFACES[0].to_owned(),
-                shared_address: SHARED,
-                cidr: CIDR.parse()?,
-                // The peers are behind it: one neighbour, however many they are.
-                gateway: Some(SERVER),
-                holders: vec![(PORTS, HOST)],
-            };
-            Ok(ProxyDatapath::open(proxy)?.apply_vpc(&vpc)?)
-        })?;
+        let proxy = topology.proxy.run(|| ProxyDatapath::open(proxy))?;
+        let router = Router { proxy, namespace: topology.proxy.clone() };
+        router.apply(0)?;
         for slot in datapath.slots() {
             datapath.attach(slot.number, VNI)?;
         }
@@ -126,15 +124,24 @@ impl Bed {
         let traffic = topology.host.run(|| Traffic::open(&datapath, vpc, "eth0"))?;
         let empty = Empty::attach(vpc, "eth0")?;
         let tunnel = format!("{PREFIX}-vxlan");
-        let programs = vec![
-            Program::at_ingress(&topology.host, &format!("{PREFIX}1"))?,
-            Program::at_ingress(&topology.proxy, &tunnel)?,
-            Program::at_ingress(&topology.proxy, VPC_INTERFACES[0])?,
-            Program::at_ingress(&topology.host, &tunnel)?,
-            Program::from_fd(empty.program()?),
+        let at = Program::at_ingress;
+        let hooks = vec![
+            Hook(vec![at(&topology.host, &format!("{PREFIX}1"))?]),
+            Hook(vec![at(&topology.proxy, UNDERLAY)?, at(&topology.proxy, &tunnel)?]),
+            Hook(vec![at(&topology.proxy, VPC_INTERFACES[0])?]),
+            Hook(vec![at(&topology.host, UNDERLAY)?, at(&topology.host, &tunnel)?]),
+            Hook(vec![Program::from_fd(empty.program()?)]),
         ];
         let accounting = Accounting::on()?;
-        Ok(Self { datapath, traffic, programs, flows: 0, _accounting: accounting, _empty: empty })
+        Ok(Self {
+            datapath,
+            router,
+            traffic,
+            hooks,
+            flows: 0,
+            _accounting: accounting,
+            _empty: empty,
+        })
     }
 
     fn measure(&mut self, rounds: u32) -> Result<(Figures, Table)> {
@@ -148,6 +155,7 @@ impl Bed {
             for _ in 0..rounds {
                 for case in cases {
                     interrupt::check()?;
+                    self.router.apply(case.routes)?;
                     let flows = case.draw(PACKETS)?;
                     let before = self.accounts()?;
                     let Exchanged { sent, answered } = self.traffic.exchange(flows)?;
@@ -161,6 +169,7 @@ impl Bed {
                     bar.inc(1);
                 }
             }
+            self.router.apply(0)?;
             bar.finish_and_clear();
         }
         let mut figures = Figures::new("packet");
@@ -178,7 +187,7 @@ impl Bed {
     }
 
     fn accounts(&self) -> Result<Vec<Account>> {
-        self.programs.iter().map(Program::account).collect()
+        self.hooks.iter().map(Hook::account).collect()
     }
 
     /// Has so many flows alive.
@@ -195,6 +204,33 @@ impl Bed {
         let alive = self.datapath.flows()?;
         ensure!(alive == flows, "{alive} flows are alive, not {flows}: some found no room or port");
         Ok(())
+    }
+}
+
+/// The proxy's data path, open.
+struct Router {
+    proxy: ProxyDatapath,
+    namespace: Namespace,
+}
+
+impl Router {
+    /// Gives the VPC so many routes: to the first peers, one each, and the gateway for all others.
+    fn apply(&self, routes: u32) -> Result<()> {
+        let route = |n| Route {
+            prefix: IpAddr::from(Ipv4Addr::from_bits(PEERS.to_bits() + n)).into(),
+            target: Target::Via(SERVER.into()),
+        };
+        let vpc = ProxyVpc {
+            vni: VNI,
+            interface: VPC_INTERFACES[0].to_owned(),
+            shared_address: SHARED,
+            cidr: CIDR.parse()?,
+            // The peers are behind it: one neighbour, however many they are.
+            gateway: Some(SERVER),
+            holders: vec![(PORTS, HOST)],
+            routes: (0..routes).map(route).collect(),
+        };
+        Ok(self.namespace.run(|| self.proxy.apply_vpc(&vpc))?)
     }
 }
 

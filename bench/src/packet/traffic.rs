@@ -23,7 +23,7 @@ const PER_PEER: u32 = SLOTS * GUEST_PORTS;
 /// Flow-table entries that are mappings, not flows.
 pub const MAPPINGS: u32 = PER_PEER;
 /// The first of the peers' addresses: behind the VPC's gateway.
-const PEERS: Ipv4Addr = Ipv4Addr::new(20, 0, 0, 1);
+pub const PEERS: Ipv4Addr = Ipv4Addr::new(20, 0, 0, 1);
 const PEER_PORT: u16 = 7;
 
 /// Payload of a datagram, in bytes.
