@@ -1,7 +1,7 @@
 //! Keys and values of the BPF maps, without padding: a key's every byte counts.
 //!
-//! Pinned maps outlive the program that made them. A change of a layout here needs a new name in
-//! [`names`], or the maps of running hosts no longer fit.
+//! Pinned maps outlive the program that made them. A change of a layout here needs the next number
+//! in [`layouts`], and in `warrend` how its entries are made from the former's.
 
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
@@ -32,6 +32,31 @@ pub mod names {
     /// Proxy, per CPU: [`CachedRoute::index`](super::CachedRoute::index) ->
     /// [`CachedRoute`](super::CachedRoute).
     pub const ROUTE_CACHE: &str = "ROUTE_CACHE";
+    /// Host: one of [`migration`](super::migration), at index 0.
+    pub const MIGRATION: &str = "MIGRATION";
+    /// Host, while migrating: the [`OutKey`](super::OutKey)s of flows that were left to the former
+    /// version.
+    pub const PASSED: &str = "PASSED";
+}
+
+/// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
+pub mod layouts {
+    /// Of `CT_OUT`. 2: addresses of either family, traffic.
+    pub const CT_OUT: u32 = 2;
+    /// Of `CT_IN`. 2: addresses of either family, traffic.
+    pub const CT_IN: u32 = 2;
+    /// Of `DROPS`: as many counters.
+    pub const DROPS: u32 = crate::drop::Drop::COUNTERS as u32;
+}
+
+/// How far the take-over of a former version's flows is, whose maps have another layout.
+pub mod migration {
+    /// There is none.
+    pub const NONE: u32 = 0;
+    /// Flows that are not known here are left to the former version, which begins new ones.
+    pub const PASS: u32 = 1;
+    /// New flows begin here; the former version has those that were left to it before.
+    pub const BEGIN: u32 = 2;
 }
 
 /// Names of the programs.

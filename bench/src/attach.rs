@@ -1,4 +1,5 @@
-//! `attach`: what connecting a slot to a VPC costs, seen from inside and from the proxy.
+//! `attach`: what connecting a slot to a VPC costs on a host with 4,000 of them, seen from inside
+//! and from the proxy; what making the slots costs; and what others do for each instance instead.
 //!
 //! A stand-in guest sends datagrams without a pause, all along: those before the attachment are
 //! dropped at its TAP, the first one after it is what the proxy's underlay interface time-stamps.
@@ -9,8 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use aya::programs::tc::TcAttachOptions;
+use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
+use aya::{Ebpf, EbpfLoader};
 use etherparse::PacketBuilder;
 use indicatif::ProgressIterator;
+use warren_abi::maps::programs;
 use warren_abi::wire::GATEWAY_MAC;
 use warren_bench::figures::Figures;
 use warren_dataplane::datapath::{
@@ -18,10 +23,15 @@ use warren_dataplane::datapath::{
 };
 use warren_netns::capture::{Capture, vni};
 use warren_netns::fleet::built;
+use warren_netns::guest::open_tap;
 use warren_netns::rundir::RunDir;
 use warren_netns::topology::{HOST, PROXY, SERVER, SHARED, Topology, UNDERLAY};
 
 const VNI: u32 = 4096;
+/// Slots of the host.
+const SLOTS: u32 = 4000;
+/// How often all of them are made, and adopted.
+const OPENS: u32 = 5;
 
 pub fn run(rounds: u32) -> Result<Figures> {
     let topology = Topology::new()?;
@@ -31,17 +41,45 @@ pub fn run(rounds: u32) -> Result<Figures> {
         object: std::fs::read(built("warren-ebpf.o")?)?,
         underlay_interface: UNDERLAY.to_owned(),
         underlay_address: HOST,
-        slots: 1,
+        slots: SLOTS,
         interface_prefix: "wrn".to_owned(),
         flows: DEFAULT_FLOWS,
     };
-    let figures = topology.host.run(|| measure(&options, &topology, rounds));
+    let mut figures = Figures::new("attach");
+    let measured = topology.host.run(|| {
+        let datapath = opens(&options, &mut figures)?;
+        attaches(&datapath, &topology, rounds, &options.object, &mut figures)
+    });
     topology.host.run(|| HostDatapath::uninstall(&options))?;
-    figures
+    measured.map(|()| figures)
 }
 
-fn measure(options: &HostOptions, topology: &Topology, rounds: u32) -> Result<Figures> {
-    let datapath = HostDatapath::open(options)?;
+/// Makes all slots from nothing, and adopts them as a daemon does that starts again.
+fn opens(options: &HostOptions, figures: &mut Figures) -> Result<HostDatapath> {
+    let (mut made, mut adopted) = (Vec::new(), Vec::new());
+    let mut datapath = None;
+    for _ in (0..OPENS).progress() {
+        drop(datapath.take());
+        HostDatapath::uninstall(options)?;
+        let clock = Instant::now();
+        drop(HostDatapath::open(options)?);
+        made.push(clock.elapsed().as_secs_f64());
+        let clock = Instant::now();
+        datapath = Some(HostDatapath::open(options)?);
+        adopted.push(clock.elapsed().as_secs_f64());
+    }
+    figures.distribution("slots_4000_ready_s", made);
+    figures.distribution("slots_4000_adopted_s", adopted);
+    datapath.context("no round")
+}
+
+fn attaches(
+    datapath: &HostDatapath,
+    topology: &Topology,
+    rounds: u32,
+    object: &[u8],
+    figures: &mut Figures,
+) -> Result<()> {
     datapath.apply_vpc(&HostVpc {
         vni: VNI,
         shared_address: SHARED,
@@ -51,8 +89,10 @@ fn measure(options: &HostOptions, topology: &Topology, rounds: u32) -> Result<Fi
     let slot = datapath.slots().first().context("no slot")?.clone();
     let tap = File::from(datapath.open_tap(slot.number)?);
     let capture = Capture::start(&topology.proxy, UNDERLAY)?;
+    let mut peer = Peer::load(object)?;
     let stop = AtomicBool::new(false);
-    let (mut writes, mut first_packets) = (Vec::new(), Vec::new());
+    let (mut attaches, mut detaches) = (Vec::new(), Vec::new());
+    let (mut first_packets, mut peers) = (Vec::new(), Vec::new());
     std::thread::scope(|scope| -> Result<()> {
         scope.spawn(|| send_until(&stop, &tap, &slot));
         // Whatever happens in here, the sender must end.
@@ -60,20 +100,81 @@ fn measure(options: &HostOptions, topology: &Topology, rounds: u32) -> Result<Fi
             capture.drain()?;
             let (wall, clock) = (SystemTime::now().duration_since(UNIX_EPOCH)?, Instant::now());
             datapath.attach(slot.number, VNI)?;
-            writes.push(clock.elapsed().as_nanos() as f64 / 1000.0);
+            attaches.push(micros(clock));
             let arrived = first_packet(&capture)?;
             first_packets.push(arrived.saturating_sub(wall.as_nanos() as u64) as f64 / 1000.0);
+            let clock = Instant::now();
             datapath.detach(slot.number)?;
+            detaches.push(micros(clock));
+            peers.push(peer.make()?);
             std::thread::sleep(Duration::from_millis(5));
             Ok(())
         });
         stop.store(true, Ordering::SeqCst);
         result
     })?;
-    let mut figures = Figures::new("attach");
-    figures.distribution("attach_us", writes);
-    figures.distribution("attach_to_first_packet_at_proxy_us", first_packets);
-    Ok(figures)
+    figures.distribution("attach_us", attaches);
+    figures.distribution("detach_us", detaches);
+    figures.distribution("first_packet_us", first_packets);
+    figures.distribution("peer_tap_up_tcx_us", peers);
+    Ok(())
+}
+
+fn micros(since: Instant) -> f64 {
+    since.elapsed().as_nanos() as f64 / 1000.0
+}
+
+/// What is done for each instance where there are no slots: make a TAP, take it up, attach the
+/// program.
+struct Peer {
+    ebpf: Ebpf,
+}
+
+impl Peer {
+    const NAME: &str = "peer";
+
+    fn load(object: &[u8]) -> Result<Self> {
+        let mut ebpf = EbpfLoader::new().btf(None).load(object)?;
+        program(&mut ebpf)?.load()?;
+        Ok(Self { ebpf })
+    }
+
+    /// Microseconds that it takes; what was made is gone afterwards.
+    fn make(&mut self) -> Result<f64> {
+        let program = program(&mut self.ebpf)?;
+        let clock = Instant::now();
+        let tap = open_tap(Self::NAME, libc::IFF_VNET_HDR)?;
+        set_up(Self::NAME)?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+        let link = program.attach_with_options(Self::NAME, TcAttachType::Ingress, options)?;
+        let took = micros(clock);
+        program.detach(link)?;
+        drop(tap);
+        Ok(took)
+    }
+}
+
+fn program(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier> {
+    Ok(ebpf.program_mut(programs::TAP).context("no program for TAPs")?.try_into()?)
+}
+
+nix::ioctl_write_ptr_bad!(set_interface_flags, libc::SIOCSIFFLAGS, libc::ifreq);
+
+/// Takes an interface up without IPv6 on it, by system calls alone.
+fn set_up(name: &str) -> Result<()> {
+    let path = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
+    // A kernel without IPv6 has no such file, and needs none.
+    std::fs::write(path, "1").ok();
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+    // SAFETY: all of its fields are integers.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the descriptor is open; the request points to a whole `ifreq`.
+    unsafe { set_interface_flags(std::os::fd::AsRawFd::as_raw_fd(&socket), &raw const request) }?;
+    Ok(())
 }
 
 fn first_packet(capture: &Capture) -> Result<u64> {

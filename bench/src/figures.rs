@@ -96,12 +96,7 @@ impl Figures {
                     table.add_row([key.clone(), count.to_string(), String::new(), String::new()]);
                 }
                 Figure::Distribution { p50, p99, n } => {
-                    table.add_row([
-                        key.clone(),
-                        format!("{p50:.0}"),
-                        format!("{p99:.0}"),
-                        n.to_string(),
-                    ]);
+                    table.add_row([key.clone(), number(*p50), number(*p99), n.to_string()]);
                 }
                 Figure::Values(_) => {}
             }
@@ -134,6 +129,11 @@ fn align(table: &mut Table) {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
+}
+
+/// Small numbers with two decimals, others with none.
+fn number(value: f64) -> String {
+    if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") }
 }
 
 /// What the figures depend on.

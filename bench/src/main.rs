@@ -3,6 +3,8 @@
 mod attach;
 mod datapath;
 mod packet;
+mod restart;
+mod sequence;
 mod start;
 
 use std::path::PathBuf;
@@ -27,8 +29,10 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Bench {
-    /// Connecting a slot to a VPC: the map write, and until its first packet is at the proxy
+    /// 4,000 slots: making them, connecting one to a VPC, and until its first packet is at the proxy
     Attach,
+    /// Kills and upgrades of the daemons under traffic: what is lost
+    Restart,
     /// From a request at the agent to an acknowledged identity: parked clones against cold ones
     Start,
     /// Each program's nanoseconds per packet, over 1 to 1,000,000 live flows
@@ -46,6 +50,10 @@ fn main() -> Result<()> {
     let rounds = |default| arguments.rounds.unwrap_or(default);
     let (figures, table) = match arguments.bench {
         Bench::Attach => times(attach::run(rounds(ROUNDS))?),
+        Bench::Restart => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+            times(runtime.block_on(restart::run())?)
+        }
         Bench::Start => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             times(runtime.block_on(start::run(rounds(ROUNDS)))?)
@@ -68,5 +76,5 @@ fn main() -> Result<()> {
 
 fn times(figures: Figures) -> (Figures, String) {
     let table = figures.table();
-    (figures, format!("Times in microseconds:\n\n{table}"))
+    (figures, format!("Counts, and microseconds, but for names in _s, _ms and _tps:\n\n{table}"))
 }

@@ -23,6 +23,7 @@ use warren_abi::nat::{MAX_PROBES, probe_port};
 use warren_abi::wire::{Be16, Ip, UDP};
 
 use crate::maps::{CT_IN, CT_OUT, slot};
+use crate::migration;
 use crate::parse::Packet;
 
 const EEXIST: i32 = -17;
@@ -53,7 +54,7 @@ pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop
     if let Some(port) = resume(&key, packet, now)? {
         return Ok(port);
     }
-    if !FlowState::can_begin(packet.protocol, packet.flags) {
+    if !FlowState::can_begin(packet.protocol, packet.flags) || migration::is_formers(&key) {
         return Err(Drop::NoFlow);
     }
     let vni = slot.attachment.vni();

@@ -25,6 +25,7 @@ mod drops;
 mod encap;
 mod icmp;
 mod maps;
+mod migration;
 mod mss;
 mod nat;
 mod parse;

@@ -2,7 +2,7 @@
 
 use aya_ebpf::Global;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{HashMap, LpmTrie, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
 use warren_abi::maps::{
     BlockKey, CachedRoute, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Route, RouteKey,
     Slot, Underlay,
@@ -34,6 +34,13 @@ pub static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(1, 0);
 pub static ROUTES: LpmTrie<RouteKey, Route> = LpmTrie::with_max_entries(1, 0);
 #[map]
 pub static ROUTE_CACHE: PerCpuArray<CachedRoute> = PerCpuArray::with_max_entries(1, 0);
+
+/// How far a migration is: [`warren_abi::maps::migration`].
+#[map]
+pub static MIGRATION: Array<u32> = Array::with_max_entries(1, 0);
+/// Flows and mappings that were left to the former version.
+#[map]
+pub static PASSED: HashMap<OutKey, u32> = HashMap::with_max_entries(1, 0);
 
 /// The end of the tunnel here.
 #[inline(always)]

@@ -9,7 +9,7 @@ use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY, GATEWAY_MAC, Ipv4}
 
 use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, slot};
-use crate::{answer, arp, conntrack, drops, encap, icmp, mss, nat, parse};
+use crate::{answer, arp, conntrack, drops, encap, icmp, migration, mss, nat, parse};
 
 /// Answers ARP; translates and sends everything else to the proxy of the slot's VPC, or tells the
 /// guest why not.
@@ -19,7 +19,8 @@ pub fn tap(ctx: TcContext) -> i32 {
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     match slot(ifindex) {
         Some(slot) => {
-            let result = ingress(&ctx, &slot);
+            let result = ingress(&ctx, &slot).map_err(|reason| ((), reason));
+            let result = migration::or_former(result).map_err(|((), reason)| reason);
             let action = drops::verdict(&ctx, slot.number, result);
             let gateway = Answerer { mac: GATEWAY_MAC, address: GATEWAY.into(), ifindex };
             result.err().and_then(|reason| answer::send(&ctx, &gateway, reason)).unwrap_or(action)

@@ -19,7 +19,7 @@ use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ip, Ipv4};
 use crate::conntrack::Receiver;
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;
-use crate::{conntrack, drops, icmp, mss, nat, parse, route};
+use crate::{conntrack, drops, icmp, migration, mss, nat, parse, route};
 
 /// Address family of IPv4.
 const AF_INET: u32 = 2;
@@ -37,7 +37,7 @@ pub fn tunnel_host(ctx: TcContext) -> i32 {
 /// headers.
 #[inline(always)]
 pub fn host(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
-    match to_guest(ctx, vni, remote) {
+    match migration::or_former(to_guest(ctx, vni, remote)) {
         Ok(action) => drops::verdict(ctx, 0, Ok(action)),
         Err((scope, reason)) => drops::verdict(ctx, scope, Err(reason)),
     }

@@ -21,7 +21,7 @@ use warren_abi::wire::{
 use crate::encap::ECN;
 use crate::maps::underlay;
 use crate::parse::{at, pull};
-use crate::tunnel;
+use crate::{migration, tunnel};
 
 /// Left to the next program, or to the kernel.
 const TCX_NEXT: i32 = -1;
@@ -43,6 +43,10 @@ static SEGMENTED: Array<u32> = Array::with_max_entries(TUNNEL_PORTS, 0);
 /// On a host.
 #[classifier]
 pub fn underlay_host(ctx: TcContext) -> i32 {
+    // Without its outer headers, a packet could not be left to a former version's program.
+    if migration::is_on() {
+        return TCX_NEXT;
+    }
     match decapsulate(&ctx) {
         Some((vni, remote)) => tunnel::host(&ctx, vni, remote),
         None => TCX_NEXT,

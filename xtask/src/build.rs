@@ -38,7 +38,20 @@ pub fn all(log_verdicts: bool) -> Result<()> {
 
 fn ebpf(log_verdicts: bool) -> Result<()> {
     step("build", "eBPF programs");
-    let mut command = no_std_cargo("ebpf");
+    ebpf_into("ebpf", "3", log_verdicts)?;
+    keep("ebpf/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf.o")
+}
+
+/// Builds the same eBPF programs of other instructions: what an upgrade is measured with.
+pub fn other_ebpf() -> Result<()> {
+    step("build", "other eBPF programs");
+    ebpf_into("ebpf-other", "2", false)?;
+    keep("ebpf-other/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf-other.o")
+}
+
+fn ebpf_into(folder: &str, optimization: &str, log_verdicts: bool) -> Result<()> {
+    let mut command = no_std_cargo(folder);
+    command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", optimization);
     command.args(["--package", "warren-ebpf", "--target", "bpfel-unknown-none"]);
     if log_verdicts {
         command.args(["--features", "log"]);
@@ -48,8 +61,7 @@ fn ebpf(log_verdicts: bool) -> Result<()> {
     }
     let flags = ["-Cdebuginfo=2", "-Clink-arg=--btf", "--cfg=bpf_target_arch=\"x86_64\""];
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
-    run(&mut command)?;
-    keep("ebpf/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf.o")
+    run(&mut command)
 }
 
 fn guest() -> Result<()> {

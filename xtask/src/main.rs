@@ -2,6 +2,7 @@
 
 mod build;
 mod command;
+mod leftovers;
 mod run;
 mod setup;
 

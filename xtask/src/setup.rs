@@ -26,6 +26,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("nginx-light", "a real server in a tenant's VPC"),
     ("iperf3", "TCP streams of the data path's benchmark"),
     ("nftables", "SNAT that the data path's benchmark compares with"),
+    ("postgresql", "load of the benchmark of restarts"),
 ];
 
 /// Installs what is missing. Where it may not, it lists the commands and fails.
@@ -63,7 +64,9 @@ fn missing() -> Result<Vec<String>> {
             ));
         }
     } else {
-        for program in ["cc", "ip", "redis-server", "redis-cli", "nginx", "iperf3", "nft"] {
+        for program in
+            ["cc", "ip", "redis-server", "redis-cli", "nginx", "iperf3", "nft", "postgres"]
+        {
             if !on_path(program) {
                 bail!("`{program}` is missing: install it with your package manager");
             }

@@ -1,6 +1,6 @@
 //! A host's data path.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeSet;
 use std::fmt::{self, Debug, Formatter};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,13 +8,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
-use warren_abi::maps::{self, names, programs};
-use warren_abi::wire;
+use warren_abi::maps::{self, layouts, names, programs};
 
 use super::counters::Counters;
-use super::netlink::{Interface, Netlink};
-use super::programs::{MapSpec, Pins, Programs};
-use super::sysctl::{self, ExpeditedRcu};
+use super::expedited::ExpeditedRcu;
+use super::migrate::Migration;
+use super::netlink::Netlink;
+use super::pins::Pins;
+use super::programs::{MapSpec, Programs};
+use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
     check_address, check_vni, is_missing, sweep, tap, underlay,
@@ -40,10 +42,10 @@ pub struct HostDatapath {
 }
 
 struct State {
-    slots: HashMap<MapData, u32, maps::Slot>,
+    slots: SlotTable,
     vpcs: HashMap<MapData, u32, maps::HostVpc>,
-    /// What `slots` holds, by the slot's number less 1: this process is the only one to write.
-    entries: Vec<maps::Slot>,
+    /// The keys of `vpcs`: this process is the only one to write.
+    vnis: BTreeSet<u32>,
 }
 
 impl Debug for HostDatapath {
@@ -57,7 +59,9 @@ impl Debug for HostDatapath {
 
 impl HostDatapath {
     /// Makes the data path, or adopts the one that is there and replaces its programs, one by
-    /// one, with no packet lost.
+    /// one, with no packet lost. Flows in maps of a former version's layout are carried over.
+    ///
+    /// An error leaves the former programs at their hooks, with their maps: traffic goes on.
     ///
     /// Interfaces are those of the calling thread's network namespace. Needs the capabilities
     /// `CAP_BPF` and `CAP_NET_ADMIN`, and the right to write `/proc/sys`.
@@ -78,25 +82,34 @@ impl HostDatapath {
             &[
                 MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
                 MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS),
-                MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count),
-                MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count),
-                MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1).at_least(slots + 1),
+                MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count)
+                    .layout(layouts::CT_OUT),
+                MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count)
+                    .layout(layouts::CT_IN),
+                MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1)
+                    .layout(layouts::DROPS)
+                    .at_least(slots + 1),
             ],
             &[programs::TAP, programs::TUNNEL_HOST, programs::UNDERLAY_HOST, programs::SWEEP],
         )?;
-        let mut state = State {
-            slots: programs.map(names::SLOTS)?,
-            vpcs: programs.map(names::HOST_VPCS)?,
-            entries: Vec::new(),
-        };
+        let table = SlotTable::new(programs.map(names::SLOTS)?);
+        let vpcs: HashMap<_, u32, maps::HostVpc> = programs.map(names::HOST_VPCS)?;
+        let vnis = vpcs.keys().collect::<Result<_, _>>();
+        let vnis = vnis.map_err(|source| Error::map(names::HOST_VPCS, source))?;
+        let mut state = State { slots: table, vpcs, vnis };
         let counters = Counters::new(programs.map(names::DROPS)?);
         let flows = programs.flows()?;
 
+        let migration = Migration::begin(&mut programs)?;
         let _expedited = ExpeditedRcu::new();
         underlay::open_device(&mut netlink, &mut programs, programs::TUNNEL_HOST, &device, mtu)?;
-        let slots = open_slots(options, &mut netlink, &mut programs, &mut state, mtu)?;
+        let slots = slots::open(options, &mut netlink, &mut programs, &mut state.slots, mtu)?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_HOST, underlay::SHORT_CUT, interface)?;
+        if let Some(migration) = migration {
+            migration.complete(&programs)?;
+        }
+        programs.commit()?;
         let (state, programs) = (Mutex::new(state), Mutex::new(programs));
         Ok(Self { slots, mtu, state, counters, flows, programs })
     }
@@ -138,15 +151,19 @@ impl HostDatapath {
             port_base: u32::from(vpc.ports.base),
             port_count: vpc.ports.count,
         };
-        self.lock().vpcs.insert(vpc.vni, value, 0).map_err(|e| Error::map(names::HOST_VPCS, e))
+        let mut state = self.lock();
+        state.vpcs.insert(vpc.vni, value, 0).map_err(|e| Error::map(names::HOST_VPCS, e))?;
+        state.vnis.insert(vpc.vni);
+        Ok(())
     }
 
     /// Forgets a VPC; nothing if unknown. [`Error::VpcInUse`] while a slot is attached to it.
     pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> {
         let mut state = self.lock();
-        if let Some(user) = state.entries.iter().find(|entry| entry.attachment.vni() == vni) {
-            return Err(Error::VpcInUse { vni, slot: user.number });
+        if let Some(slot) = state.slots.user_of(vni) {
+            return Err(Error::VpcInUse { vni, slot });
         }
+        state.vnis.remove(&vni);
         match state.vpcs.remove(&vni) {
             Err(error) if !is_missing(&error) => Err(Error::map(names::HOST_VPCS, error)),
             _ => Ok(()),
@@ -180,36 +197,32 @@ impl HostDatapath {
     /// when [`HostDatapath::open_tap`] succeeded again.
     pub fn attach(&self, slot: u32, vni: u32) -> Result<u32, Error> {
         let mut state = self.lock();
-        let attachment = state.entry(slot)?.attachment;
+        let attachment = state.slots.attachment(slot)?;
         let (current, generation) = (attachment.vni(), attachment.generation().wrapping_add(1));
         if current != 0 {
             return Err(Error::SlotInUse { slot, vni: current });
         }
-        match state.vpcs.get(&vni, 0) {
-            Ok(_) => {}
-            Err(error) if is_missing(&error) => return Err(Error::UnknownVpc(vni)),
-            Err(error) => return Err(Error::map(names::HOST_VPCS, error)),
+        if !state.vnis.contains(&vni) {
+            return Err(Error::UnknownVpc(vni));
         }
-        state.set_attachment(slot, maps::Attachment::new(vni, generation))?;
+        state.slots.set(slot, maps::Attachment::new(vni, generation))?;
         Ok(generation)
     }
 
     /// Disconnects a slot: one map write. Nothing if it is not attached.
     pub fn detach(&self, slot: u32) -> Result<(), Error> {
         let mut state = self.lock();
-        let attachment = state.entry(slot)?.attachment;
+        let attachment = state.slots.attachment(slot)?;
         if attachment.vni() == 0 {
             return Ok(());
         }
-        state.set_attachment(slot, maps::Attachment::new(0, attachment.generation()))
+        state.slots.set(slot, maps::Attachment::new(0, attachment.generation()))
     }
 
     /// What a slot is attached to, read from the map.
     pub fn attachment(&self, slot: u32) -> Result<Option<Attachment>, Error> {
-        let ifindex = self.slot(slot)?.ifindex;
-        let entry = self.lock().slots.get(&ifindex, 0);
-        let entry = entry.map_err(|source| Error::map(names::SLOTS, source))?;
-        let (vni, generation) = (entry.attachment.vni(), entry.attachment.generation());
+        let attachment = self.lock().slots.read(slot)?;
+        let (vni, generation) = (attachment.vni(), attachment.generation());
         Ok((vni != 0).then_some(Attachment { vni, generation }))
     }
 
@@ -238,8 +251,7 @@ impl HostDatapath {
 
     /// Removes flows that ended, with other time-outs.
     pub fn sweep_with(&self, timers: &Timers) -> Result<SweepReport, Error> {
-        let entries = self.lock().entries.clone();
-        let attachments = entries.iter().map(|entry| (entry.ifindex, entry.attachment)).collect();
+        let attachments = self.lock().slots.attachments();
         let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
         let program = programs.program(programs::SWEEP)?;
         sweep::run(program, self.flows.fd().as_fd(), &attachments, timers)
@@ -255,7 +267,7 @@ impl HostDatapath {
         let mut interfaces = netlink.interfaces()?;
         interfaces.retain(|interface| match interface.kind {
             Some(InfoKind::Tun) => {
-                slot_number(&options.interface_prefix, &interface.name).is_some()
+                slots::number_of(&options.interface_prefix, &interface.name).is_some()
             }
             Some(InfoKind::Vxlan) => interface.name == device,
             _ => false,
@@ -274,27 +286,6 @@ impl HostDatapath {
     }
 }
 
-impl State {
-    fn entry(&mut self, slot: u32) -> Result<&mut maps::Slot, Error> {
-        let index = (slot as usize).checked_sub(1).ok_or(Error::NoSlot(slot))?;
-        self.entries.get_mut(index).ok_or(Error::NoSlot(slot))
-    }
-
-    /// The one map write that connects or disconnects a slot.
-    fn set_attachment(&mut self, slot: u32, attachment: maps::Attachment) -> Result<(), Error> {
-        let entry = maps::Slot { attachment, ..*self.entry(slot)? };
-        self.write(&entry)?;
-        *self.entry(slot)? = entry;
-        Ok(())
-    }
-
-    fn write(&mut self, entry: &maps::Slot) -> Result<(), Error> {
-        self.slots
-            .insert(entry.ifindex, entry, 0)
-            .map_err(|source| Error::map(names::SLOTS, source))
-    }
-}
-
 fn check_options(options: &HostOptions) -> Result<(), Error> {
     check_address("underlay address", options.underlay_address)?;
     if options.slots == 0 || options.slots > MAX_SLOTS {
@@ -304,112 +295,4 @@ fn check_options(options: &HostOptions) -> Result<(), Error> {
         return Err(Error::invalid("number of flows", options.flows, "give 1 to 67108864"));
     }
     Ok(())
-}
-
-/// The number of the slot whose TAP has this name.
-fn slot_number(prefix: &str, name: &str) -> Option<u32> {
-    let digits = name.strip_prefix(prefix)?;
-    let number = digits.parse().ok()?;
-    (digits == u32::to_string(&number)).then_some(number)
-}
-
-/// Makes or adopts the slots.
-fn open_slots(
-    options: &HostOptions,
-    netlink: &mut Netlink,
-    programs: &mut Programs,
-    state: &mut State,
-    mtu: u16,
-) -> Result<Vec<Slot>, Error> {
-    let name = |number: u32| format!("{}{number}", options.interface_prefix);
-    let mut existing = BTreeMap::new();
-    for interface in netlink.interfaces()? {
-        existing.insert(interface.name.clone(), interface);
-    }
-    let mut made = HashSet::new();
-    for number in 1..=options.slots {
-        let name = name(number);
-        match existing.get(&name) {
-            Some(interface) if interface.kind == Some(InfoKind::Tun) => {}
-            Some(interface) => {
-                let remedy = "remove the interface, or choose another prefix";
-                return Err(Error::invalid("kind of interface", &interface.name, remedy));
-            }
-            None => {
-                tap::create(&name)?;
-                sysctl::disable_ipv6(&name)?;
-                made.insert(name);
-            }
-        }
-    }
-    // One more list for all of them is cheaper than a look-up for each.
-    if !made.is_empty() {
-        for interface in netlink.interfaces()? {
-            existing.insert(interface.name.clone(), interface);
-        }
-    }
-    forget_slots(state, existing.values())?;
-
-    let mut slots = Vec::with_capacity(options.slots as usize);
-    for number in 1..=options.slots {
-        let name = name(number);
-        let interface =
-            existing.get(&name).ok_or_else(|| Error::NoInterface { name: name.clone() })?;
-        let slot = enter_slot(state, number, interface, made.contains(&name))?;
-        programs.attach(programs::TAP, &format!("tap-{number}"), &name)?;
-        netlink.set_up(interface, u32::from(mtu))?;
-        slots.push(slot);
-    }
-    Ok(slots)
-}
-
-/// Removes the entries of TAPs that are gone.
-fn forget_slots<'a>(
-    state: &mut State,
-    interfaces: impl Iterator<Item = &'a Interface>,
-) -> Result<(), Error> {
-    let indices: HashSet<u32> = interfaces.map(|interface| interface.index).collect();
-    let entries: Result<Vec<u32>, _> = state.slots.keys().collect();
-    for ifindex in entries.map_err(|source| Error::map(names::SLOTS, source))? {
-        if !indices.contains(&ifindex) {
-            state.slots.remove(&ifindex).map_err(|source| Error::map(names::SLOTS, source))?;
-        }
-    }
-    Ok(())
-}
-
-/// Enters a slot into the map. A TAP that was there keeps its attachment; a new one, whose index
-/// may have been another's, begins detached and under a new generation.
-fn enter_slot(
-    state: &mut State,
-    number: u32,
-    interface: &Interface,
-    is_new: bool,
-) -> Result<Slot, Error> {
-    let no_slot = Error::NoSlot(number);
-    let address = wire::slot_address(number).ok_or(no_slot)?;
-    let mac = wire::slot_mac(number);
-    let attachment = match state.slots.get(&interface.index, 0) {
-        Ok(entry) if entry.number == number && !is_new => entry.attachment,
-        Ok(entry) => maps::Attachment::new(0, entry.attachment.generation().wrapping_add(1)),
-        Err(error) if is_missing(&error) => maps::Attachment::new(0, 0),
-        Err(error) => return Err(Error::map(names::SLOTS, error)),
-    };
-    let entry = maps::Slot {
-        attachment,
-        ifindex: interface.index,
-        number,
-        address: address.into(),
-        mac,
-        reserved: [0; 6],
-    };
-    state.write(&entry)?;
-    state.entries.push(entry);
-    Ok(Slot {
-        number,
-        ifname: interface.name.clone(),
-        ifindex: interface.index,
-        address,
-        mac: mac.octets(),
-    })
 }

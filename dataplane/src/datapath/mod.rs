@@ -16,15 +16,20 @@ use warren_abi::nat::BLOCK_PORTS;
 use warren_proto::route::{InvalidTable, Route};
 
 mod counters;
+mod expedited;
 mod host;
+mod migrate;
 mod netlink;
+mod pins;
 mod programs;
 mod proxy;
 mod routes;
+mod slots;
 mod sweep;
 mod sysctl;
 mod tap;
 mod underlay;
+mod undo;
 mod verdicts;
 
 pub use host::HostDatapath;
@@ -222,9 +227,10 @@ pub enum Error {
         /// Program or map.
         name: &'static str,
     },
-    /// A pinned map has another layout than this version's.
+    /// A pinned map has a layout that this version does not know, or less room than it needs.
     #[error(
-        "pinned map {path} was made by another version: uninstall the data path, then open it again"
+        "pinned map {path} is a later version's, or too small: start that version, or uninstall the \
+         data path, which ends its flows, and open it again"
     )]
     IncompatibleMap {
         /// The pin.

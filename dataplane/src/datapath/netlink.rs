@@ -12,7 +12,9 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 use warren_abi::wire::VXLAN_PORT;
@@ -22,6 +24,9 @@ use super::Error;
 /// The group that interfaces are put into to be removed together: a number that is no one else's.
 const DOOMED: u32 = 0x7761_7272;
 
+/// Requests that are sent at a time: their answers must fit the socket's buffer.
+const BATCH: usize = 128;
+
 /// A network interface.
 #[derive(Clone, Debug)]
 pub(super) struct Interface {
@@ -29,6 +34,7 @@ pub(super) struct Interface {
     pub name: String,
     /// Largest IP packet, in bytes.
     pub mtu: u32,
+    pub is_up: bool,
     /// None unless it is an Ethernet device.
     pub mac: Option<[u8; 6]>,
     pub kind: Option<InfoKind>,
@@ -54,7 +60,10 @@ impl Netlink {
 
     /// All interfaces.
     pub fn interfaces(&mut self) -> Result<Vec<Interface>, Error> {
-        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let mut request = LinkMessage::default();
+        // Statistics are most of an answer, and the dearest.
+        request.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+        let request = RouteNetlinkMessage::GetLink(request);
         let answers = self
             .request(request, NLM_F_DUMP)
             .map_err(|source| Error::system("list", "interfaces", source))?;
@@ -94,21 +103,23 @@ impl Netlink {
             .map_err(|source| Error::system("create VXLAN device", name, source))
     }
 
-    /// Sets an interface's MTU and takes it up.
-    pub fn set_up(&mut self, interface: &Interface, mtu: u32) -> Result<(), Error> {
-        let link = LinkUnspec::new_with_index(interface.index).mtu(mtu).up().build();
-        self.request(RouteNetlinkMessage::SetLink(link), NLM_F_ACK)
-            .map(drop)
-            .map_err(|source| Error::system("take up", &interface.name, source))
+    /// Sets interfaces' MTU and takes them up, those that are not so already.
+    pub fn set_up(&mut self, interfaces: &[&Interface], mtu: u32) -> Result<(), Error> {
+        let down: Vec<_> = interfaces.iter().filter(|i| !i.is_up || i.mtu != mtu).collect();
+        let links = down
+            .iter()
+            .map(|interface| LinkUnspec::new_with_index(interface.index).mtu(mtu).up().build());
+        self.set_links(links).map_err(|(n, source)| Error::system("take up", &down[n].name, source))
     }
 
     /// Removes interfaces, all at once: one by one, each would wait for the kernel to settle.
     pub fn delete(&mut self, interfaces: &[Interface]) -> Result<(), Error> {
-        for interface in interfaces {
-            let link = LinkUnspec::new_with_index(interface.index).link_group(DOOMED).build();
-            self.request(RouteNetlinkMessage::SetLink(link), NLM_F_ACK)
-                .map_err(|source| Error::system("mark for removal", &interface.name, source))?;
-        }
+        let links = interfaces.iter().map(|interface| {
+            LinkUnspec::new_with_index(interface.index).link_group(DOOMED).build()
+        });
+        self.set_links(links).map_err(|(n, source)| {
+            Error::system("mark for removal", &interfaces[n].name, source)
+        })?;
         let Some(first) = interfaces.first() else { return Ok(()) };
         let link = LinkMessageBuilder::<LinkUnspec>::new().link_group(DOOMED).build();
         self.request(RouteNetlinkMessage::DelLink(link), NLM_F_ACK).map(drop).map_err(|source| {
@@ -163,37 +174,75 @@ impl Netlink {
         }
     }
 
+    /// Changes links, many to a message. An error comes with its link's place in the list.
+    fn set_links(
+        &mut self,
+        links: impl Iterator<Item = LinkMessage>,
+    ) -> Result<(), (usize, io::Error)> {
+        let links: Vec<_> = links.collect();
+        for (batch, links) in links.chunks(BATCH).enumerate() {
+            let first = self.sequence.wrapping_add(1);
+            let mut bytes = Vec::new();
+            for (n, link) in links.iter().enumerate() {
+                // Errors are answered in any case; that all is done, only once.
+                let flags = if n + 1 == links.len() { NLM_F_ACK } else { 0 };
+                bytes.extend(self.message(RouteNetlinkMessage::SetLink(link.clone()), flags));
+            }
+            let place = |sequence: u32| batch * BATCH + sequence.wrapping_sub(first) as usize;
+            self.socket.send(&bytes, 0).map_err(|error| (place(first), error))?;
+            self.answers(first, NLM_F_ACK).map_err(|(sequence, error)| (place(sequence), error))?;
+        }
+        Ok(())
+    }
+
     /// Sends a request; returns what the kernel answers, until the end of its answer.
     fn request(
         &mut self,
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> io::Result<Vec<RouteNetlinkMessage>> {
-        self.sequence += 1;
+        let bytes = self.message(message, flags);
+        self.socket.send(&bytes, 0)?;
+        self.answers(self.sequence, flags).map_err(|(_, error)| error)
+    }
+
+    /// The bytes of a request, under a number of its own.
+    fn message(&mut self, message: RouteNetlinkMessage, flags: u16) -> Vec<u8> {
+        self.sequence = self.sequence.wrapping_add(1);
         let mut request = NetlinkMessage::from(message);
         request.header.flags = NLM_F_REQUEST | flags;
         request.header.sequence_number = self.sequence;
         request.finalize();
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
+        bytes
+    }
 
+    /// What the kernel answers to the requests from number `first` on, until the last one's end or
+    /// the first error, which comes with its request's number.
+    fn answers(
+        &mut self,
+        first: u32,
+        flags: u16,
+    ) -> Result<Vec<RouteNetlinkMessage>, (u32, io::Error)> {
+        let last = self.sequence;
         let mut answers = Vec::new();
         loop {
-            let (datagram, _) = self.socket.recv_from_full()?;
+            let (datagram, _) = self.socket.recv_from_full().map_err(|error| (last, error))?;
             let mut rest = datagram.as_slice();
             while !rest.is_empty() {
                 let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
-                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                    .map_err(|error| (last, io::Error::new(io::ErrorKind::InvalidData, error)))?;
                 let length = (answer.header.length as usize).next_multiple_of(4);
                 rest = rest.get(length..).unwrap_or_default();
+                let sequence = answer.header.sequence_number;
                 // What an earlier request left unread, after an error, is none of this one's.
-                if answer.header.sequence_number != self.sequence {
+                if sequence.wrapping_sub(first) > last.wrapping_sub(first) {
                     continue;
                 }
                 match answer.payload {
                     NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(error.to_io());
+                        return Err((sequence, error.to_io()));
                     }
                     NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(answers),
                     NetlinkPayload::InnerMessage(message) => answers.push(message),
@@ -212,8 +261,14 @@ fn host_address(interface: &Interface, address: Ipv4Addr) -> AddressMessage {
 }
 
 fn interface(link: LinkMessage) -> Interface {
-    let mut interface =
-        Interface { index: link.header.index, name: String::new(), mtu: 0, mac: None, kind: None };
+    let mut interface = Interface {
+        index: link.header.index,
+        name: String::new(),
+        mtu: 0,
+        is_up: link.header.flags.contains(LinkFlags::Up),
+        mac: None,
+        kind: None,
+    };
     for attribute in link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => interface.name = name,

@@ -1,8 +1,8 @@
-//! Loading the programs, and everything that is pinned: maps by name, one link per hook.
+//! Loading the programs over their pinned maps, and putting them at their hooks.
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData, MapError, MapInfo};
@@ -10,18 +10,25 @@ use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use warren_abi::maps::{Underlay, names};
 
-use super::{Error, verdicts};
+use super::pins::{self, Pins};
+use super::undo::Undo;
+use super::{Error, migrate, verdicts};
 
 /// A link whose pin was removed is detached by the kernel some time later; until then its program
 /// cannot be attached to the same interface again.
 const DETACH_PATIENCE: Duration = Duration::from_secs(1);
 
+/// While a former version's program is at a hook as well, the new one's link has this at the end of
+/// its pin's name.
+const NEW: &str = "-new";
+
 /// A map as this version wants it.
 pub(super) struct MapSpec {
     pub name: &'static str,
+    /// Number of its layout, from [`warren_abi::maps::layouts`].
+    pub layout: u32,
     pub key_size: usize,
     pub value_size: usize,
     /// Entries, when it is made.
@@ -32,96 +39,25 @@ pub(super) struct MapSpec {
 
 impl MapSpec {
     pub fn new<K, V>(name: &'static str, entries: u32) -> Self {
-        Self { name, key_size: size_of::<K>(), value_size: size_of::<V>(), entries, needed: 0 }
+        let (key_size, value_size) = (size_of::<K>(), size_of::<V>());
+        Self { name, layout: 1, key_size, value_size, entries, needed: 0 }
+    }
+
+    pub fn layout(self, layout: u32) -> Self {
+        Self { layout, ..self }
     }
 
     pub fn at_least(self, needed: u32) -> Self {
         Self { needed, ..self }
     }
-}
 
-/// The directory of pins.
-pub(super) struct Pins {
-    directory: PathBuf,
-}
-
-impl Pins {
-    /// The pins under `directory`, which is made if it is missing.
-    pub fn open(directory: &Path) -> Result<Self, Error> {
-        let pins = Self { directory: directory.to_owned() };
-        let io = |source| Error::system("make", directory.display(), source);
-        // Looked at before anything is made, so that no directory is left on another file system.
-        let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(directory);
-        let found = statfs(existing).map_err(|error| io(error.into()))?;
-        if found.filesystem_type() != BPF_FS_MAGIC {
-            return Err(Error::NotBpffs { path: directory.to_owned() });
+    /// The name of its pin, which tells its layout: `CT_OUT-v2`; without a number, it is 1. A BPF
+    /// file system takes no dots.
+    fn pin(&self) -> String {
+        match self.layout {
+            1 => self.name.to_owned(),
+            layout => format!("{}-v{layout}", self.name),
         }
-        fs::create_dir_all(pins.maps()).map_err(io)?;
-        fs::create_dir_all(pins.links()).map_err(io)?;
-        Ok(pins)
-    }
-
-    fn maps(&self) -> PathBuf {
-        self.directory.join("maps")
-    }
-
-    fn links(&self) -> PathBuf {
-        self.directory.join("links")
-    }
-
-    /// The names of the links that are pinned.
-    pub fn link_names(&self) -> Result<Vec<String>, Error> {
-        entries(&self.links())
-    }
-
-    /// Unpins a link: its program is detached. No error if there is none.
-    pub fn remove_link(&self, name: &str) -> Result<(), Error> {
-        remove(&self.links().join(name))
-    }
-
-    /// Unpins everything under `directory` and removes it; no error if there is nothing.
-    pub fn remove_all(directory: &Path) -> Result<(), Error> {
-        let pins = Self { directory: directory.to_owned() };
-        for path in [pins.links(), pins.maps()] {
-            for name in entries(&path)? {
-                remove(&path.join(name))?;
-            }
-            remove_directory(&path)?;
-        }
-        remove_directory(directory)
-    }
-}
-
-fn entries(path: &Path) -> Result<Vec<String>, Error> {
-    let error = |source| Error::system("list", path.display(), source);
-    let entries = match fs::read_dir(path) {
-        Err(missing) if missing.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(error)?,
-    };
-    entries
-        .map(|entry| Ok(entry.map_err(error)?.file_name().to_string_lossy().into_owned()))
-        .collect()
-}
-
-fn remove(path: &Path) -> Result<(), Error> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        result => result.map_err(|source| Error::system("unpin", path.display(), source)),
-    }
-}
-
-/// A directory that holds something else, or is a mount point, stays.
-fn remove_directory(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir(path) {
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::NotFound | ErrorKind::ResourceBusy | ErrorKind::DirectoryNotEmpty
-            ) =>
-        {
-            Ok(())
-        }
-        result => result.map_err(|source| Error::system("remove", path.display(), source)),
     }
 }
 
@@ -129,12 +65,18 @@ fn remove_directory(path: &Path) -> Result<(), Error> {
 pub(super) struct Programs {
     ebpf: Ebpf,
     pins: Pins,
+    /// Puts everything back if it is dropped before [`Programs::commit`].
+    undo: Undo,
+    /// Whether a former version's programs stay behind these until its flows are carried over.
+    migrating: bool,
+    /// Names of the maps' pins.
+    maps: Vec<String>,
     _reader: Option<verdicts::Reader>,
 }
 
 impl Programs {
-    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if missing; the
-    /// other role's are made small, and go with this process.
+    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if
+    /// missing; the other role's are made small, and go with this process.
     pub fn load(
         object: &[u8],
         underlay: &Underlay,
@@ -142,21 +84,56 @@ impl Programs {
         maps: &[MapSpec],
         wanted: &[&'static str],
     ) -> Result<Self, Error> {
+        let migrating = migrate::is_needed(&pins, maps)?;
+        let mut undo = Undo::default();
         let mut loader = EbpfLoader::new();
         loader.btf(None).override_global("UNDERLAY", underlay, true);
+        if migrating {
+            loader.map_max_entries(names::PASSED, migrate::PASSED);
+        }
         for spec in maps {
-            let path = pins.maps().join(spec.name);
-            check(&path, spec)?;
+            let path = pins.maps().join(spec.pin());
+            if !check(&path, spec)? {
+                undo.pin(path.clone());
+            }
             loader.map_max_entries(spec.name, spec.entries).map_pin_path(spec.name, path);
         }
         let mut ebpf = loader.load(object).map_err(|source| Error::Load(Box::new(source)))?;
         let reader = verdicts::Reader::start(&mut ebpf)?;
-        let mut programs = Self { ebpf, pins, _reader: reader };
+        let maps = maps.iter().map(MapSpec::pin).collect();
+        let mut programs = Self { ebpf, pins, undo, migrating, maps, _reader: reader };
         for name in wanted {
             let program = programs.program(name)?;
             program.load().map_err(|source| Error::program("load program", *name, source))?;
         }
         Ok(programs)
+    }
+
+    /// Whether flows of a former layout are to be carried over: then, a hook's former program
+    /// stays behind the new one until [`Programs::commit`].
+    pub fn is_migrating(&self) -> bool {
+        self.migrating
+    }
+
+    /// Everything is in place: from now on, nothing is put back, and what only a former version
+    /// needs goes. What was interrupted here is done by the next daemon.
+    pub fn commit(&mut self) -> Result<(), Error> {
+        self.undo.keep();
+        self.migrating = false;
+        // Maps first: as long as there is one of a former layout, its programs are needed.
+        for name in self.pins.map_names()? {
+            if !self.maps.contains(&name) {
+                pins::remove(&self.pins.maps().join(name))?;
+            }
+        }
+        for name in self.pins.link_names()? {
+            let Some(former) = name.strip_suffix(NEW) else { continue };
+            let links = self.pins.links();
+            let (from, to) = (links.join(&name), links.join(former));
+            fs::rename(&from, &to)
+                .map_err(|source| Error::system("rename pin", from.display(), source))?;
+        }
+        Ok(())
     }
 
     /// The pins.
@@ -198,15 +175,22 @@ impl Programs {
         link: &str,
         interface: &str,
     ) -> Result<(), Error> {
-        if self.replace(program, link)? {
+        let pin = if self.migrating { format!("{link}{NEW}") } else { link.to_owned() };
+        if self.replace(program, &pin)? {
             return Ok(());
         }
-        let path = self.pins.links().join(link);
+        let path = self.pins.links().join(pin);
+        if self.migrating {
+            self.undo.pin(path.clone());
+        }
         let error = |source| Error::program("attach a program to", interface, source);
+        let migrating = self.migrating;
         let program = self.program(program)?;
         let deadline = Instant::now() + DETACH_PATIENCE;
         let attached = loop {
-            let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+            // In front of a former version's.
+            let order = if migrating { LinkOrder::first() } else { LinkOrder::default() };
+            let options = TcAttachOptions::TcxOrder(order);
             match program.attach_with_options(interface, TcAttachType::Ingress, options) {
                 Err(ProgramError::SyscallError(exists))
                     if exists.io_error.kind() == ErrorKind::AlreadyExists
@@ -240,6 +224,7 @@ impl Programs {
             Err(source) => return Err(link(source)),
         };
         let pinned = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(link)?;
+        self.undo.hook(&path, (&pinned).try_into().map_err(link)?)?;
         let program = self.program(program)?;
         match program.attach_to_link(pinned).and_then(|id| program.take_link(id)) {
             // The link's descriptor is closed here; the pin holds the link.
@@ -247,7 +232,7 @@ impl Programs {
             Err(ProgramError::SyscallError(dead))
                 if dead.io_error.raw_os_error() == Some(libc::ENOLINK) =>
             {
-                remove(&path)?;
+                pins::remove(&path)?;
                 Ok(false)
             }
             Err(source) => Err(error(source)),
@@ -255,15 +240,15 @@ impl Programs {
     }
 }
 
-/// Whether a pinned map, if there is one, has the layout of `spec`.
-fn check(path: &Path, spec: &MapSpec) -> Result<(), Error> {
+/// Whether a map is pinned there, which then has the layout of `spec`.
+fn check(path: &Path, spec: &MapSpec) -> Result<bool, Error> {
     if !path.exists() {
-        return Ok(());
+        return Ok(false);
     }
     let map = |source| Error::map(spec.name, source);
     let info: MapInfo = MapData::from_pin(path).and_then(|data| data.info()).map_err(map)?;
     let fits = info.key_size() as usize == spec.key_size
         && info.value_size() as usize == spec.value_size
         && info.max_entries() >= spec.needed;
-    if fits { Ok(()) } else { Err(Error::IncompatibleMap { path: path.to_owned() }) }
+    if fits { Ok(true) } else { Err(Error::IncompatibleMap { path: path.to_owned() }) }
 }

@@ -8,18 +8,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{HashMap, MapData};
 use ipnetwork::Ipv4Network;
 use rtnetlink::packet_route::link::InfoKind;
-use warren_abi::maps::{self, BlockKey, names, programs};
+use warren_abi::maps::{self, BlockKey, layouts, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_abi::wire::{Ipv4, Mac};
 
 use super::counters::Counters;
+use super::expedited::ExpeditedRcu;
 use super::netlink::{Interface, Netlink};
-use super::programs::{MapSpec, Pins, Programs};
+use super::pins::Pins;
+use super::programs::{MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
-use super::sysctl::{self, ExpeditedRcu};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, is_missing,
-    underlay,
+    sysctl, underlay,
 };
 use crate::clock::monotonic_ns;
 
@@ -75,7 +76,7 @@ impl ProxyDatapath {
                 MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS),
                 MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS),
                 MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
-                MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1),
+                MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
             ],
             &[programs::TUNNEL_PROXY, programs::UNDERLAY_PROXY, programs::VPC],
         )?;
@@ -95,6 +96,7 @@ impl ProxyDatapath {
                 programs.replace(programs::VPC, &link)?;
             }
         }
+        programs.commit()?;
         let state = State {
             netlink,
             vpcs: programs.map(names::PROXY_VPCS)?,
@@ -296,7 +298,7 @@ impl State {
             self.netlink.remove_address(interface, before)?;
         }
         self.netlink.add_address(interface, vpc.shared_address)?;
-        self.netlink.set_up(interface, interface.mtu)
+        self.netlink.set_up(&[interface], interface.mtu)
     }
 
     fn leave_interface(&mut self, vpc: &maps::ProxyVpc) -> Result<(), Error> {

@@ -74,6 +74,6 @@ pub(super) fn open_device(
     };
     sysctl::disable_ipv6(name)?;
     programs.attach(program, LINK, name)?;
-    netlink.set_up(&device, u32::from(mtu))?;
+    netlink.set_up(&[&device], u32::from(mtu))?;
     Ok(device)
 }

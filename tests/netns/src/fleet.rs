@@ -258,6 +258,22 @@ impl Fleet {
         self.wait_registered().await
     }
 
+    /// Stops a daemon, starts it with other eBPF programs, and waits until it serves.
+    pub async fn upgrade(&mut self, daemon: Daemon, programs: &Path) -> Result<()> {
+        let path = config_file(&self.run, daemon);
+        let config = std::fs::read_to_string(&path)?;
+        let lines = config.lines().map(|line| {
+            if line.starts_with("programs = ") {
+                format!("programs = '{}'\n", programs.display())
+            } else {
+                format!("{line}\n")
+            }
+        });
+        std::fs::write(&path, lines.collect::<String>())?;
+        self.process(daemon).stop(PATIENCE)?;
+        self.kill_and_restart(daemon).await
+    }
+
     /// Waits until so many microVMs are parked on the host. Asks the host itself: what the control
     /// plane knows is as old as the last heartbeat.
     pub async fn wait_parked(&self, parked: u32) -> Result<()> {

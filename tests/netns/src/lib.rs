@@ -6,7 +6,9 @@
 
 pub mod capture;
 pub mod fleet;
+pub mod guest;
 pub mod netns;
+pub mod postgres;
 pub mod process;
 pub mod rundir;
 pub mod servers;

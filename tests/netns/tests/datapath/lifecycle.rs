@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use warren_dataplane::datapath::{
@@ -21,7 +20,7 @@ const PORT: u16 = 7000;
 
 /// Sends `count` numbered datagrams, a millisecond apart, to a server that echoes them. Returns
 /// how many came back.
-fn stream(guest: &Namespace, count: u64) -> usize {
+pub fn stream(guest: &Namespace, count: u64) -> usize {
     guest.run(|| {
         let socket = UdpSocket::bind("0.0.0.0:0").expect("there is a port");
         socket.connect((SERVER, PORT)).expect("there is a route");
@@ -47,9 +46,9 @@ fn stream(guest: &Namespace, count: u64) -> usize {
 }
 
 /// Downloads at 4 MB/s for about two seconds. Returns whether all bytes were right.
-fn download(guest: &Namespace, bytes: u64) -> bool {
+pub fn download(guest: &Namespace, port: u16, bytes: u64) -> bool {
     guest.run(|| {
-        let mut stream = TcpStream::connect((SERVER, PORT)).expect("the server answers");
+        let mut stream = TcpStream::connect((SERVER, port)).expect("the server answers");
         stream.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
         let mut received = Vec::new();
         stream.read_to_end(&mut received).expect("the stream is whole");
@@ -59,22 +58,18 @@ fn download(guest: &Namespace, bytes: u64) -> bool {
 }
 
 /// Runs `restart` over and over while `traffic` flows.
-fn during<T: Send>(traffic: impl FnOnce() -> T + Send, mut restart: impl FnMut()) -> T {
-    let done = AtomicBool::new(false);
+pub fn during<T: Send>(traffic: impl FnOnce() -> T + Send, mut restart: impl FnMut()) -> T {
     std::thread::scope(|scope| {
-        let traffic = scope.spawn(|| {
-            let result = traffic();
-            done.store(true, Ordering::SeqCst);
-            result
-        });
+        let traffic = scope.spawn(traffic);
         let mut restarts = 0;
-        while !done.load(Ordering::SeqCst) {
+        while !traffic.is_finished() {
             restart();
             restarts += 1;
             std::thread::sleep(Duration::from_millis(100));
         }
+        let traffic = traffic.join().expect("it does not panic");
         assert!(restarts > 1, "the traffic was over before anything was restarted");
-        traffic.join().expect("it does not panic")
+        traffic
     })
 }
 
@@ -90,7 +85,7 @@ fn no_packet_is_lost_while_the_host_s_data_path_restarts() {
     assert_eq!(during(|| stream(&namespace, 2000), || bed.reopen_host()), 2000);
     let bytes = 8 << 20;
     let _source = bulk_source(&vpc, PORT, bytes, 4 << 20).expect("the server starts");
-    assert!(during(|| download(&namespace, bytes), || bed.reopen_host()));
+    assert!(during(|| download(&namespace, PORT, bytes), || bed.reopen_host()));
     assert_eq!(bed.host().drops().expect("counters can be read"), []);
 }
 

@@ -9,5 +9,7 @@ mod hostile;
 mod icmp;
 mod lifecycle;
 mod mss;
+mod reuse;
 mod routes;
 mod traffic;
+mod upgrade;
