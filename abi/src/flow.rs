@@ -11,6 +11,18 @@ pub enum Direction {
     In,
 }
 
+impl Direction {
+    /// The other one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(self) -> Self {
+        match self {
+            Self::Out => Self::In,
+            Self::In => Self::Out,
+        }
+    }
+}
+
 /// TCP flags, as in byte 13 of the header (RFC 9293).
 pub mod tcp {
     /// No more data from the sender.
@@ -47,9 +59,19 @@ impl FlowState {
     const PEER_FIN: u32 = 1 << 3;
     const GUEST_RST: u32 = 1 << 4;
     const PEER_RST: u32 = 1 << 5;
+    /// The guest acknowledged the peer's SYN: the connection stands.
+    const STANDS: u32 = 1 << 6;
+    /// The guest acknowledged the peer's FIN, and so all that came before it.
+    const GUEST_DONE: u32 = 1 << 7;
+    /// The peer acknowledged the guest's FIN.
+    const PEER_DONE: u32 = 1 << 8;
+    /// A random number, 16 bits from here on: see [`FlowState::begin`].
+    const NONCE: u32 = 12;
     const ENDED: u32 = 1 << 31;
 
+    const BOTH_SYN: u32 = Self::GUEST_SYN | Self::PEER_SYN;
     const BOTH_FIN: u32 = Self::GUEST_FIN | Self::PEER_FIN;
+    const BOTH_DONE: u32 = Self::GUEST_DONE | Self::PEER_DONE;
 
     #[inline]
     const fn pack(tick: u32, marks: u32) -> Self {
@@ -57,9 +79,13 @@ impl FlowState {
     }
 
     /// A flow that the guest's packet begins: any of UDP and ICMP, a SYN of TCP.
+    ///
+    /// Of `random`, 16 bits stay for as long as the flow lives: memory of a flow that ended may
+    /// become another's, and who would end the former one by an exchange must not hit that.
     #[inline]
-    pub const fn begin(protocol: u8, now: u32) -> Self {
-        Self::pack(now, if protocol == TCP { Self::GUEST_SYN } else { 0 })
+    pub const fn begin(protocol: u8, now: u32, random: u32) -> Self {
+        let nonce = (random & 0xffff) << Self::NONCE;
+        Self::pack(now, nonce | if protocol == TCP { Self::GUEST_SYN } else { 0 })
     }
 
     /// Whether a packet with these TCP flags (0 for other protocols) can begin a flow.
@@ -79,47 +105,81 @@ impl FlowState {
         self.0 as u32
     }
 
-    /// The sweep decided to remove it: to every packet, it is not there.
+    /// Somebody decided to remove it: to every packet, it is not there.
     #[inline]
     pub const fn is_ended(self) -> bool {
         self.marks() & Self::ENDED != 0
     }
 
-    /// What the sweep puts in its place before it removes it.
+    /// What is put in its place before it is removed.
     #[inline]
     #[must_use]
     pub const fn ended(self) -> Self {
         Self::pack(self.last_tick(), self.marks() | Self::ENDED)
     }
 
+    /// Whether one side began to close it: what is acknowledged from then on tells when it is
+    /// finished.
+    #[inline]
+    pub const fn is_closing(self) -> bool {
+        self.marks() & Self::BOTH_FIN != 0
+    }
+
+    /// Whether the other side than `direction`'s sender sent its FIN.
+    #[inline]
+    pub const fn other_closed(self, direction: Direction) -> bool {
+        let mark = match direction {
+            Direction::Out => Self::PEER_FIN,
+            Direction::In => Self::GUEST_FIN,
+        };
+        self.marks() & mark != 0
+    }
+
     /// Whether both sides closed it, or the guest reset it, or the peer refused it. What comes
     /// from the peer after that does not keep it alive.
     ///
     /// A reset from outside does not end an established flow: it may be forged (RFC 7857,
-    /// section 2).
+    /// section 2.2).
     #[inline]
     const fn is_closed(marks: u32) -> bool {
-        marks & Self::BOTH_FIN == Self::BOTH_FIN
-            || marks & Self::GUEST_RST != 0
-            || marks & (Self::PEER_RST | Self::PEER_SYN) == Self::PEER_RST
+        marks & Self::BOTH_FIN == Self::BOTH_FIN || Self::is_reset(marks)
     }
 
-    /// The state after a packet with these TCP flags (0 for other protocols).
+    #[inline]
+    const fn is_reset(marks: u32) -> bool {
+        marks & Self::GUEST_RST != 0 || marks & (Self::PEER_RST | Self::PEER_SYN) == Self::PEER_RST
+    }
+
+    /// Whether nothing of the connection is outstanding: closed, and each side acknowledged the
+    /// other's end; or reset.
+    #[inline]
+    const fn is_finished(marks: u32) -> bool {
+        marks & Self::BOTH_DONE == Self::BOTH_DONE || Self::is_reset(marks)
+    }
+
+    /// The state after a packet with these TCP flags (0 for other protocols). `all` tells that it
+    /// acknowledges the other side's FIN.
     #[inline]
     #[must_use]
-    pub const fn after(self, direction: Direction, flags: u8, now: u32) -> Self {
+    pub const fn after(self, direction: Direction, flags: u8, all: bool, now: u32) -> Self {
         let mut marks = self.marks();
         match direction {
             Direction::Out => {
                 if flags & (tcp::SYN | tcp::ACK) == tcp::SYN && Self::is_closed(marks) {
                     // The guest opens the same flow anew.
-                    marks = Self::GUEST_SYN;
+                    marks = marks & 0xffff << Self::NONCE | Self::GUEST_SYN;
+                }
+                if flags & tcp::ACK != 0 && marks & Self::PEER_SYN != 0 {
+                    marks |= Self::STANDS;
                 }
                 if flags & tcp::FIN != 0 {
                     marks |= Self::GUEST_FIN;
                 }
                 if flags & tcp::RST != 0 {
                     marks |= Self::GUEST_RST;
+                }
+                if all {
+                    marks |= Self::GUEST_DONE;
                 }
             }
             Direction::In => {
@@ -131,6 +191,9 @@ impl FlowState {
                 }
                 if flags & tcp::RST != 0 {
                     marks |= Self::PEER_RST;
+                }
+                if all {
+                    marks |= Self::PEER_DONE;
                 }
                 if Self::is_closed(self.marks()) {
                     return Self::pack(self.last_tick(), marks);
@@ -150,21 +213,63 @@ impl FlowState {
             timers.udp
         } else if Self::is_closed(marks) {
             timers.tcp_closed
-        } else if marks & (Self::BOTH_FIN | Self::PEER_RST) != 0
-            || marks & (Self::GUEST_SYN | Self::PEER_SYN) != Self::GUEST_SYN | Self::PEER_SYN
-        {
-            timers.tcp_transitory
-        } else {
+        } else if marks & (Self::BOTH_FIN | Self::PEER_RST) != 0 {
+            timers.tcp_closing
+        } else if marks & (Self::BOTH_SYN | Self::STANDS) == Self::BOTH_SYN | Self::STANDS {
             timers.tcp_established
+        } else {
+            timers.tcp_opening
         }
     }
 
-    /// Whether it was idle for longer than it may be.
+    /// How many ticks it has been idle.
+    #[inline]
+    pub const fn idle(self, now: u32) -> u32 {
+        // A packet on another CPU may have stamped it with a later tick than this one's.
+        let idle = now.wrapping_sub(self.last_tick()) as i32;
+        if idle < 0 { 0 } else { idle as u32 }
+    }
+
+    /// Whether it was idle for longer than it may be: nothing from outside gets through any more.
     #[inline]
     pub const fn is_expired(self, protocol: u8, timers: &Timers, now: u32) -> bool {
-        // A packet on another CPU may have stamped it with a later tick than the sweep's.
-        let idle = now.wrapping_sub(self.last_tick()) as i32;
-        idle > 0 && idle as u32 > self.timeout(protocol, timers)
+        let idle = self.idle(now);
+        idle > 0 && idle > self.timeout(protocol, timers)
+    }
+
+    /// Whether it expired, and its port rested since (RFC 6888, REQ-8).
+    ///
+    /// What is closed rests while it is kept for the last segments.
+    #[inline]
+    pub const fn has_rested(self, protocol: u8, timers: &Timers, now: u32) -> bool {
+        let (idle, timeout) = (self.idle(now), self.timeout(protocol, timers));
+        let until = if protocol == TCP && Self::is_closed(self.marks()) {
+            if timeout > timers.rest { timeout } else { timers.rest }
+        } else {
+            timeout.saturating_add(timers.rest)
+        };
+        idle > 0 && idle > until
+    }
+
+    /// Whether it is to be removed: it expired and rested; if it is of a former attachment, it
+    /// rested.
+    #[inline]
+    pub const fn is_gone(self, is_stale: bool, protocol: u8, timers: &Timers, now: u32) -> bool {
+        let idle = self.idle(now);
+        // Stale flows do not wait for a tick if there is nothing to wait for.
+        is_stale && (timers.rest == 0 || idle > timers.rest)
+            || self.has_rested(protocol, timers, now)
+    }
+
+    /// Whether another flow may have its port, if there is no better one: it is finished, or it
+    /// expired. One that lives, never.
+    ///
+    /// RFC 6888, REQ-8, exceptions A and C: sessions are tracked, and filtering is address- and
+    /// port-dependent.
+    #[inline]
+    pub const fn is_over(self, protocol: u8, timers: &Timers, now: u32) -> bool {
+        (protocol == TCP && Self::is_finished(self.marks()))
+            || self.is_expired(protocol, timers, now)
     }
 }
 
@@ -176,28 +281,36 @@ pub struct Timers {
     pub udp: u32,
     /// ICMP echo.
     pub icmp: u32,
-    /// TCP while it opens and while it closes.
-    pub tcp_transitory: u32,
+    /// TCP until the connection stands.
+    pub tcp_opening: u32,
     /// TCP while it stands.
     pub tcp_established: u32,
-    /// TCP after both sides closed, or a reset: for retransmissions of the last segments.
+    /// TCP after one side closed it, or the peer reset it.
+    pub tcp_closing: u32,
+    /// TCP after both sides closed it, or it was reset: for retransmissions of the last segments.
     pub tcp_closed: u32,
+    /// How long a port rests before another flow towards the same place gets it, unless there is
+    /// no other.
+    pub rest: u32,
 }
 
 impl Timers {
     /// At least so many seconds.
-    const fn seconds(seconds: u64) -> u32 {
-        (seconds * 1_000_000_000).div_ceil(TICK_NS) as u32
+    pub const fn seconds(seconds: u32) -> u32 {
+        (seconds as u64 * 1_000_000_000).div_ceil(TICK_NS) as u32
     }
 
-    /// UDP 5 min (RFC 4787, REQ-5); ICMP 60 s (RFC 5508, REQ-2); TCP 4 min transitory and
-    /// 2 h 4 min established (RFC 5382, REQ-5), 10 s closed.
+    /// UDP 5 min (RFC 4787, REQ-5); ICMP 60 s (RFC 5508, REQ-2); TCP 4 min while it opens or
+    /// closes and after a reset (RFC 7857, sections 2.1 and 2.2), 2 h 4 min established (RFC 5382,
+    /// REQ-5); a rest of 120 s (RFC 6888, REQ-8).
     pub const DEFAULT: Self = Self {
         udp: Self::seconds(300),
         icmp: Self::seconds(60),
-        tcp_transitory: Self::seconds(240),
+        tcp_opening: Self::seconds(240),
         tcp_established: Self::seconds(7440),
-        tcp_closed: Self::seconds(10),
+        tcp_closing: Self::seconds(240),
+        tcp_closed: Self::seconds(240),
+        rest: Self::seconds(120),
     };
 }
 

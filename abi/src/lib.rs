@@ -13,6 +13,7 @@
 extern crate alloc;
 
 pub mod checksum;
+pub mod conntrack;
 pub mod drop;
 pub mod flow;
 pub mod icmp;

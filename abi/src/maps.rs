@@ -214,6 +214,8 @@ pub struct Flow {
     pub reserved: u16,
     /// What the guest sent; a mapping's is zero.
     pub sent: Traffic,
+    /// The sequence number after the guest's FIN, and after the peer's, if they sent one.
+    pub ends: [u32; 2],
 }
 
 /// A flow, as its peer sees it. Inserting it claims the port.
@@ -373,12 +375,12 @@ without_padding!(
     HostVpc = 16,
     OutKey = 32,
     Traffic = 16,
-    Flow = 32,
+    Flow = 40,
     InKey = 28,
     InFlow = 32,
     ProxyVpc = 48,
     BlockKey = 12,
-    Sweep = 558,
+    Sweep = 566,
     RouteKey = 20,
     Route = 20,
     CachedRoute = 48

@@ -8,8 +8,8 @@ use Direction::{In, Out};
 
 /// The state after a SYN of the guest and these packets, each at the tick given.
 fn played(packets: &[(Direction, u8, u32)]) -> FlowState {
-    packets.iter().fold(FlowState::begin(TCP, 0), |state, &(direction, flags, now)| {
-        state.after(direction, flags, now)
+    packets.iter().fold(FlowState::begin(TCP, 0, 0), |state, &(direction, flags, now)| {
+        state.after(direction, flags, false, now)
     })
 }
 
@@ -23,14 +23,15 @@ fn timeout(packets: &[(Direction, u8, u32)]) -> u32 {
 fn tcp_has_a_time_out_for_each_stage() {
     let timers = Timers::DEFAULT;
     let with = |more: &[_]| timeout(&[&OPEN[..], more].concat());
-    assert_eq!(timeout(&[]), timers.tcp_transitory);
+    assert_eq!(timeout(&[]), timers.tcp_opening);
+    assert_eq!(timeout(&OPEN[..1]), timers.tcp_opening);
     assert_eq!(with(&[]), timers.tcp_established);
-    assert_eq!(with(&[(Out, tcp::FIN | tcp::ACK, 3)]), timers.tcp_transitory);
-    assert_eq!(with(&[(In, tcp::FIN | tcp::ACK, 3)]), timers.tcp_transitory);
+    assert_eq!(with(&[(Out, tcp::FIN | tcp::ACK, 3)]), timers.tcp_closing);
+    assert_eq!(with(&[(In, tcp::FIN | tcp::ACK, 3)]), timers.tcp_closing);
     assert_eq!(with(&[(Out, tcp::FIN, 3), (In, tcp::FIN, 3)]), timers.tcp_closed);
     assert_eq!(with(&[(Out, tcp::RST, 3)]), timers.tcp_closed);
     // It may be forged.
-    assert_eq!(with(&[(In, tcp::RST, 3)]), timers.tcp_transitory);
+    assert_eq!(with(&[(In, tcp::RST, 3)]), timers.tcp_closing);
     assert_eq!(timeout(&[(In, tcp::RST | tcp::ACK, 1)]), timers.tcp_closed);
     // Both open at the same time (RFC 9293, figure 8).
     assert_eq!(
@@ -45,24 +46,27 @@ fn the_standards_minima_are_kept() {
     let timers = Timers::DEFAULT;
     assert!(seconds(timers.udp) >= 300);
     assert!(seconds(timers.icmp) >= 60);
-    assert!(seconds(timers.tcp_transitory) >= 240);
+    assert!(seconds(timers.tcp_opening) >= 240);
+    assert!(seconds(timers.tcp_closing) >= 240);
+    assert!(seconds(timers.tcp_closed) >= 240);
+    assert!(seconds(timers.rest) >= 120);
     assert!(seconds(timers.tcp_established) >= 2 * 3600 + 4 * 60);
-    assert_eq!(FlowState::begin(UDP, 0).timeout(UDP, &timers), timers.udp);
-    assert_eq!(FlowState::begin(ICMP, 0).timeout(ICMP, &timers), timers.icmp);
+    assert_eq!(FlowState::begin(UDP, 0, 0).timeout(UDP, &timers), timers.udp);
+    assert_eq!(FlowState::begin(ICMP, 0, 0).timeout(ICMP, &timers), timers.icmp);
 }
 
 #[test]
 fn a_syn_opens_a_closed_flow_anew() {
     let closed = played(&[OPEN[0], OPEN[1], (Out, tcp::FIN, 3), (In, tcp::FIN, 3)]);
-    let again = closed.after(Out, tcp::SYN, 9);
-    assert_eq!(again, FlowState::begin(TCP, 9));
+    let again = closed.after(Out, tcp::SYN, false, 9);
+    assert_eq!(again, FlowState::begin(TCP, 9, 0));
 }
 
 #[test]
 fn the_peer_does_not_keep_a_closed_flow_alive() {
     let closed = played(&[OPEN[0], OPEN[1], (Out, tcp::FIN, 3), (In, tcp::FIN, 4)]);
-    assert_eq!(closed.after(In, tcp::ACK, 9), closed);
-    assert_eq!(closed.after(Out, tcp::ACK, 9).last_tick(), 9);
+    assert_eq!(closed.after(In, tcp::ACK, false, 9), closed);
+    assert_eq!(closed.after(Out, tcp::ACK, false, 9).last_tick(), 9);
 }
 
 #[test]
@@ -85,10 +89,10 @@ proptest! {
         idle in 1u32..10_000,
     ) {
         let mut now = 0;
-        let mut state = FlowState::begin(TCP, now);
+        let mut state = FlowState::begin(TCP, now, 0);
         for (out, flags, later) in packets {
             now += later;
-            state = state.after(if out { Out } else { In }, flags, now);
+            state = state.after(if out { Out } else { In }, flags, false, now);
             prop_assert!(!state.is_ended());
             prop_assert!(state.last_tick() <= now);
         }
@@ -103,14 +107,14 @@ proptest! {
     fn a_packet_is_entered_once_a_tick(out: bool, flags: u8, now: u32) {
         let direction = if out { Out } else { In };
         let flags = flags & !tcp::SYN;
-        let once = FlowState::begin(TCP, now).after(direction, flags, now);
-        prop_assert_eq!(once.after(direction, flags, now), once);
+        let once = FlowState::begin(TCP, now, 0).after(direction, flags, false, now);
+        prop_assert_eq!(once.after(direction, flags, false, now), once);
     }
 
     /// A packet that another CPU stamped after the sweep began does not look ages old.
     #[test]
     fn the_future_is_not_the_past(now: u32, ahead in 0u32..1000) {
-        let state = FlowState::begin(UDP, now.wrapping_add(ahead));
+        let state = FlowState::begin(UDP, now.wrapping_add(ahead), 0);
         let timers = Timers { udp: 0, ..Timers::DEFAULT };
         prop_assert!(!state.is_expired(UDP, &timers, now));
     }

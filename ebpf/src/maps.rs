@@ -1,17 +1,26 @@
 //! The maps. The loader sets their real sizes, and pins those of its role.
 
+use core::hint::black_box;
+
 use aya_ebpf::Global;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
+use warren_abi::flow::Timers;
 use warren_abi::maps::{
     BlockKey, CachedRoute, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Route, RouteKey,
     Slot, Underlay,
 };
 use warren_abi::wire::Ipv4;
 
+use crate::conntrack::Scratch;
+
 /// The end of the tunnel here, written by the loader.
 #[unsafe(no_mangle)]
 static UNDERLAY: Global<Underlay> = Global::new(Underlay { ifindex: 0, address: Ipv4(0), mtu: 0 });
+
+/// How long flows may be idle, written by the loader.
+#[unsafe(no_mangle)]
+static TIMERS: Global<Timers> = Global::new(Timers::DEFAULT);
 
 #[map]
 pub static SLOTS: HashMap<u32, Slot> = HashMap::with_max_entries(1, 0);
@@ -22,6 +31,8 @@ pub static CT_OUT: HashMap<OutKey, Flow> = HashMap::with_max_entries(1, 0);
 // Not an LRU: it would evict one half of a flow without the other.
 #[map]
 pub static CT_IN: HashMap<InKey, InFlow> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static PROXY_VPCS: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 #[map]
@@ -46,6 +57,14 @@ pub static PASSED: HashMap<OutKey, u32> = HashMap::with_max_entries(1, 0);
 #[inline(always)]
 pub fn underlay() -> Underlay {
     UNDERLAY.load()
+}
+
+/// How long flows may be idle.
+#[inline(always)]
+pub fn timers() -> &'static Timers {
+    // SAFETY: a `Global` is what it holds, and nobody writes it. The compiler must not know what
+    // stands there before the loader has been.
+    unsafe { &*black_box((&raw const TIMERS).cast()) }
 }
 
 /// The slot of a TAP, and what it was attached to at one moment.

@@ -2,7 +2,7 @@
 
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
-use warren_abi::flow::Direction;
+use warren_abi::flow::{Direction, tcp};
 use warren_abi::icmp;
 use warren_abi::maps::Traffic;
 use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, IpHeader, Ipv4, TCP, UDP};
@@ -66,6 +66,10 @@ pub struct Packet {
     pub protocol: u8,
     /// TCP flags; 0 for other protocols.
     pub flags: u8,
+    /// TCP: the sequence number after it.
+    pub next: u32,
+    /// TCP: the acknowledgement number.
+    pub acknowledged: u32,
     /// Source address.
     pub source: Ipv4,
     /// Destination address.
@@ -119,6 +123,8 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
         ttl: ip.ttl,
         protocol: ip.protocol,
         flags: 0,
+        next: 0,
+        acknowledged: 0,
         source: ip.source,
         destination: ip.destination,
         local_port,
@@ -132,10 +138,14 @@ pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
     match packet.protocol {
         TCP => {
             // SAFETY: `at` checked the bounds.
-            let [offset, flags] =
-                unsafe { *at::<[u8; 20]>(ctx, L4).ok_or(Drop::Truncated)? }.as_chunks::<2>().0[6];
+            let header = unsafe { *at::<[[u8; 4]; 5]>(ctx, L4).ok_or(Drop::Truncated)? };
+            let [offset, flags, ..] = header[3];
             packet.flags = flags;
             packet.header_length = size_of::<IpHeader>() as u32 + (offset >> 4) as u32 * 4;
+            packet.next = u32::from_be_bytes(header[1])
+                .wrapping_add(total_length.wrapping_sub(packet.header_length))
+                .wrapping_add(u32::from(flags & tcp::FIN));
+            packet.acknowledged = u32::from_be_bytes(header[2]);
             if packet.header_length < size_of::<IpHeader>() as u32 + 20 {
                 return Err(Drop::BadHeader);
             }

@@ -10,13 +10,13 @@ use aya_ebpf::bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tun
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_skb_get_tunnel_key};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use warren_abi::conntrack::Receiver;
 use warren_abi::drop::Drop;
 use warren_abi::flow::Direction;
 use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
 use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ip, Ipv4};
 
-use crate::conntrack::Receiver;
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;
 use crate::{conntrack, drops, icmp, migration, mss, nat, parse, route};

@@ -97,7 +97,7 @@ fn out_from_v1(key: &OutKeyV1, flow: &FlowV1) -> (maps::OutKey, maps::Flow) {
     let peer = peer(key.peer);
     let key = maps::OutKey { ifindex, generation, peer, guest_port, peer_port, protocol };
     let FlowV1 { state, vni, port, reserved } = *flow;
-    (key, maps::Flow { state, vni, port, reserved, sent: Traffic::NONE })
+    (key, maps::Flow { state, vni, port, reserved, sent: Traffic::NONE, ends: [0; 2] })
 }
 
 fn in_from_v1(key: &InKeyV1, flow: &InFlowV1) -> (maps::InKey, maps::InFlow) {

@@ -81,8 +81,8 @@ pub(super) fn for_each(
     }
 }
 
-/// Removes flows that ended: idle for longer than `timers`, or begun under an attachment that its
-/// slot, by the index of its TAP, has no more.
+/// Removes flows that ended, and whose ports rested: idle for longer than `timers`, or begun under
+/// an attachment that its slot, by the index of its TAP, has no more.
 pub(super) fn run(
     program: &SchedClassifier,
     map: BorrowedFd<'_>,
@@ -92,19 +92,20 @@ pub(super) fn run(
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map_err(|error| Error::system("read", "CLOCK_MONOTONIC", error.into()))?;
     let now = tick(now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64);
-    let mut total = 0;
+    let mut live = 0;
     let mut ended = Vec::new();
     for_each(map, |key, flow| {
-        total += u32::from(!key.is_mapping());
         let attachment = Attachment::new(flow.vni, key.generation);
-        if attachments.get(&key.ifindex) != Some(&attachment)
-            || flow.state.is_expired(key.protocol as u8, timers, now)
-        {
+        let is_stale = attachments.get(&key.ifindex) != Some(&attachment);
+        let protocol = key.protocol as u8;
+        if flow.state.is_gone(is_stale, protocol, timers, now) {
             ended.push(*key);
+        } else if !key.is_mapping() && !is_stale && !flow.state.is_expired(protocol, timers, now) {
+            live += 1;
         }
     })?;
 
-    let mut report = SweepReport::default();
+    let mut report = SweepReport { live, ..SweepReport::default() };
     for some in ended.chunks(Sweep::KEYS) {
         let mut order = Sweep { timers: *timers, count: some.len() as u32, ..Sweep::EMPTY };
         let mut keys = order.keys;
@@ -122,6 +123,5 @@ pub(super) fn run(
         report.expired += done.expired;
         report.stale += done.stale;
     }
-    report.live = total - report.expired - report.stale;
     Ok(report)
 }

@@ -1,0 +1,708 @@
+//! Flows: which port stands for which guest's, and for how long.
+//!
+//! Pure decisions over [`Tables`]: BPF maps in the programs, plain maps in tests.
+//!
+//! Two tables hold a flow. A claim is inserted first, and whoever finds it there tries another
+//! port. The flow itself comes second and holds the state; who loses that race gives the port
+//! back and uses the winner's. Who would remove a flow ends its state with a compare-and-exchange
+//! first: so a packet either refreshes a flow or finds it gone, and only who ended it touches its
+//! claim.
+//!
+//! UDP's ports are endpoint-independent (RFC 4787, REQ-1, REQ-3): what claims one is a mapping, an
+//! entry of both tables under no peer, and the flows from that port of the guest's all have its
+//! port. The flows are the filter: only their peers get through. A flow keeps its mapping alive.
+//!
+//! A port whose flow ended rests. If there is no other, a new flow takes the one of the flow that
+//! was idle longest, and is over ([`FlowState::is_over`]).
+
+use core::num::NonZeroU32;
+
+use crate::drop::Drop;
+use crate::flow::{Direction, FlowState, Timers, tcp};
+use crate::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
+use crate::nat::probe_port;
+use crate::wire::{Be16, Ip, UDP};
+
+/// How often a state is looked at again when another CPU changed it meanwhile: that happens once
+/// a tick, and at TCP's turning points.
+const ATTEMPTS: u32 = 4;
+
+/// How often a new flow looks for one that is over, if others are faster.
+const ROUNDS: u32 = 2;
+
+/// Why an entry was not inserted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// There is one under this key.
+    Exists,
+    /// There is no room.
+    Full,
+}
+
+/// Tables of flows and claims, which several CPUs change at once.
+///
+/// Each method is atomic. What [`Tables::flow`] and [`Tables::claim`] find stays readable, but
+/// when the entry is removed its memory may become another's.
+pub trait Tables: Sized {
+    /// Where a flow lies.
+    type Flow: Copy;
+    /// Where a claim lies.
+    type Claim: Copy;
+
+    /// The tick that it is now.
+    fn now(&self) -> u32;
+    /// A random number.
+    fn random(&self) -> u32;
+    /// How long flows may be idle.
+    fn timers(&self) -> &Timers;
+    /// The slot of a TAP.
+    fn slot(&self, ifindex: u32) -> Option<Slot>;
+    /// Whether a flow that is not there may begin, or may be known elsewhere.
+    #[inline(always)]
+    fn may_begin(&self, _key: OutKey) -> bool {
+        true
+    }
+
+    /// Calls `f` on a new search, wherever there is room for it.
+    #[inline(always)]
+    fn with<R>(&self, wanted: Wanted, f: impl FnOnce(&mut Search) -> R) -> R {
+        f(&mut Search::new(wanted))
+    }
+
+    /// Goes on with a search, which [`Tables::with`] gave, until a [`step`] is decisive, for
+    /// [`MAX_PROBES`](crate::nat::MAX_PROBES) at most.
+    ///
+    /// A program has the kernel repeat: a loop of its own would be verified pass by pass.
+    fn probe(&self, search: &mut Search);
+
+    /// A flow.
+    fn flow(&self, key: OutKey) -> Option<Self::Flow>;
+    /// Inserts a flow that is not there.
+    ///
+    /// # Errors
+    /// If it is there, or there is no room.
+    fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused>;
+    /// Removes a flow.
+    fn remove_flow(&self, key: OutKey);
+    /// A flow's state.
+    fn state(&self, flow: Self::Flow) -> FlowState;
+    /// Puts `new` in the place of `expected`, unless there is something else: whether it did.
+    fn exchange(&self, flow: Self::Flow, expected: FlowState, new: FlowState) -> bool;
+    /// A flow's VPC and port.
+    fn place(&self, flow: Self::Flow) -> (u32, Be16);
+    /// The sequence number after the FIN that was sent in this direction.
+    fn end(&self, flow: Self::Flow, direction: Direction) -> u32;
+    /// Enters the sequence number after the FIN that is sent in this direction.
+    fn set_end(&self, flow: Self::Flow, direction: Direction, end: u32);
+    /// Adds to what the guest sent.
+    fn sent(&self, flow: Self::Flow, traffic: Traffic);
+
+    /// A claim.
+    fn claim(&self, key: InKey) -> Option<Self::Claim>;
+    /// Inserts a claim that is not there.
+    ///
+    /// # Errors
+    /// If it is there, or there is no room.
+    fn insert_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused>;
+    /// Replaces a claim.
+    ///
+    /// # Errors
+    /// If there is no room.
+    fn replace_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused>;
+    /// Removes a claim.
+    fn remove_claim(&self, key: InKey);
+    /// What a claim says.
+    fn read(&self, claim: Self::Claim) -> InFlow;
+    /// Enters the tick in which a reply last refreshed the flow.
+    fn set_refreshed(&self, claim: Self::Claim, tick: u32);
+    /// Adds to what the guest received.
+    fn received(&self, claim: Self::Claim, traffic: Traffic);
+}
+
+/// What of a packet concerns its flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Address of the peer.
+    pub peer: Ip,
+    /// The peer's port; 0 for ICMP.
+    pub peer_port: Be16,
+    /// The port on the guest's side, or the ICMP echo identifier.
+    pub local_port: Be16,
+    /// TCP, UDP or ICMP.
+    pub protocol: u8,
+    /// TCP flags; 0 for other protocols.
+    pub flags: u8,
+    /// TCP: the sequence number after it.
+    pub next: u32,
+    /// TCP: the acknowledgement number.
+    pub acknowledged: u32,
+    /// What it adds to its flow's traffic.
+    pub traffic: Traffic,
+}
+
+/// Ports of the shared address that new flows may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ports {
+    /// The first one.
+    pub base: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl Ports {
+    #[inline(always)]
+    const fn contains(self, port: Be16) -> bool {
+        (port.get() as u32).wrapping_sub(self.base) < self.count
+    }
+}
+
+/// Who gets a packet from the VPC, and at which port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    /// The slot.
+    pub slot: Slot,
+    /// The guest's port.
+    pub port: Be16,
+}
+
+/// What is wanted of the tables: a flow or a mapping that begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    key: OutKey,
+    vni: u32,
+    ports: Ports,
+    sent: Traffic,
+    now: u32,
+    random: u32,
+}
+
+impl Wanted {
+    #[inline(always)]
+    const fn claim(&self, port: Be16) -> InKey {
+        let OutKey { peer, peer_port, protocol, .. } = self.key;
+        InKey { vni: self.vni, peer, peer_port, port, protocol }
+    }
+
+    #[inline(always)]
+    const fn back(&self) -> InFlow {
+        let OutKey { ifindex, generation, guest_port, .. } = self.key;
+        let (refreshed, received) = (self.now, Traffic::NONE);
+        InFlow { ifindex, generation, refreshed, guest_port, reserved: 0, received }
+    }
+
+    #[inline(always)]
+    const fn flow(&self, port: Be16) -> Flow {
+        let state = FlowState::begin(self.key.protocol as u8, self.now, self.random);
+        Flow { state, vni: self.vni, port, reserved: 0, sent: self.sent, ends: [0; 2] }
+    }
+}
+
+/// The port that stands for the guest's in this flow, which the packet begins or keeps alive.
+///
+/// # Errors
+/// Why there is none.
+#[inline(always)]
+pub fn outward<T: Tables>(
+    tables: &T,
+    slot: &Slot,
+    ports: Ports,
+    segment: &Segment,
+) -> Result<Be16, Drop> {
+    let key = OutKey {
+        ifindex: slot.ifindex,
+        generation: slot.attachment.generation(),
+        peer: segment.peer,
+        guest_port: segment.local_port,
+        peer_port: segment.peer_port,
+        protocol: segment.protocol as u32,
+    };
+    let now = tables.now();
+    if let Some(port) = resume(tables, key, segment, now)? {
+        return Ok(port);
+    }
+    if !FlowState::can_begin(segment.protocol, segment.flags) || !tables.may_begin(key) {
+        return Err(Drop::NoFlow);
+    }
+    let (vni, random, sent) = (slot.attachment.vni(), tables.random(), segment.traffic);
+    let wanted = |key, sent| Wanted { key, vni, ports, sent, now, random };
+    let is_udp = segment.protocol == UDP;
+    let mut port = None;
+    if is_udp {
+        port = mapped(tables, key.mapping(), ports, now)?;
+    }
+    if port.is_none() {
+        let wanted = if is_udp { wanted(key.mapping(), Traffic::NONE) } else { wanted(key, sent) };
+        port = tables.with(wanted, |search| begin(tables, search))?;
+    }
+    match port {
+        Some(port) if is_udp => tables.with(wanted(key, sent), |search| join(tables, search, port)),
+        Some(port) => Ok(port),
+        // Another CPU was faster.
+        None => resume(tables, key, segment, now)?.ok_or(Drop::Internal),
+    }
+}
+
+/// The port of the guest's flow that the packet keeps alive; none if there is no such flow.
+#[inline(always)]
+fn resume<T: Tables>(
+    tables: &T,
+    key: OutKey,
+    segment: &Segment,
+    now: u32,
+) -> Result<Option<Be16>, Drop> {
+    let Some(Entered { flow, state, .. }) = refresh(tables, key, Direction::Out, segment, now)?
+    else {
+        return Ok(None);
+    };
+    tables.sent(flow, segment.traffic);
+    let (vni, port) = tables.place(flow);
+    if segment.flags & tcp::FIN != 0 && state.is_closing() {
+        // From now on, every packet of the peer's is looked at: it may acknowledge the end.
+        let OutKey { peer, peer_port, protocol, .. } = key;
+        if let Some(claim) = tables.claim(InKey { vni, peer, peer_port, port, protocol }) {
+            tables.set_refreshed(claim, now.wrapping_sub(1));
+        }
+    }
+    Ok(Some(port))
+}
+
+/// The port of a mapping, which a new flow keeps alive; none if there is no mapping yet.
+///
+/// A mapping on a port that the host has no more is for its flows, not for new ones: what they
+/// send would go nowhere.
+#[inline(always)]
+fn mapped<T: Tables>(
+    tables: &T,
+    key: OutKey,
+    ports: Ports,
+    now: u32,
+) -> Result<Option<Be16>, Drop> {
+    let Some(Entered { flow, state, .. }) = enter(tables, key, Direction::Out, None, now)? else {
+        return Ok(None);
+    };
+    let (vni, port) = tables.place(flow);
+    if ports.contains(port) {
+        return Ok(Some(port));
+    }
+    if tables.exchange(flow, state, state.ended()) {
+        remove(tables, key, vni, port);
+    }
+    Ok(None)
+}
+
+/// Begins a flow or a mapping on a port of the host's. If another CPU did so meanwhile, none; or,
+/// of a mapping, that one's.
+#[inline(always)]
+fn begin<T: Tables>(tables: &T, search: &mut Search) -> Result<Option<Be16>, Drop> {
+    let mut round = 0;
+    while round <= 2 * ROUNDS {
+        search.aim = match (round, search.outcome) {
+            (0, _) => Aim::Free,
+            (_, Outcome::Found) => Aim::Take,
+            _ => Aim::Oldest,
+        };
+        round += 1;
+        tables.probe(search);
+        match search.outcome {
+            Outcome::Begun => return Ok(Some(search.port)),
+            Outcome::Lost => {
+                let Wanted { key, now, .. } = search.wanted;
+                if !key.is_mapping() {
+                    return Ok(None);
+                }
+                let found = enter(tables, key, Direction::Out, None, now)?;
+                return Ok(found.map(|found| tables.place(found.flow).1));
+            }
+            Outcome::Full => return Err(Drop::FlowsExhausted),
+            Outcome::Nothing => return Err(Drop::PortsExhausted),
+            Outcome::Taken => {
+                search.longest = 0;
+            }
+            Outcome::Found => {}
+        }
+    }
+    Err(Drop::PortsExhausted)
+}
+
+/// Begins a flow on the port of its mapping.
+#[inline(always)]
+fn join<T: Tables>(tables: &T, search: &mut Search, port: Be16) -> Result<Be16, Drop> {
+    (search.aim, search.port) = (Aim::Join, port);
+    tables.probe(search);
+    match search.outcome {
+        // If it was lost, then to a packet of the same flow, which has the same port.
+        Outcome::Begun | Outcome::Lost => Ok(port),
+        Outcome::Full => Err(Drop::FlowsExhausted),
+        _ => Err(Drop::PortsExhausted),
+    }
+}
+
+/// What ports are tried for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aim {
+    /// One that is free: the flow begins there.
+    Free,
+    /// Of those whose flow is over, the one that was idle longest.
+    Oldest,
+    /// The one that was found: the flow begins there if the other is still over.
+    Take,
+    /// That of the mapping: the flow begins there, unless another's lives there.
+    Join,
+}
+
+/// What came of a search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// No port yet.
+    Nothing,
+    /// The port is another's.
+    Taken,
+    /// There is a port whose flow is over.
+    Found,
+    /// The flow began.
+    Begun,
+    /// Another CPU began it, on a port of its own.
+    Lost,
+    /// There is no room for it.
+    Full,
+}
+
+/// A search among the ports that a flow or a mapping may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Search {
+    wanted: Wanted,
+    aim: Aim,
+    outcome: Outcome,
+    longest: u32,
+    port: Be16,
+}
+
+impl Search {
+    /// One that has not begun.
+    #[inline(always)]
+    pub const fn new(wanted: Wanted) -> Self {
+        let (aim, outcome) = (Aim::Free, Outcome::Nothing);
+        Self { wanted, aim, outcome, longest: 0, port: Be16(0) }
+    }
+}
+
+/// One step of a search: whether there is no need for more.
+#[inline(always)]
+pub fn step<T: Tables>(tables: &T, search: &mut Search, probe: u32) -> bool {
+    let Wanted { ports: Ports { base, count }, random, now, .. } = search.wanted;
+    let aim = search.aim;
+    let port = match (aim, NonZeroU32::new(count)) {
+        (Aim::Take | Aim::Join, _) => search.port,
+        (_, Some(count)) => Be16::new(probe_port(base, count, random, probe)),
+        (_, None) => {
+            search.outcome = Outcome::Nothing;
+            return true;
+        }
+    };
+    if aim == Aim::Free || aim == Aim::Join {
+        search.port = port;
+        attempt(tables, search);
+        if search.outcome != Outcome::Taken || aim == Aim::Free {
+            return search.outcome != Outcome::Taken;
+        }
+        if is_claimed_by(tables, &search.wanted, port) {
+            // Another CPU is just beginning this very flow.
+            search.outcome = Outcome::Begun;
+            return true;
+        }
+    }
+    if probe == 0 {
+        search.outcome = if aim == Aim::Oldest { Outcome::Nothing } else { Outcome::Taken };
+    }
+    let Some(over) = over(tables, &search.wanted, port, tables.timers()) else {
+        return aim != Aim::Oldest;
+    };
+    if aim != Aim::Oldest {
+        take(tables, search, &over);
+        return true;
+    }
+    // Of two alike, the guest's own: its time stamps go on where they were (RFC 6191).
+    let rank = over.state.idle(now).saturating_mul(2).saturating_add(1 + over.is_own as u32);
+    if rank > search.longest {
+        (search.longest, search.port, search.outcome) = (rank, port, Outcome::Found);
+    }
+    false
+}
+
+/// Whether the port is claimed by the wanted flow itself.
+#[inline(always)]
+fn is_claimed_by<T: Tables>(tables: &T, wanted: &Wanted, port: Be16) -> bool {
+    tables.claim(wanted.claim(port)).is_some_and(|claim| {
+        let (InFlow { ifindex, generation, guest_port, .. }, key) =
+            (tables.read(claim), &wanted.key);
+        ifindex == key.ifindex && generation == key.generation && guest_port == key.guest_port
+    })
+}
+
+/// Begins a flow or a mapping on this port, if it is free.
+#[inline(always)]
+fn attempt<T: Tables>(tables: &T, search: &mut Search) {
+    let wanted = &search.wanted;
+    match tables.insert_claim(wanted.claim(search.port), wanted.back()) {
+        Ok(()) => settle(tables, search),
+        Err(Refused::Exists) => search.outcome = Outcome::Taken,
+        Err(Refused::Full) => search.outcome = Outcome::Full,
+    }
+}
+
+/// Begins a flow or a mapping on a port that it has claimed.
+#[inline(always)]
+fn settle<T: Tables>(tables: &T, search: &mut Search) {
+    let wanted = &search.wanted;
+    let inserted = tables.insert_flow(wanted.key, wanted.flow(search.port));
+    if inserted.is_err() {
+        tables.remove_claim(wanted.claim(search.port));
+    }
+    search.outcome = match inserted {
+        Ok(()) => Outcome::Begun,
+        Err(Refused::Exists) => Outcome::Lost,
+        Err(Refused::Full) => Outcome::Full,
+    };
+}
+
+/// A flow that another one may take the port of.
+struct Over<F> {
+    ifindex: u32,
+    generation: u32,
+    guest_port: Be16,
+    flow: F,
+    state: FlowState,
+    is_own: bool,
+}
+
+/// The flow that has the port towards the wanted flow's peer, if it is over, or of a former
+/// attachment.
+#[inline(always)]
+fn over<T: Tables>(
+    tables: &T,
+    wanted: &Wanted,
+    port: Be16,
+    timers: &Timers,
+) -> Option<Over<T::Flow>> {
+    let InFlow { ifindex, generation, guest_port, .. } =
+        tables.read(tables.claim(wanted.claim(port))?);
+    let key = OutKey { ifindex, generation, guest_port, ..wanted.key };
+    let flow = tables.flow(key)?;
+    let state = tables.state(flow);
+    // Whether it is the claim's: if it still has this state at the exchange, it still is.
+    if state.is_ended() || tables.place(flow) != (wanted.vni, port) {
+        return None;
+    }
+    let is_own = ifindex == wanted.key.ifindex && generation == wanted.key.generation;
+    let attachment = Attachment::new(wanted.vni, generation);
+    let is_stale = !is_own && tables.slot(ifindex).is_none_or(|slot| slot.attachment != attachment);
+    let is_over = is_stale || state.is_over(key.protocol as u8, timers, wanted.now);
+    is_over.then_some(Over { ifindex, generation, guest_port, flow, state, is_own })
+}
+
+/// Begins a flow or a mapping on the port of one that is over.
+#[inline(always)]
+fn take<T: Tables>(tables: &T, search: &mut Search, over: &Over<T::Flow>) {
+    let &Over { ifindex, generation, guest_port, flow, state, .. } = over;
+    if !tables.exchange(flow, state, state.ended()) {
+        return;
+    }
+    tables.remove_flow(OutKey { ifindex, generation, guest_port, ..search.wanted.key });
+    if tables.replace_claim(search.wanted.claim(search.port), search.wanted.back()).is_ok() {
+        settle(tables, search);
+    } else {
+        tables.remove_claim(search.wanted.claim(search.port));
+        search.outcome = Outcome::Full;
+    }
+}
+
+/// Removes a flow or a mapping that the caller ended.
+#[inline(always)]
+fn remove<T: Tables>(tables: &T, key: OutKey, vni: u32, port: Be16) {
+    let OutKey { peer, peer_port, protocol, .. } = key;
+    tables.remove_flow(key);
+    tables.remove_claim(InKey { vni, peer, peer_port, port, protocol });
+}
+
+/// Whom a packet from the VPC is for.
+///
+/// # Errors
+/// Why it is for nobody, and the slot that this concerns, or 0.
+#[inline(always)]
+pub fn inward<T: Tables>(tables: &T, vni: u32, segment: &Segment) -> Result<Receiver, (u32, Drop)> {
+    let Segment { peer, peer_port, local_port: port, protocol, .. } = *segment;
+    let key = InKey { vni, peer, peer_port, port, protocol: protocol as u32 };
+    let (claim, InFlow { ifindex, generation, refreshed, guest_port, .. }, slot) =
+        find(tables, key, Drop::NoFlow)?;
+
+    // The state is the other table's: look there once a tick, and when TCP turns.
+    let now = tables.now();
+    if refreshed != now || segment.flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
+        let protocol = protocol as u32;
+        let key = OutKey { ifindex, generation, peer, guest_port, peer_port, protocol };
+        let state = match refresh(tables, key, Direction::In, segment, now) {
+            Ok(Some(Entered { state, .. })) => state,
+            Ok(None) => return Err((slot.number, Drop::NoFlow)),
+            Err(reason) => return Err((slot.number, reason)),
+        };
+        // At worst, another flow's claim is refreshed a tick late.
+        let tick = if state.is_closing() { now.wrapping_sub(1) } else { now };
+        if refreshed != tick {
+            tables.set_refreshed(claim, tick);
+        }
+    }
+    tables.received(claim, segment.traffic);
+    Ok(Receiver { slot, port: guest_port })
+}
+
+/// A claim that a peer names, and its slot; `missing` if there is none.
+#[inline(always)]
+fn find<T: Tables>(
+    tables: &T,
+    key: InKey,
+    missing: Drop,
+) -> Result<(T::Claim, InFlow, Slot), (u32, Drop)> {
+    // What comes from no address is no answer to anybody: a mapping's claim is there.
+    if key.peer.is_unspecified() {
+        return Err((0, missing));
+    }
+    let claim = tables.claim(key).ok_or((0, missing))?;
+    // One that is recycled meanwhile is another flow's, whose attachment is checked like any.
+    let found = tables.read(claim);
+    let slot = tables.slot(found.ifindex).ok_or((0, Drop::StaleFlow))?;
+    if slot.attachment != Attachment::new(key.vni, found.generation) {
+        return Err((slot.number, Drop::StaleFlow));
+    }
+    Ok((claim, found, slot))
+}
+
+/// The port that stands for the guest's in the flow that its ICMP error is about. Errors neither
+/// refresh nor end a flow (RFC 5508, REQ-6).
+///
+/// # Errors
+/// If there is no such flow.
+#[inline(always)]
+pub fn error_outward<T: Tables>(tables: &T, key: OutKey) -> Result<Be16, Drop> {
+    let flow = tables.flow(key).ok_or(Drop::IcmpError)?;
+    Ok(tables.place(flow).1)
+}
+
+/// Whom an ICMP error from the VPC about a packet of this flow is for.
+///
+/// # Errors
+/// As [`inward`].
+#[inline(always)]
+pub fn error_inward<T: Tables>(tables: &T, key: InKey) -> Result<Receiver, (u32, Drop)> {
+    let (_, flow, slot) = find(tables, key, Drop::IcmpError)?;
+    Ok(Receiver { slot, port: flow.guest_port })
+}
+
+/// What was found of a flow or a mapping.
+struct Entered<F> {
+    flow: F,
+    /// Its state with the packet.
+    state: FlowState,
+    /// Whether that is another than before.
+    changed: bool,
+}
+
+/// Enters a packet into its flow's state, and once a tick into its mapping's; none if the flow is
+/// not there.
+#[inline(always)]
+fn refresh<T: Tables>(
+    tables: &T,
+    key: OutKey,
+    direction: Direction,
+    segment: &Segment,
+    now: u32,
+) -> Result<Option<Entered<T::Flow>>, Drop> {
+    let found = enter(tables, key, direction, Some(segment), now)?;
+    if let Some(Entered { changed: true, .. }) = found
+        && key.protocol == UDP as u32
+    {
+        // If it is gone, it was just taken for idle: the flow goes on alone.
+        let _ = enter(tables, key.mapping(), Direction::Out, None, now);
+    }
+    Ok(found)
+}
+
+/// Enters a packet into the state of a flow, or of a mapping (without a segment); none if it is
+/// not there.
+#[inline(always)]
+fn enter<T: Tables>(
+    tables: &T,
+    key: OutKey,
+    direction: Direction,
+    segment: Option<&Segment>,
+    now: u32,
+) -> Result<Option<Entered<T::Flow>>, Drop> {
+    let flags = segment.map_or(0, |segment| segment.flags);
+    let mut attempt = 0;
+    while attempt < ATTEMPTS {
+        attempt += 1;
+        let Some(flow) = tables.flow(key) else {
+            return Ok(None);
+        };
+        // If the flow is removed and its entry recycled, the exchange fails, for the state found
+        // was another's. Only a flow of this very tick goes without, and such a one does not
+        // expire.
+        let found = tables.state(flow);
+        if found.is_ended() {
+            return Err(Drop::NoFlow);
+        }
+        let mut all = false;
+        if let Some(Segment { next, acknowledged, .. }) = segment {
+            if flags & tcp::FIN != 0 {
+                // Before the mark: who sees that, sees this.
+                tables.set_end(flow, direction, *next);
+            }
+            if flags & tcp::ACK != 0 && found.other_closed(direction) {
+                all = *acknowledged == tables.end(flow, direction.reversed());
+            }
+        }
+        if direction == Direction::In
+            && found.last_tick() != now
+            && found.is_expired(key.protocol as u8, tables.timers(), now)
+        {
+            return Ok(None);
+        }
+        let state = found.after(direction, flags, all, now);
+        let changed = state != found;
+        if !changed || tables.exchange(flow, found, state) {
+            return Ok(Some(Entered { flow, state, changed }));
+        }
+    }
+    Err(Drop::Internal)
+}
+
+/// What a sweep made of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It stays.
+    Stays,
+    /// It was idle for too long, and is removed.
+    Expired,
+    /// It was of a former attachment, and is removed.
+    Stale,
+}
+
+/// Removes a flow or a mapping that ended and whose port has rested: ends it first, so that a
+/// packet that comes meanwhile finds it ended, and one that came before makes the exchange fail.
+#[inline(always)]
+pub fn end<T: Tables>(tables: &T, key: OutKey, timers: &Timers, now: u32) -> Verdict {
+    let Some(flow) = tables.flow(key) else {
+        return Verdict::Stays;
+    };
+    let state = tables.state(flow);
+    let (vni, port) = tables.place(flow);
+    let attachment = tables.slot(key.ifindex).map(|slot| slot.attachment);
+    let is_stale = attachment != Some(Attachment::new(vni, key.generation));
+    if !state.is_gone(is_stale, key.protocol as u8, timers, now)
+        || state.is_ended()
+        || !tables.exchange(flow, state, state.ended())
+    {
+        return Verdict::Stays;
+    }
+    remove(tables, key, vni, port);
+    if is_stale { Verdict::Stale } else { Verdict::Expired }
+}

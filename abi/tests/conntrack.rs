@@ -1,0 +1,440 @@
+//! The decisions about flows, over plain tables: random traffic against a simple model, and threads
+//! that compete for ports.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use proptest::prelude::*;
+use warren_abi::conntrack::{
+    Ports, Refused, Search, Segment, Tables, Verdict, end, inward, outward, step,
+};
+use warren_abi::drop::Drop;
+use warren_abi::flow::{Direction, FlowState, Timers, tcp};
+use warren_abi::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
+use warren_abi::nat::MAX_PROBES;
+use warren_abi::wire::{Be16, Ip, Ipv4, Mac, TCP, UDP};
+
+const VNI: u32 = 7;
+const PORTS: Ports = Ports { base: 4096, count: 64 };
+
+/// Keys by their bytes: they have no `Hash`, which programs do not need.
+type FlowId = (u32, u32, [u32; 4], u16, u16, u32);
+type ClaimId = (u32, [u32; 4], u16, u16, u32);
+
+fn flow_id(key: &OutKey) -> FlowId {
+    let &OutKey { ifindex, generation, peer, guest_port, peer_port, protocol } = key;
+    (ifindex, generation, peer.0, guest_port.0, peer_port.0, protocol)
+}
+
+fn claim_id(key: &InKey) -> ClaimId {
+    let &InKey { vni, peer, peer_port, port, protocol } = key;
+    (vni, peer.0, peer_port.0, port.0, protocol)
+}
+
+/// Tables as BPF's are: every method is atomic, and memory of removed entries is used again at
+/// once.
+#[derive(Default)]
+struct Plain {
+    memory: Mutex<Memory>,
+    clock: AtomicU32,
+    dice: AtomicU32,
+    generation: AtomicU32,
+}
+
+#[derive(Default)]
+struct Memory {
+    flows: HashMap<FlowId, usize>,
+    flow_memory: Vec<(OutKey, Flow)>,
+    free_flows: Vec<usize>,
+    claims: HashMap<ClaimId, usize>,
+    claim_memory: Vec<InFlow>,
+    free_claims: Vec<usize>,
+}
+
+fn put<T>(memory: &mut Vec<T>, free: &mut Vec<usize>, value: T) -> usize {
+    if let Some(index) = free.pop() {
+        memory[index] = value;
+        return index;
+    }
+    memory.push(value);
+    memory.len() - 1
+}
+
+impl Plain {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Memory> {
+        self.memory.lock().expect("nobody panics with it")
+    }
+
+    fn slot(&self, number: u32) -> Slot {
+        let generation = self.generation.load(Ordering::SeqCst);
+        Slot {
+            attachment: Attachment::new(VNI, generation),
+            ifindex: number,
+            number,
+            address: Ipv4(number),
+            mac: Mac::default(),
+            reserved: [0; 6],
+        }
+    }
+}
+
+impl Tables for Plain {
+    type Flow = usize;
+    type Claim = usize;
+
+    fn now(&self) -> u32 {
+        self.clock.load(Ordering::SeqCst)
+    }
+    fn random(&self) -> u32 {
+        let next = self.dice.fetch_add(1, Ordering::SeqCst).wrapping_mul(0x9e37_79b9);
+        (next ^ next >> 15).wrapping_mul(0x85eb_ca6b)
+    }
+    fn timers(&self) -> &Timers {
+        &Timers::DEFAULT
+    }
+    fn slot(&self, ifindex: u32) -> Option<Slot> {
+        Some(Self::slot(self, ifindex))
+    }
+    fn probe(&self, search: &mut Search) {
+        for probe in 0..MAX_PROBES {
+            if step(self, search, probe) {
+                break;
+            }
+        }
+    }
+    fn flow(&self, key: OutKey) -> Option<usize> {
+        self.lock().flows.get(&flow_id(&key)).copied()
+    }
+    fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused> {
+        let memory = &mut *self.lock();
+        if memory.flows.contains_key(&flow_id(&key)) {
+            return Err(Refused::Exists);
+        }
+        let index = put(&mut memory.flow_memory, &mut memory.free_flows, (key, flow));
+        memory.flows.insert(flow_id(&key), index);
+        Ok(())
+    }
+    fn remove_flow(&self, key: OutKey) {
+        let memory = &mut *self.lock();
+        let index = memory.flows.remove(&flow_id(&key)).expect("only its ender removes it");
+        memory.free_flows.push(index);
+    }
+    fn state(&self, flow: usize) -> FlowState {
+        self.lock().flow_memory[flow].1.state
+    }
+    fn exchange(&self, flow: usize, expected: FlowState, new: FlowState) -> bool {
+        let state = &mut self.lock().flow_memory[flow].1.state;
+        let is_same = *state == expected;
+        if is_same {
+            *state = new;
+        }
+        is_same
+    }
+    fn place(&self, flow: usize) -> (u32, Be16) {
+        let Flow { vni, port, .. } = self.lock().flow_memory[flow].1;
+        (vni, port)
+    }
+    fn end(&self, flow: usize, direction: Direction) -> u32 {
+        self.lock().flow_memory[flow].1.ends[usize::from(direction == Direction::In)]
+    }
+    fn set_end(&self, flow: usize, direction: Direction, end: u32) {
+        self.lock().flow_memory[flow].1.ends[usize::from(direction == Direction::In)] = end;
+    }
+    fn sent(&self, flow: usize, traffic: Traffic) {
+        self.lock().flow_memory[flow].1.sent.packets += traffic.packets;
+    }
+    fn claim(&self, key: InKey) -> Option<usize> {
+        self.lock().claims.get(&claim_id(&key)).copied()
+    }
+    fn insert_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused> {
+        let memory = &mut *self.lock();
+        if memory.claims.contains_key(&claim_id(&key)) {
+            return Err(Refused::Exists);
+        }
+        let index = put(&mut memory.claim_memory, &mut memory.free_claims, claim);
+        memory.claims.insert(claim_id(&key), index);
+        Ok(())
+    }
+    fn replace_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused> {
+        let memory = &mut *self.lock();
+        let index = put(&mut memory.claim_memory, &mut memory.free_claims, claim);
+        let old = memory.claims.insert(claim_id(&key), index).expect("it is the caller's");
+        memory.free_claims.push(old);
+        Ok(())
+    }
+    fn remove_claim(&self, key: InKey) {
+        let memory = &mut *self.lock();
+        let index = memory.claims.remove(&claim_id(&key)).expect("only its owner removes it");
+        memory.free_claims.push(index);
+    }
+    fn read(&self, claim: usize) -> InFlow {
+        self.lock().claim_memory[claim]
+    }
+    fn set_refreshed(&self, claim: usize, tick: u32) {
+        self.lock().claim_memory[claim].refreshed = tick;
+    }
+    fn received(&self, claim: usize, traffic: Traffic) {
+        self.lock().claim_memory[claim].received.packets += traffic.packets;
+    }
+}
+
+fn segment(protocol: u8, peer: u32, local_port: Be16, flags: u8) -> Segment {
+    Segment {
+        peer: Ip::v4(Ipv4(peer)),
+        peer_port: Be16(80),
+        local_port,
+        protocol,
+        flags,
+        next: 101,
+        acknowledged: 101,
+        traffic: Traffic { packets: 1, bytes: 40 },
+    }
+}
+
+/// What must always be so of the tables: each flow has its own claim, each claim its flow.
+fn check(tables: &Plain) {
+    let memory = tables.lock();
+    assert_eq!(memory.flows.len(), memory.claims.len(), "no port is lost");
+    for &index in memory.flows.values() {
+        let (OutKey { ifindex, generation, peer, guest_port, peer_port, protocol }, flow) =
+            memory.flow_memory[index];
+        let claim = InKey { vni: VNI, peer, peer_port, port: flow.port, protocol };
+        let claim = memory.claims.get(&claim_id(&claim)).expect("a flow has its port");
+        let owner = memory.claim_memory[*claim];
+        assert_eq!(
+            (owner.ifindex, owner.generation, owner.guest_port),
+            (ifindex, generation, guest_port),
+            "no two flows have one port towards one place"
+        );
+    }
+}
+
+fn sweep(tables: &Plain) {
+    let keys: Vec<OutKey> = {
+        let memory = tables.lock();
+        memory.flows.values().map(|&index| memory.flow_memory[index].0).collect()
+    };
+    for key in keys {
+        end(tables, key, &Timers::DEFAULT, tables.now());
+    }
+}
+
+/// A connection that opens and closes, all of it acknowledged.
+fn connect_and_close(tables: &Plain, guest: u32, port: u16) -> Result<Be16, Drop> {
+    let slot = Plain::slot(tables, guest);
+    let out = |flags| outward(tables, &slot, PORTS, &segment(TCP, 1, Be16(port), flags));
+    let external = out(tcp::SYN)?;
+    let back = |flags| {
+        let found = inward(tables, VNI, &segment(TCP, 1, external, flags)).map_err(|(_, why)| why);
+        found.map(|to| assert_eq!((to.slot.number, to.port), (guest, Be16(port))))
+    };
+    back(tcp::SYN | tcp::ACK)?;
+    out(tcp::ACK)?;
+    out(tcp::FIN | tcp::ACK)?;
+    back(tcp::FIN | tcp::ACK)?;
+    out(tcp::ACK)?;
+    Ok(external)
+}
+
+#[test]
+fn short_connections_to_one_server_never_want_for_a_port() {
+    let tables = Plain::default();
+    for connection in 0..5000u16 {
+        let result = connect_and_close(&tables, u32::from(connection % 3) + 1, 1000 + connection);
+        assert!(result.is_ok(), "{connection}: {result:?}");
+    }
+    check(&tables);
+    assert_eq!(tables.lock().flows.len(), 64);
+}
+
+#[test]
+fn a_flow_that_lives_is_never_displaced() {
+    let tables = Plain::default();
+    let slot = Plain::slot(&tables, 1);
+    let syn = |port| outward(&tables, &slot, PORTS, &segment(TCP, 1, Be16(port), tcp::SYN));
+    let ports: Vec<Be16> = (0..64).map(|port| syn(port).expect("there is one left")).collect();
+    assert_eq!(syn(64), Err(Drop::PortsExhausted));
+    // Both FINs were seen, but the guest's is not acknowledged: data may still be on its way.
+    let packet = |flags, acknowledged| Segment { acknowledged, ..segment(TCP, 1, Be16(0), flags) };
+    let reply =
+        |flags, acknowledged| Segment { local_port: ports[0], ..packet(flags, acknowledged) };
+    inward(&tables, VNI, &reply(tcp::SYN | tcp::ACK, 1)).expect("it is the flow's");
+    outward(&tables, &slot, PORTS, &packet(tcp::FIN | tcp::ACK, 1)).expect("it is the flow's");
+    inward(&tables, VNI, &reply(tcp::FIN | tcp::ACK, 1)).expect("it is the flow's");
+    outward(&tables, &slot, PORTS, &packet(tcp::ACK, 101)).expect("it is the flow's");
+    assert_eq!(syn(64), Err(Drop::PortsExhausted));
+    inward(&tables, VNI, &reply(tcp::ACK, 101)).expect("it is the flow's");
+    assert_eq!(syn(64), Ok(ports[0]));
+    check(&tables);
+}
+
+#[test]
+fn a_mapping_whose_port_the_host_lost_is_replaced_and_its_flows_go_on() {
+    let tables = Plain::default();
+    let slot = Plain::slot(&tables, 1);
+    let datagram = |peer| segment(UDP, peer, Be16(9), 0);
+    let first = outward(&tables, &slot, PORTS, &datagram(1)).expect("there is a port");
+    let others = Ports { base: 8192, count: 64 };
+    assert_eq!(outward(&tables, &slot, others, &datagram(1)), Ok(first));
+    let second = outward(&tables, &slot, others, &datagram(2)).expect("there is a port");
+    assert!((8192..8256).contains(&second.get()));
+    assert_eq!(outward(&tables, &slot, others, &datagram(3)), Ok(second));
+    assert_eq!(outward(&tables, &slot, others, &datagram(1)), Ok(first));
+    check(&tables);
+}
+
+#[test]
+fn a_port_rests_before_another_guest_gets_it_unless_there_is_no_other() {
+    let tables = Plain::default();
+    let datagram = |guest, port| {
+        let slot = Plain::slot(&tables, guest);
+        outward(&tables, &slot, PORTS, &segment(UDP, 1, Be16(port), 0))
+    };
+    let first = datagram(1, 1).expect("there is a port");
+    tables.clock.store(Timers::DEFAULT.udp + 1, Ordering::SeqCst);
+    sweep(&tables);
+    // Nothing comes in any more; the port is taken nevertheless, and its guest's if that returns.
+    let reply = segment(UDP, 1, first, 0);
+    assert_eq!(inward(&tables, VNI, &reply).map(|to| to.port), Err((1, Drop::NoFlow)));
+    for port in 1..64 {
+        assert_ne!(datagram(2, port).expect("there are others"), first);
+    }
+    assert_eq!(datagram(2, 64), Ok(first), "all others live");
+    assert_eq!(datagram(2, 65), Err(Drop::PortsExhausted));
+    check(&tables);
+}
+
+#[test]
+fn threads_that_compete_for_ports_share_none() {
+    let tables = Plain::default();
+    std::thread::scope(|scope| {
+        for guest in 1..=4u32 {
+            let tables = &tables;
+            scope.spawn(move || {
+                for turn in 0..2000u16 {
+                    // Two threads each speak for one guest, and so for the same flows.
+                    let (guest, port) = (guest / 2 + 1, turn % 90);
+                    let _ = connect_and_close(tables, guest, port);
+                    let slot = Plain::slot(tables, guest);
+                    let datagram = segment(UDP, u32::from(turn % 3), Be16(turn % 20), 0);
+                    let sent = outward(tables, &slot, PORTS, &datagram);
+                    assert!(
+                        matches!(sent, Ok(_) | Err(Drop::NoFlow | Drop::PortsExhausted)),
+                        "{sent:?}"
+                    );
+                    if turn % 100 == 0 {
+                        tables.clock.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+            });
+        }
+    });
+    check(&tables);
+}
+
+#[test]
+fn two_cpus_that_begin_one_udp_flow_lose_no_datagram() {
+    for _ in 0..200 {
+        let tables = Plain::default();
+        let slot = Plain::slot(&tables, 1);
+        let send = || outward(&tables, &slot, PORTS, &segment(UDP, 1, Be16(5), 0));
+        let (one, other) = std::thread::scope(|scope| {
+            let (one, other) = (scope.spawn(send), scope.spawn(send));
+            (one.join().expect("it ends"), other.join().expect("it ends"))
+        });
+        assert!(one.is_ok(), "{one:?}");
+        assert_eq!(one, other);
+        check(&tables);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Send { guest: u32, udp: bool, peer: u32, port: u16, flags: u8 },
+    Reply { of: usize, flags: u8 },
+    Wait(u32),
+    Sweep,
+    Reattach,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let flags = prop::sample::select(vec![
+        tcp::SYN,
+        tcp::SYN | tcp::ACK,
+        tcp::ACK,
+        tcp::FIN | tcp::ACK,
+        tcp::RST,
+    ]);
+    prop_oneof![
+        8 => (1u32..4, any::<bool>(), 1u32..3, 0u16..40, flags.clone())
+            .prop_map(|(guest, udp, peer, port, flags)| Act::Send { guest, udp, peer, port, flags }),
+        8 => (any::<prop::sample::Index>(), flags)
+            .prop_map(|(of, flags)| Act::Reply { of: of.index(1 << 16), flags }),
+        2 => (0u32..400).prop_map(Act::Wait),
+        1 => Just(Act::Sweep),
+        1 => Just(Act::Reattach),
+    ]
+}
+
+proptest! {
+    /// A reply reaches exactly who last sent from the port to the peer, or nobody; UDP's ports do
+    /// not depend on the peer; and when all is idle, nothing is left.
+    #[test]
+    fn traffic_of_all_kinds_keeps_to_the_model(acts in prop::collection::vec(act(), 1..300)) {
+        let tables = Plain::default();
+        // (protocol, peer, external port) -> who sent from there last.
+        let mut senders: HashMap<(u8, u32, u16), (u32, u32, u16)> = HashMap::new();
+        let mut sent = Vec::new();
+        for act in acts {
+            let generation = tables.generation.load(Ordering::SeqCst);
+            match act {
+                Act::Send { guest, udp, peer, port, flags } => {
+                    let (protocol, flags) = if udp { (UDP, 0) } else { (TCP, flags) };
+                    let slot = Plain::slot(&tables, guest);
+                    let packet = segment(protocol, peer, Be16(port), flags);
+                    if let Ok(external) = outward(&tables, &slot, PORTS, &packet) {
+                        prop_assert!((4096..4160).contains(&external.get()));
+                        senders.insert((protocol, peer, external.0), (guest, generation, port));
+                        sent.push((protocol, peer, external));
+                    }
+                }
+                Act::Reply { of, flags } => {
+                    if sent.is_empty() {
+                        continue;
+                    }
+                    let (protocol, peer, port) = sent[of % sent.len()];
+                    let flags = if protocol == TCP { flags } else { 0 };
+                    if let Ok(to) = inward(&tables, VNI, &segment(protocol, peer, port, flags)) {
+                        let found = (to.slot.number, to.slot.attachment.generation(), to.port.0);
+                        prop_assert_eq!(found, senders[&(protocol, peer, port.0)]);
+                    }
+                }
+                Act::Wait(ticks) => {
+                    tables.clock.fetch_add(ticks, Ordering::SeqCst);
+                }
+                Act::Sweep => sweep(&tables),
+                Act::Reattach => {
+                    tables.generation.fetch_add(1, Ordering::SeqCst);
+                }
+            }
+            check(&tables);
+        }
+        tables.clock.fetch_add(100_000, Ordering::SeqCst);
+        sweep(&tables);
+        prop_assert_eq!(tables.lock().flows.len(), 0);
+        prop_assert_eq!(tables.lock().claims.len(), 0);
+        prop_assert_eq!(
+            end(
+                &tables,
+                OutKey {
+                    ifindex: 1, generation: 0, peer: Ip::UNSPECIFIED, guest_port: Be16(0),
+                    peer_port: Be16(0), protocol: 6,
+                },
+                &Timers::DEFAULT,
+                0,
+            ),
+            Verdict::Stays
+        );
+    }
+}
