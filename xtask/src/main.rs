@@ -2,6 +2,7 @@
 
 mod build;
 mod command;
+mod fuzz;
 mod leftovers;
 mod run;
 mod setup;
@@ -39,6 +40,14 @@ enum Task {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Look for bytes that make a parser fail, until one is found or the time is over
+    Fuzz {
+        /// Which parser; without one they are listed
+        target: Option<String>,
+        /// How long
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
     /// Check formatting and lints
     Lint,
     /// Set up, build, and run a benchmark
@@ -57,6 +66,7 @@ fn main() -> Result<()> {
         Task::Build { log_verdicts } => build::all(log_verdicts),
         Task::Demo { json } => run::demo(json),
         Task::Test { filter } => run::test(filter),
+        Task::Fuzz { target, seconds } => fuzz::run(target, seconds),
         Task::Lint => run::lint(),
         Task::Bench { name, json } => run::bench(name, json),
     }

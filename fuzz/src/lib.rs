@@ -1,0 +1,28 @@
+//! What parses other people's bytes, fed with any bytes: a function for each target, which panics
+//! if something is wrong. `cargo xtask fuzz TARGET` looks for bytes that make it; `seeds/TARGET`
+//! is where it begins, and what the tests run.
+
+mod abi;
+mod proto;
+
+/// A target.
+pub type Target = fn(&[u8]);
+
+/// All targets, by name.
+pub const TARGETS: [(&str, Target); 6] = [
+    ("endpoint", proto::endpoint),
+    ("icmp_error", abi::icmp_error),
+    ("messages", proto::messages),
+    ("mss", abi::mss),
+    ("probe", abi::probe),
+    ("route", proto::route),
+];
+
+/// The target of this name.
+///
+/// # Panics
+/// If there is none.
+pub fn target(name: &str) -> Target {
+    let found = TARGETS.iter().find(|(target, _)| *target == name);
+    found.unwrap_or_else(|| panic!("there is no target {name}")).1
+}

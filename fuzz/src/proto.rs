@@ -1,0 +1,45 @@
+//! What people and programs ask for.
+
+use prost::Message;
+use warren_proto::endpoint::Endpoint;
+use warren_proto::route::{Route, Table, defaults, parse_prefix};
+use warren_proto::v1::ApplyVpcRequest;
+use warren_proto::v1::apply_vpc_request::Role;
+
+/// Text: an endpoint is refused, or reads back.
+pub fn endpoint(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(endpoint) = text.parse::<Endpoint>() {
+        assert_eq!(endpoint.to_string().parse(), Ok(endpoint));
+    }
+}
+
+/// Lines of routes: each is refused, or canonical and reads back; together they are refused, or a
+/// table in which each prefix's own address is found.
+pub fn route(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let routes: Vec<Route> = text.lines().filter_map(|line| line.parse().ok()).collect();
+    for route in &routes {
+        assert_eq!(route.prefix.ip(), route.prefix.network());
+        assert_eq!(parse_prefix(&route.prefix.to_string()), Ok(route.prefix));
+        assert_eq!(route.to_string().parse().as_ref(), Ok(route));
+    }
+    let cidr = "10.1.0.0/16".parse().expect("it is a CIDR");
+    let defaults = defaults(cidr, Some([10, 1, 0, 1].into()));
+    if let Ok(table) = Table::new(&routes, &defaults, [10, 1, 0, 9].into()) {
+        for route in &routes {
+            assert!(table.look_up(route.prefix.ip()).is_some());
+        }
+    }
+}
+
+/// The message of a VPC: refused, or its routes are refused, or read back.
+pub fn messages(data: &[u8]) {
+    let Ok(request) = ApplyVpcRequest::decode(data) else { return };
+    let Some(Role::Proxy(proxy)) = &request.role else { return };
+    for message in &proxy.routes {
+        if let Ok(route) = Route::try_from(message) {
+            assert_eq!(Route::try_from(&warren_proto::v1::Route::from(route)), Ok(route));
+        }
+    }
+}
