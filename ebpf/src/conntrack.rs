@@ -22,7 +22,7 @@ use warren_abi::maps::{Attachment, Flow, HostVpc, InFlow, InKey, OutKey, Slot, T
 use warren_abi::nat::{MAX_PROBES, probe_port};
 use warren_abi::wire::{Be16, Ip, UDP};
 
-use crate::maps::{CT_IN, CT_OUT, slot};
+use crate::maps::{CT_IN, CT_OUT, slot_in};
 use crate::parse::Packet;
 
 const EEXIST: i32 = -17;
@@ -210,7 +210,7 @@ fn find(key: &InKey, missing: Drop) -> Result<(*mut InFlow, InFlow, Slot), (u32,
     // SAFETY: the verifier checked the pointer for null; map values stay readable. One that is
     // recycled meanwhile is another flow's, whose attachment is checked like any.
     let flow = unsafe { entry.read() };
-    let slot = slot(flow.ifindex).ok_or((0, Drop::StaleFlow))?;
+    let slot = slot_in(key.vni, flow.ifindex).ok_or((0, Drop::StaleFlow))?;
     if slot.attachment != Attachment::new(key.vni, flow.generation) {
         return Err((slot.number, Drop::StaleFlow));
     }

@@ -8,7 +8,7 @@ use warren_abi::flow::Timers;
 use warren_abi::maps::{Attachment, InKey, OutKey, Sweep};
 
 use crate::conntrack::{compare_exchange, now};
-use crate::maps::{CT_IN, CT_OUT, slot};
+use crate::maps::{CT_IN, CT_OUT, slot_in};
 use crate::parse::at;
 
 /// Decides about each of the flows named.
@@ -60,7 +60,7 @@ fn end(key: &OutKey, timers: &Timers, now: u32) -> Verdict {
     // program removes flows, and the daemon runs it once at a time.
     let (state, vni, port) =
         unsafe { ((&raw const (*flow).state).read_volatile(), (*flow).vni, (*flow).port) };
-    let attachment = slot(key.ifindex).map(|slot| slot.attachment);
+    let attachment = slot_in(vni, key.ifindex).map(|slot| slot.attachment);
     let is_stale = attachment != Some(Attachment::new(vni, key.generation));
     if !is_stale && !state.is_expired(key.protocol as u8, timers, now) {
         return Verdict::Live;

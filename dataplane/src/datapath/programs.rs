@@ -134,16 +134,19 @@ pub(super) struct Programs {
 
 impl Programs {
     /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if missing; the
-    /// other role's are made small, and go with this process.
+    /// other role's are made small, and go with this process. `services` is the index of the
+    /// link-local services' device, 0 on a proxy.
     pub fn load(
         object: &[u8],
         underlay: &Underlay,
+        services: u32,
         pins: Pins,
         maps: &[MapSpec],
         wanted: &[&'static str],
     ) -> Result<Self, Error> {
         let mut loader = EbpfLoader::new();
         loader.btf(None).override_global("UNDERLAY", underlay, true);
+        loader.override_global("SERVICES", &services, true);
         for spec in maps {
             let path = pins.maps().join(spec.name);
             check(&path, spec)?;

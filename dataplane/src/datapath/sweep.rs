@@ -3,7 +3,6 @@
 //! This process looks through the table, at leisure; the program decides about what it found, a
 //! few flows at a time, for no packet is dealt with on its processor meanwhile.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -81,12 +80,12 @@ pub(super) fn for_each(
     }
 }
 
-/// Removes flows that ended: idle for longer than `timers`, or begun under an attachment that its
-/// slot, by the index of its TAP, has no more.
+/// Removes flows that ended: idle for longer than `timers`, or begun under an attachment that the
+/// interface of that index has no more.
 pub(super) fn run(
     program: &SchedClassifier,
     map: BorrowedFd<'_>,
-    attachments: &HashMap<u32, Attachment>,
+    is_attached: impl Fn(u32, Attachment) -> bool,
     timers: &Timers,
 ) -> Result<SweepReport, Error> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
@@ -97,7 +96,7 @@ pub(super) fn run(
     for_each(map, |key, flow| {
         total += u32::from(!key.is_mapping());
         let attachment = Attachment::new(flow.vni, key.generation);
-        if attachments.get(&key.ifindex) != Some(&attachment)
+        if !is_attached(key.ifindex, attachment)
             || flow.state.is_expired(key.protocol as u8, timers, now)
         {
             ended.push(*key);
