@@ -10,4 +10,5 @@ mod icmp;
 mod lifecycle;
 mod mss;
 mod routes;
+mod services;
 mod traffic;
