@@ -55,8 +55,8 @@ pub trait Tables: Sized {
     fn random(&self) -> u32;
     /// How long flows may be idle.
     fn timers(&self) -> &Timers;
-    /// The slot of a TAP.
-    fn slot(&self, ifindex: u32) -> Option<Slot>;
+    /// Whose flows in a VPC are those of an interface.
+    fn slot(&self, vni: u32, ifindex: u32) -> Option<Slot>;
     /// Whether a flow that is not there may begin, or may be known elsewhere.
     #[inline(always)]
     fn may_begin(&self, _key: OutKey) -> bool {
@@ -495,7 +495,8 @@ fn over<T: Tables>(
     }
     let is_own = ifindex == wanted.key.ifindex && generation == wanted.key.generation;
     let attachment = Attachment::new(wanted.vni, generation);
-    let is_stale = !is_own && tables.slot(ifindex).is_none_or(|slot| slot.attachment != attachment);
+    let is_stale = !is_own
+        && tables.slot(wanted.vni, ifindex).is_none_or(|slot| slot.attachment != attachment);
     let is_over = is_stale || state.is_over(key.protocol as u8, timers, wanted.now);
     is_over.then_some(Over { ifindex, generation, guest_port, flow, state, is_own })
 }
@@ -569,7 +570,7 @@ fn find<T: Tables>(
     let claim = tables.claim(key).ok_or((0, missing))?;
     // One that is recycled meanwhile is another flow's, whose attachment is checked like any.
     let found = tables.read(claim);
-    let slot = tables.slot(found.ifindex).ok_or((0, Drop::StaleFlow))?;
+    let slot = tables.slot(key.vni, found.ifindex).ok_or((0, Drop::StaleFlow))?;
     if slot.attachment != Attachment::new(key.vni, found.generation) {
         return Err((slot.number, Drop::StaleFlow));
     }
@@ -695,7 +696,7 @@ pub fn end<T: Tables>(tables: &T, key: OutKey, timers: &Timers, now: u32) -> Ver
     };
     let state = tables.state(flow);
     let (vni, port) = tables.place(flow);
-    let attachment = tables.slot(key.ifindex).map(|slot| slot.attachment);
+    let attachment = tables.slot(vni, key.ifindex).map(|slot| slot.attachment);
     let is_stale = attachment != Some(Attachment::new(vni, key.generation));
     if !state.is_gone(is_stale, key.protocol as u8, timers, now)
         || state.is_ended()

@@ -79,6 +79,10 @@ reasons! {
     BadChecksum = "bad-checksum",
     /// The VPC's route table has a blackhole there.
     Blackhole = "blackhole",
+    /// To the address of a link-local service, but not to its port.
+    NoService = "no-service",
+    /// More packets to the link-local services than a slot may send.
+    ServiceRate = "service-rate",
 }
 
 impl Drop {

@@ -24,4 +24,5 @@ pub mod nat;
 #[cfg(feature = "probe")]
 pub mod probe;
 pub mod route;
+pub mod services;
 pub mod wire;

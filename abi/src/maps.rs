@@ -37,6 +37,8 @@ pub mod names {
     /// Host, while migrating: the [`OutKey`](super::OutKey)s of flows that were left to the former
     /// version.
     pub const PASSED: &str = "PASSED";
+    /// Host: number of a slot -> [`ServiceSlot`](super::ServiceSlot).
+    pub const SERVICE_SLOTS: &str = "SERVICE_SLOTS";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
@@ -75,6 +77,8 @@ pub mod programs {
     pub const VPC: &str = "vpc";
     /// Removes flows that ended; run by the daemon on a [`Sweep`](super::Sweep).
     pub const SWEEP: &str = "sweep";
+    /// tcx ingress on the link-local services' TUN device.
+    pub const SERVICES: &str = "services";
 }
 
 /// The end of a tunnel here: the same for all programs of a host or proxy, in their read-only
@@ -252,6 +256,19 @@ pub struct InFlow {
     pub received: Traffic,
 }
 
+/// A slot, as the link-local services reach it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceSlot {
+    /// When its guest has used up less than its [`Rate`](crate::services::Rate), in nanoseconds of
+    /// `CLOCK_MONOTONIC`.
+    pub due_ns: u64,
+    /// Index of its TAP.
+    pub ifindex: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
 /// A VPC on a proxy.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -358,8 +375,19 @@ mod pod {
         };
     }
     pod!(
-        Slot, HostVpc, OutKey, Flow, InKey, InFlow, ProxyVpc, BlockKey, Underlay, Ipv4, RouteKey,
-        Route
+        Slot,
+        HostVpc,
+        OutKey,
+        Flow,
+        InKey,
+        InFlow,
+        ProxyVpc,
+        BlockKey,
+        Underlay,
+        Ipv4,
+        RouteKey,
+        Route,
+        ServiceSlot
     );
 }
 
@@ -383,5 +411,6 @@ without_padding!(
     Sweep = 566,
     RouteKey = 20,
     Route = 20,
-    CachedRoute = 48
+    CachedRoute = 48,
+    ServiceSlot = 16
 );

@@ -185,6 +185,21 @@ pub const fn slot_address(slot: u32) -> Option<Ipv4Addr> {
     Some(Ipv4Addr::new(169, 254, (host >> 8) as u8, host as u8))
 }
 
+/// The slot that has this address: the inverse of [`slot_address`].
+pub const fn slot_number(address: Ipv4Addr) -> Option<u32> {
+    let bits = address.to_bits();
+    if bits >> 16 != 0xa9fe {
+        return None;
+    }
+    let slot = match bits & 0xffff {
+        0 | 0x0101 | 0xa900..=0xa9ff | 0xffff => return None,
+        host @ 0..0x0101 => host,
+        host @ 0..0xa900 => host - 1,
+        host => host - 1 - 0x100,
+    };
+    Some(slot)
+}
+
 /// The MAC address of a slot's guest: locally administered, unicast.
 pub const fn slot_mac(slot: u32) -> Mac {
     let [_, high, middle, low] = slot.to_be_bytes();

@@ -93,7 +93,7 @@ impl Tables for Plain {
     fn timers(&self) -> &Timers {
         &Timers::DEFAULT
     }
-    fn slot(&self, ifindex: u32) -> Option<Slot> {
+    fn slot(&self, _: u32, ifindex: u32) -> Option<Slot> {
         Some(Self::slot(self, ifindex))
     }
     fn probe(&self, search: &mut Search) {

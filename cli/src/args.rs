@@ -82,6 +82,12 @@ pub struct VpcCreate {
     /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
     #[arg(long, value_name = "PORTS", default_value_t = 1024)]
     pub ports_per_host: u32,
+    /// The VPC's resolver, which answers microVMs' DNS queries to 169.254.169.253.
+    #[arg(long, value_name = "ADDRESS")]
+    pub resolver: Option<Ipv4Addr>,
+    /// Domain in which names of one label are looked for first, such as corp.internal.
+    #[arg(long, value_name = "DOMAIN", default_value = "", hide_default_value = true)]
+    pub search_domain: String,
 }
 
 #[derive(Debug, Subcommand)]

@@ -66,6 +66,8 @@ fn definition(vpc: VpcCreate) -> Vpc {
         interface: vpc.interface,
         gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
         ports_per_host: vpc.ports_per_host,
+        resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
+        search_domain: vpc.search_domain,
     }
 }
 

@@ -73,6 +73,8 @@ pub fn plan(
             Apply::Host(HostVpc {
                 ports: holder.ports,
                 proxy_address: owner.underlay_address.to_string(),
+                resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
+                search_domain: vpc.search_domain.clone(),
             }),
         );
         if host.acknowledged != Some(&request) {
@@ -149,6 +151,8 @@ mod tests {
             interface: "eth1".into(),
             gateway: None,
             ports_per_host: 1024,
+            resolver: Some("10.1.0.2".parse().unwrap()),
+            search_domain: "corp.internal".into(),
         }
     }
 
@@ -245,6 +249,10 @@ mod tests {
         assert_eq!(world.pushes(), ["h1"]);
         let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
         assert_eq!(host.proxy_address, Ipv4Addr::from([192, 0, b'p', 1]).to_string());
+        assert_eq!(
+            (host.resolver.as_str(), host.search_domain.as_str()),
+            ("10.1.0.2", "corp.internal")
+        );
     }
 
     #[test]

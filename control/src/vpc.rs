@@ -38,6 +38,12 @@ pub struct Vpc {
     pub gateway: Option<Ipv4Addr>,
     /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
     pub ports_per_host: u32,
+    /// Where its microVMs' DNS queries go; without it, they are refused.
+    #[serde(default)]
+    pub resolver: Option<Ipv4Addr>,
+    /// Where names of one label are looked for first; empty: nowhere.
+    #[serde(default)]
+    pub search_domain: String,
 }
 
 /// A definition that makes no VPC.
@@ -111,6 +117,14 @@ impl TryFrom<v1::Vpc> for Vpc {
                 return Err(invalid("ports_per_host")(problem));
             }
         };
+        let resolver = match vpc.resolver.as_str() {
+            "" => None,
+            text => Some(parse_resolver(text).map_err(invalid("resolver"))?),
+        };
+        if !vpc.search_domain.is_empty() {
+            name::host(&vpc.search_domain)
+                .map_err(|InvalidName(problem)| invalid("search_domain")(problem))?;
+        }
         Ok(Self {
             name: vpc.name,
             vni: 0,
@@ -119,6 +133,8 @@ impl TryFrom<v1::Vpc> for Vpc {
             interface: vpc.interface,
             gateway,
             ports_per_host,
+            resolver,
+            search_domain: vpc.search_domain,
         })
     }
 }
@@ -133,6 +149,8 @@ impl From<Vpc> for v1::Vpc {
             interface: vpc.interface,
             gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
             ports_per_host: vpc.ports_per_host,
+            resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
+            search_domain: vpc.search_domain,
         }
     }
 }
@@ -168,6 +186,16 @@ fn parse_address(text: &str, cidr: Ipv4Network) -> Result<Ipv4Addr, String> {
     }
     if address == cidr.network() || address == cidr.broadcast() {
         return Err(format!("{address} is the network or broadcast address of {cidr}"));
+    }
+    Ok(address)
+}
+
+fn parse_resolver(text: &str) -> Result<Ipv4Addr, String> {
+    let address: Ipv4Addr =
+        text.parse().map_err(|_| format!("\"{text}\" is not an IPv4 address"))?;
+    let [first, ..] = address.octets();
+    if first == 0 || first >= 224 || address.is_loopback() || address.is_link_local() {
+        return Err(format!("{address} is no address that a host in the VPC can have"));
     }
     Ok(address)
 }
@@ -258,6 +286,8 @@ mod tests {
             interface: "eth1".into(),
             gateway: "10.1.0.1".into(),
             ports_per_host: 0,
+            resolver: "10.1.0.2".into(),
+            search_domain: "corp.internal".into(),
         }
     }
 
@@ -268,11 +298,13 @@ mod tests {
         assert_eq!(v1::Vpc::from(vpc), v1::Vpc { ports_per_host: 1024, ..valid() });
         let none = v1::Vpc { gateway: String::new(), ..valid() };
         assert_eq!(Vpc::try_from(none).unwrap().gateway, None);
+        let none = v1::Vpc { resolver: String::new(), search_domain: String::new(), ..valid() };
+        assert_eq!(Vpc::try_from(none).unwrap().resolver, None);
     }
 
     #[test]
     fn errors_name_the_field_and_the_value() {
-        let cases: [(&str, &str, v1::Vpc); 20] = [
+        let cases: [(&str, &str, v1::Vpc); 25] = [
             ("name", "empty", v1::Vpc { name: String::new(), ..valid() }),
             ("name", "Blue", v1::Vpc { name: "Blue".into(), ..valid() }),
             ("vni", "leave it 0", v1::Vpc { vni: 5, ..valid() }),
@@ -293,6 +325,11 @@ mod tests {
             ("gateway", "shared", v1::Vpc { gateway: "10.1.0.9".into(), ..valid() }),
             ("ports_per_host", "1000", v1::Vpc { ports_per_host: 1000, ..valid() }),
             ("ports_per_host", "65536", v1::Vpc { ports_per_host: 65536, ..valid() }),
+            ("resolver", "\"ns\"", v1::Vpc { resolver: "ns".into(), ..valid() }),
+            ("resolver", "169.254", v1::Vpc { resolver: "169.254.169.253".into(), ..valid() }),
+            ("search_domain", "empty", v1::Vpc { search_domain: "a..b".into(), ..valid() }),
+            ("search_domain", "a b", v1::Vpc { search_domain: "a b".into(), ..valid() }),
+            ("search_domain", "253", v1::Vpc { search_domain: "a.".repeat(127), ..valid() }),
         ];
         for (field, part, definition) in cases {
             let error = Vpc::try_from(definition).unwrap_err();

@@ -16,6 +16,7 @@ use crate::host::{Host, HostError, Started};
 use crate::metrics::{self, Snapshot};
 use crate::pool::PoolError;
 use crate::proxy::Proxy;
+use crate::services::Naming;
 
 /// What this agent is.
 #[derive(Clone)]
@@ -138,6 +139,16 @@ fn host_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::HostVpc) -> Result<HostVpc,
     })
 }
 
+fn naming(vpc: &v1::HostVpc) -> Result<Naming, Status> {
+    let resolver = match vpc.resolver.as_str() {
+        "" => None,
+        text => Some(address("host.resolver", text)?),
+    };
+    let search_domain = Naming::parse_domain(&vpc.search_domain)
+        .map_err(|problem| Status::invalid_argument(format!("host.search_domain: {problem}")))?;
+    Ok(Naming { resolver, search_domain })
+}
+
 fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyVpc, Status> {
     let holders = vpc.holders.iter().map(|holder| {
         let range = ports("proxy.holders.ports", holder.ports)?;
@@ -201,7 +212,7 @@ impl AgentService for Agent {
         let request = request.into_inner();
         match (self, &request.role) {
             (Self::Host(host), Some(VpcRole::Host(vpc))) => {
-                host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?)?;
+                host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?, naming(vpc)?)?;
             }
             (Self::Proxy(proxy), Some(VpcRole::Proxy(vpc))) => {
                 proxy.apply_vpc(&proxy_vpc(&request, vpc)?)?;

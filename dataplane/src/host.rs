@@ -1,5 +1,6 @@
 //! A host: the instances that run, the VPCs they are in.
 
+mod directory;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
@@ -22,6 +23,7 @@ use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
 use crate::metrics::{Levels, Starts};
 use crate::pool::{Pool, PoolError, Taken};
 use crate::refill::Policy;
+use crate::services::{self, Naming};
 
 /// The longest an invocation may take.
 const INVOCATION_LIMIT: Duration = Duration::from_mins(5);
@@ -106,7 +108,7 @@ struct State {
     instances: HashMap<Uuid, Instance>,
     /// Those that ended by themselves, oldest first.
     failed: VecDeque<Uuid>,
-    vpcs: HashMap<String, u32>,
+    vpcs: vpcs::Vpcs,
 }
 
 /// What a host is made from.
@@ -154,6 +156,16 @@ impl Host {
         Ok(host)
     }
 
+    /// What link-local services for this host are made from.
+    pub fn services(&self) -> services::Options {
+        services::Options {
+            device: self.datapath.services_device().to_owned(),
+            mtu: self.datapath.mtu(),
+            run_dir: self.options.zygote.run_dir.clone(),
+            host: self.options.name.clone(),
+        }
+    }
+
     /// Slots in all.
     pub fn slots(&self) -> u32 {
         self.datapath.slots().len() as u32
@@ -170,11 +182,12 @@ impl Host {
     }
 
     /// Makes a VPC known, or replaces what was known of it.
-    pub fn apply_vpc(&self, name: &str, vpc: &HostVpc) -> Result<(), HostError> {
+    pub fn apply_vpc(&self, name: &str, vpc: &HostVpc, naming: Naming) -> Result<(), HostError> {
         self.datapath.apply_vpc(vpc)?;
+        let HostVpc { vni, shared_address, .. } = *vpc;
         let mut state = self.state();
-        state.vpcs.retain(|_, vni| *vni != vpc.vni);
-        state.vpcs.insert(name.to_owned(), vpc.vni);
+        state.vpcs.retain(|_, other| other.vni != vni);
+        state.vpcs.insert(name.to_owned(), vpcs::Vpc { vni, shared_address, naming });
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
 
@@ -187,7 +200,7 @@ impl Host {
             return Err(HostError::VpcInUse { vni, instances });
         }
         self.datapath.remove_vpc(vni)?;
-        state.vpcs.retain(|_, other| *other != vni);
+        state.vpcs.retain(|_, other| other.vni != vni);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
 
@@ -236,7 +249,7 @@ impl Host {
             name if is_hostname(name) => name.to_owned(),
             name => return Err(HostError::Hostname(name.to_owned())),
         };
-        let vni = self.state().vpcs.get(vpc).copied();
+        let vni = self.state().vpcs.get(vpc).map(|vpc| vpc.vni);
         let vni = vni.ok_or_else(|| HostError::UnknownVpc(vpc.to_owned()))?;
         let record = Record { id, vpc: vpc.to_owned(), vni, hostname };
         let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));

@@ -2,7 +2,7 @@
 //!
 //! [`datapath`] is what the kernel runs: programs, maps, slots, the tunnel device. [`host`] and
 //! [`proxy`] are the two roles over it; [`agent`] serves them by gRPC, [`heartbeat`] tells the
-//! control plane of them, [`metrics`] tells Prometheus, [`config`] is what an operator writes.
+//! control plane of them, [`services`] is what guests reach beside their VPC, [`metrics`] tells Prometheus, [`config`] is what an operator writes.
 #![deny(missing_docs)]
 
 pub mod agent;
@@ -15,3 +15,4 @@ pub mod metrics;
 pub mod pool;
 pub mod proxy;
 pub mod refill;
+pub mod services;

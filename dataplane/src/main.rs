@@ -20,6 +20,7 @@ use warren_dataplane::host::{Host, HostOptions as RoleOptions};
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::Policy;
+use warren_dataplane::services::Services as LinkLocal;
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
@@ -65,7 +66,8 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: &Arguments) -> Result<()> {
-    let filter = EnvFilter::try_from_env("WARREN_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("WARREN_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,hickory_proto=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
@@ -148,6 +150,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     let host =
         Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
     tokio::spawn(sweep(host.clone()));
+    tokio::spawn(LinkLocal::open(&host.services(), host.clone())?.run());
     Ok(Some(Agent::Host(host)))
 }
 

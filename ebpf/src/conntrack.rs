@@ -17,7 +17,7 @@ use warren_abi::maps::{Flow, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip};
 
-use crate::maps::{CT_IN, CT_OUT, SCRATCH, slot, timers};
+use crate::maps::{CT_IN, CT_OUT, SCRATCH, slot_in, timers};
 use crate::migration;
 use crate::parse::Packet;
 
@@ -171,8 +171,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn slot(&self, ifindex: u32) -> Option<Slot> {
-        slot(ifindex)
+    fn slot(&self, vni: u32, ifindex: u32) -> Option<Slot> {
+        slot_in(vni, ifindex)
     }
 
     #[inline(always)]

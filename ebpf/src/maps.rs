@@ -8,9 +8,10 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
 use warren_abi::flow::Timers;
 use warren_abi::maps::{
     BlockKey, CachedRoute, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Route, RouteKey,
-    Slot, Underlay,
+    ServiceSlot, Slot, Underlay,
 };
-use warren_abi::wire::Ipv4;
+use warren_abi::services;
+use warren_abi::wire::{Ipv4, Mac};
 
 use crate::conntrack::Scratch;
 
@@ -21,6 +22,9 @@ static UNDERLAY: Global<Underlay> = Global::new(Underlay { ifindex: 0, address: 
 /// How long flows may be idle, written by the loader.
 #[unsafe(no_mangle)]
 static TIMERS: Global<Timers> = Global::new(Timers::DEFAULT);
+/// Index of the link-local services' TUN device, written by the loader.
+#[unsafe(no_mangle)]
+static SERVICES: Global<u32> = Global::new(0);
 
 #[map]
 pub static SLOTS: HashMap<u32, Slot> = HashMap::with_max_entries(1, 0);
@@ -45,6 +49,8 @@ pub static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(1, 0);
 pub static ROUTES: LpmTrie<RouteKey, Route> = LpmTrie::with_max_entries(1, 0);
 #[map]
 pub static ROUTE_CACHE: PerCpuArray<CachedRoute> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static SERVICE_SLOTS: Array<ServiceSlot> = Array::with_max_entries(1, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]
@@ -79,4 +85,30 @@ pub fn slot(ifindex: u32) -> Option<Slot> {
         Slot { attachment, ..entry.read_volatile() }
     };
     if slot.ifindex == ifindex { Some(slot) } else { None }
+}
+
+/// Index of the link-local services' TUN device.
+#[inline(always)]
+pub fn services_ifindex() -> u32 {
+    SERVICES.load()
+}
+
+/// Whose flows in a VPC are those of an interface: a slot's, or the daemon's.
+#[inline(always)]
+pub fn slot_in(vni: u32, ifindex: u32) -> Option<Slot> {
+    if ifindex == services_ifindex() { Some(daemon_in(vni)) } else { slot(ifindex) }
+}
+
+/// The daemon, as if it were a guest in a VPC.
+#[inline(always)]
+pub fn daemon_in(vni: u32) -> Slot {
+    Slot {
+        attachment: services::attachment_in(vni),
+        ifindex: services_ifindex(),
+        number: 0,
+        address: services::address_in(vni),
+        // Its device takes IP packets: the kernel takes the Ethernet header off.
+        mac: Mac([0; 3]),
+        reserved: [0; 6],
+    }
 }

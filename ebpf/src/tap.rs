@@ -9,7 +9,8 @@ use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY, GATEWAY_MAC, Ipv4}
 
 use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, slot};
-use crate::{answer, arp, conntrack, drops, encap, icmp, migration, mss, nat, parse};
+use crate::parse::Packet;
+use crate::{answer, arp, conntrack, drops, encap, icmp, migration, mss, nat, parse, services};
 
 /// Answers ARP; translates and sends everything else to the proxy of the slot's VPC, or tells the
 /// guest why not.
@@ -39,10 +40,19 @@ fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
     if ethernet.source != slot.mac {
         return Err(Drop::SpoofedMac);
     }
-    let mut packet = parse::packet(ctx, Direction::Out)?;
+    let packet = parse::packet(ctx, Direction::Out)?;
     if packet.source != slot.address {
         return Err(Drop::SpoofedAddress);
     }
+    if warren_abi::services::is_address(packet.destination) {
+        return services::to_daemon(ctx, slot, &packet);
+    }
+    to_vpc(ctx, slot, packet)
+}
+
+/// Translates a packet and sends it to the proxy of the slot's VPC.
+#[inline(always)]
+pub fn to_vpc(ctx: &TcContext, slot: &Slot, mut packet: Packet) -> Result<i32, Drop> {
     if !is_destination(packet.destination) {
         return Err(Drop::BadDestination);
     }

@@ -115,5 +115,5 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
     }
     let flags = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
     ctx.adjust_room(-(size_of::<Tunnel>() as i32), BPF_ADJ_ROOM_MAC, flags).ok()?;
-    Some((u32::from_be({ vxlan.vni }) >> 8, ip.source))
+    Some((u32::from_be(vxlan.vni) >> 8, ip.source))
 }

@@ -27,6 +27,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iperf3", "TCP streams of the data path's benchmark"),
     ("nftables", "SNAT that the data path's benchmark compares with"),
     ("postgresql", "load of the benchmark of restarts"),
+    ("unbound", "a real resolver in a tenant's VPC"),
+    ("bind9-dnsutils", "a guest's DNS client: dig"),
+    ("nmap", "what a guest can reach"),
 ];
 
 /// Installs what is missing. Where it may not, it lists the commands and fails.

@@ -16,6 +16,8 @@ pub struct VpcRow {
     interface: String,
     gateway: Option<String>,
     ports_per_host: u32,
+    resolver: Option<String>,
+    search_domain: Option<String>,
 }
 
 impl From<v1::Vpc> for VpcRow {
@@ -28,13 +30,24 @@ impl From<v1::Vpc> for VpcRow {
             interface: vpc.interface,
             gateway: some(vpc.gateway),
             ports_per_host: vpc.ports_per_host,
+            resolver: some(vpc.resolver),
+            search_domain: some(vpc.search_domain),
         }
     }
 }
 
 impl Row for VpcRow {
-    const HEADER: &'static [&'static str] =
-        &["NAME", "VNI", "CIDR", "SHARED ADDRESS", "INTERFACE", "GATEWAY", "PORTS PER HOST"];
+    const HEADER: &'static [&'static str] = &[
+        "NAME",
+        "VNI",
+        "CIDR",
+        "SHARED ADDRESS",
+        "INTERFACE",
+        "GATEWAY",
+        "PORTS PER HOST",
+        "RESOLVER",
+        "SEARCH DOMAIN",
+    ];
 
     fn cells(&self) -> Vec<String> {
         vec![
@@ -45,6 +58,8 @@ impl Row for VpcRow {
             self.interface.clone(),
             dash(self.gateway.as_deref()),
             self.ports_per_host.to_string(),
+            dash(self.resolver.as_deref()),
+            dash(self.search_domain.as_deref()),
         ]
     }
 }
@@ -295,11 +310,14 @@ mod tests {
             interface: "eth1".into(),
             gateway: String::new(),
             ports_per_host: 1024,
+            resolver: "10.1.0.2".into(),
+            search_domain: String::new(),
         });
         assert_eq!(
             one(Output::Table, &row),
-            "NAME  VNI   CIDR         SHARED ADDRESS  INTERFACE  GATEWAY  PORTS PER HOST\n\
-             blue  4096  10.1.0.0/16  10.1.0.9        eth1       -        1024"
+            "NAME  VNI   CIDR         SHARED ADDRESS  INTERFACE  GATEWAY  PORTS PER HOST  RESOLVER  \
+             SEARCH DOMAIN\n\
+             blue  4096  10.1.0.0/16  10.1.0.9        eth1       -        1024            10.1.0.2  -"
         );
         let json: serde_json::Value = serde_json::from_str(&one(Output::Json, &row)).unwrap();
         assert_eq!(json["vni"], 4096);

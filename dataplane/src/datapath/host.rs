@@ -13,13 +13,13 @@ use warren_abi::maps::{self, layouts, names, programs};
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::migrate::Migration;
-use super::netlink::Netlink;
+use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
 use super::programs::{MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
-    check_address, check_vni, is_missing, sweep, tap, underlay,
+    check_address, check_vni, is_missing, services, sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -33,6 +33,7 @@ const MAX_VPCS: u32 = 4096;
 /// Dropping it changes nothing: packets flow on.
 pub struct HostDatapath {
     slots: Vec<Slot>,
+    services: Interface,
     mtu: u16,
     state: Mutex<State>,
     counters: Counters,
@@ -73,11 +74,15 @@ impl HostDatapath {
             underlay::find(&mut netlink, &options.underlay_interface, options.underlay_address)?;
         let mtu = underlay::inner_mtu(&underlay);
 
+        let services = services::device_name(&options.interface_prefix)?;
+        let services = services::open_device(&mut netlink, &services)?;
+
         let room = options.slots.max(ROOM_FOR_SLOTS);
         let (slots, count) = (options.slots, options.flows);
         let mut programs = Programs::load(
             &options.object,
             &underlay,
+            services.index,
             Pins::open(&options.bpffs)?,
             &[
                 MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
@@ -89,8 +94,16 @@ impl HostDatapath {
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1)
                     .layout(layouts::DROPS)
                     .at_least(slots + 1),
+                MapSpec::new::<u32, maps::ServiceSlot>(names::SERVICE_SLOTS, room + 1)
+                    .at_least(slots + 1),
             ],
-            &[programs::TAP, programs::TUNNEL_HOST, programs::UNDERLAY_HOST, programs::SWEEP],
+            &[
+                programs::TAP,
+                programs::TUNNEL_HOST,
+                programs::UNDERLAY_HOST,
+                programs::SWEEP,
+                programs::SERVICES,
+            ],
         )?;
         let table = SlotTable::new(programs.map(names::SLOTS)?);
         let vpcs: HashMap<_, u32, maps::HostVpc> = programs.map(names::HOST_VPCS)?;
@@ -106,12 +119,13 @@ impl HostDatapath {
         let slots = slots::open(options, &mut netlink, &mut programs, &mut state.slots, mtu)?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_HOST, underlay::SHORT_CUT, interface)?;
+        services::connect(&mut netlink, &mut programs, &services, &slots, mtu)?;
         if let Some(migration) = migration {
             migration.complete(&programs)?;
         }
         programs.commit()?;
         let (state, programs) = (Mutex::new(state), Mutex::new(programs));
-        Ok(Self { slots, mtu, state, counters, flows, programs })
+        Ok(Self { slots, services, mtu, state, counters, flows, programs })
     }
 
     /// The slots, by number.
@@ -136,6 +150,11 @@ impl HostDatapath {
     /// Largest IP packet of a guest, in bytes: the underlay's MTU less 50.
     pub fn mtu(&self) -> u16 {
         self.mtu
+    }
+
+    /// Name of the TUN device of the link-local services: see [`crate::services`].
+    pub fn services_device(&self) -> &str {
+        &self.services.name
     }
 
     /// Makes a VPC known, or replaces what was known. Flows that began in a former port range go
@@ -252,22 +271,31 @@ impl HostDatapath {
     /// Removes flows that ended, with other time-outs.
     pub fn sweep_with(&self, timers: &Timers) -> Result<SweepReport, Error> {
         let attachments = self.lock().slots.attachments();
+        let is_attached = |ifindex, attachment: maps::Attachment| {
+            if ifindex == self.services.index {
+                attachment == warren_abi::services::attachment_in(attachment.vni())
+            } else {
+                attachments.get(&ifindex) == Some(&attachment)
+            }
+        };
         let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
         let program = programs.program(programs::SWEEP)?;
-        sweep::run(program, self.flows.fd().as_fd(), &attachments, timers)
+        sweep::run(program, self.flows.fd().as_fd(), is_attached, timers)
     }
 
     /// Removes everything that [`HostDatapath::open`] made, open or not: pins, TAPs, the VXLAN
     /// device. No error if nothing is there.
     pub fn uninstall(options: &HostOptions) -> Result<(), Error> {
         let device = underlay::device_name(&options.interface_prefix)?;
+        let services = services::device_name(&options.interface_prefix)?;
         let _expedited = ExpeditedRcu::new();
         Pins::remove_all(&options.bpffs)?;
         let mut netlink = Netlink::open()?;
         let mut interfaces = netlink.interfaces()?;
         interfaces.retain(|interface| match interface.kind {
             Some(InfoKind::Tun) => {
-                slots::number_of(&options.interface_prefix, &interface.name).is_some()
+                interface.name == services
+                    || slots::number_of(&options.interface_prefix, &interface.name).is_some()
             }
             Some(InfoKind::Vxlan) => interface.name == device,
             _ => false,

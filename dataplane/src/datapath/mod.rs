@@ -24,6 +24,7 @@ mod pins;
 mod programs;
 mod proxy;
 mod routes;
+mod services;
 mod slots;
 mod sweep;
 mod sysctl;
@@ -49,7 +50,7 @@ pub struct HostOptions {
     /// How many slots to have, 1 to [`MAX_SLOTS`]. Slots that exist beyond it are left alone.
     pub slots: u32,
     /// Beginning of the names of interfaces: `wrn` makes `wrn1`, `wrn2` and so on, and
-    /// `wrn-vxlan`. 1 to 8 bytes.
+    /// `wrn-vxlan` and `wrn-svc`. 1 to 8 bytes.
     pub interface_prefix: String,
     /// Most flows at one time, over all slots. Fixed when the maps are made.
     pub flows: u32,

@@ -75,11 +75,13 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if
-    /// missing; the other role's are made small, and go with this process.
+    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if missing; the
+    /// other role's are made small, and go with this process. `services` is the index of the
+    /// link-local services' device, 0 on a proxy.
     pub fn load(
         object: &[u8],
         underlay: &Underlay,
+        services: u32,
         pins: Pins,
         maps: &[MapSpec],
         wanted: &[&'static str],
@@ -91,6 +93,7 @@ impl Programs {
         if migrating {
             loader.map_max_entries(names::PASSED, migrate::PASSED);
         }
+        loader.override_global("SERVICES", &services, true);
         for spec in maps {
             let path = pins.maps().join(spec.pin());
             if !check(&path, spec)? {

@@ -69,6 +69,7 @@ impl ProxyDatapath {
         let mut programs = Programs::load(
             &options.object,
             &underlay,
+            0,
             Pins::open(&options.bpffs)?,
             &[
                 routes,

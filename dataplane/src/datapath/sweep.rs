@@ -3,7 +3,6 @@
 //! This process looks through the table, at leisure; the program decides about what it found, a
 //! few flows at a time, for no packet is dealt with on its processor meanwhile.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -82,11 +81,11 @@ pub(super) fn for_each(
 }
 
 /// Removes flows that ended, and whose ports rested: idle for longer than `timers`, or begun under
-/// an attachment that its slot, by the index of its TAP, has no more.
+/// an attachment that the interface of that index has no more.
 pub(super) fn run(
     program: &SchedClassifier,
     map: BorrowedFd<'_>,
-    attachments: &HashMap<u32, Attachment>,
+    is_attached: impl Fn(u32, Attachment) -> bool,
     timers: &Timers,
 ) -> Result<SweepReport, Error> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
@@ -96,7 +95,7 @@ pub(super) fn run(
     let mut ended = Vec::new();
     for_each(map, |key, flow| {
         let attachment = Attachment::new(flow.vni, key.generation);
-        let is_stale = attachments.get(&key.ifindex) != Some(&attachment);
+        let is_stale = !is_attached(key.ifindex, attachment);
         let protocol = key.protocol as u8;
         if flow.state.is_gone(is_stale, protocol, timers, now) {
             ended.push(*key);

@@ -18,10 +18,13 @@ nix::ioctl_write_ptr_bad!(tun_set_vnet_hdr_size, libc::TUNSETVNETHDRSZ, libc::c_
 /// 5.1.6).
 const VNET_HEADER: libc::c_int = 12;
 
+/// What a slot's TAP is.
+const TAP: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
 /// Makes a TAP that stays when nobody has it open; or, if it is there, makes sure that it stays.
 pub(super) fn create(name: &str) -> Result<(), Error> {
     let create = || {
-        let tap = attach(name)?;
+        let tap = attach(name, TAP)?;
         // SAFETY: the descriptor is open; the request takes an integer.
         unsafe { tun_set_persist(tap.as_raw_fd(), 1) }?;
         Ok(())
@@ -29,10 +32,21 @@ pub(super) fn create(name: &str) -> Result<(), Error> {
     create().map_err(|source| Error::system("create TAP", name, source))
 }
 
+/// Makes a TUN device, of IP packets without any header, that stays.
+pub(super) fn create_tun(name: &str) -> Result<(), Error> {
+    let create = || {
+        let tun = attach(name, libc::IFF_TUN | libc::IFF_NO_PI)?;
+        // SAFETY: the descriptor is open; the request takes an integer.
+        unsafe { tun_set_persist(tun.as_raw_fd(), 1) }?;
+        Ok(())
+    };
+    create().map_err(|source| Error::system("create TUN device", name, source))
+}
+
 /// Opens a TAP's only queue: non-blocking, header of 12 bytes, no offloads.
 pub(super) fn open(name: &str) -> Result<OwnedFd, Error> {
     let open = || {
-        let tap = attach(name)?;
+        let tap = attach(name, TAP)?;
         // SAFETY: the descriptor is open; the requests take an integer and a pointer to one.
         unsafe {
             tun_set_vnet_hdr_size(tap.as_raw_fd(), &VNET_HEADER)?;
@@ -43,7 +57,7 @@ pub(super) fn open(name: &str) -> Result<OwnedFd, Error> {
     open().map_err(|source| Error::system("open TAP", name, source))
 }
 
-fn attach(name: &str) -> io::Result<File> {
+fn attach(name: &str, flags: libc::c_int) -> io::Result<File> {
     let tun = OpenOptions::new()
         .read(true)
         .write(true)
@@ -59,8 +73,7 @@ fn attach(name: &str) -> io::Result<File> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags =
-        (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the descriptor is open; the request points to a whole `ifreq`.
     unsafe { tun_set_iff(tun.as_raw_fd(), &raw const request) }?;
     Ok(tun)

@@ -2,16 +2,31 @@
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::HostError;
+use crate::services::Naming;
+
+/// What a host knows of a VPC beside what the data path does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Vpc {
+    pub vni: u32,
+    pub shared_address: Ipv4Addr,
+    pub naming: Naming,
+}
+
+/// VPCs by name.
+pub(super) type Vpcs = HashMap<String, Vpc>;
 
 fn file(run_dir: &Path) -> PathBuf {
     run_dir.join("vpcs.json")
 }
 
-/// VNIs by name, as they were saved; none if they never were.
-pub(super) fn load(run_dir: &Path) -> Result<HashMap<String, u32>, HostError> {
+/// The VPCs, as they were saved; none if they never were.
+pub(super) fn load(run_dir: &Path) -> Result<Vpcs, HostError> {
     let file = file(run_dir);
     match std::fs::read(&file) {
         Ok(text) => serde_json::from_slice(&text)
@@ -22,7 +37,7 @@ pub(super) fn load(run_dir: &Path) -> Result<HashMap<String, u32>, HostError> {
 }
 
 /// Replaces what was saved, whole or not at all.
-pub(super) fn save(run_dir: &Path, vpcs: &HashMap<String, u32>) -> Result<(), HostError> {
+pub(super) fn save(run_dir: &Path, vpcs: &Vpcs) -> Result<(), HostError> {
     let file = file(run_dir);
     let new = file.with_extension("new");
     let text = serde_json::to_vec(vpcs).map_err(|e| HostError::Record(e.to_string()))?;

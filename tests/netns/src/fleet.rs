@@ -19,7 +19,9 @@ use warren_proto::v1::control_service_client::ControlServiceClient;
 use crate::netns::Namespace;
 use crate::process::{self, Process};
 use crate::rundir::RunDir;
-use crate::topology::{CIDR, CONTROL, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
+use crate::topology::{
+    CIDR, CONTROL, HOST, PROXY, SERVER, SHARED, Topology, UNDERLAY, VPC_INTERFACES,
+};
 
 /// Names of the tenants' VPCs.
 pub const VPCS: [&str; 2] = ["tenant-a", "tenant-b"];
@@ -144,6 +146,8 @@ impl Fleet {
                 cidr: CIDR.to_owned(),
                 shared_address: SHARED.to_string(),
                 interface: interface.to_owned(),
+                resolver: SERVER.to_string(),
+                search_domain: "corp.internal".to_owned(),
                 ..v1::Vpc::default()
             };
             let request = v1::CreateVpcRequest { vpc: Some(vpc) };

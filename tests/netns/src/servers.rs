@@ -75,6 +75,30 @@ pub fn iperf3(namespace: &Namespace, dir: &Path) -> Result<Process> {
     Ok(process)
 }
 
+/// Starts `unbound` on all addresses of the namespace, port 53, as the one who knows a zone; each
+/// of `records` is a line such as `db.corp.internal. 60 A 10.0.0.7`. It logs each query.
+pub fn unbound(namespace: &Namespace, dir: &Path, zone: &str, records: &[&str]) -> Result<Process> {
+    let name = format!("unbound-{}", namespace.name());
+    let mut text = format!(
+        "server:\n directory: \"{}\"\n chroot: \"\"\n username: \"\"\n pidfile: \"\"\n \
+         use-syslog: no\n logfile: \"\"\n log-queries: yes\n do-ip6: no\n \
+         interface: 0.0.0.0\n access-control: 0.0.0.0/0 allow\n module-config: \"iterator\"\n \
+         local-zone: \"{zone}\" static\n",
+        dir.display()
+    );
+    for record in records {
+        text += &format!(" local-data: '{record}'\n");
+    }
+    let config = dir.join(format!("{name}.conf"));
+    std::fs::write(&config, text)?;
+    let mut command = namespace.command("unbound");
+    command.args(["-d", "-p", "-c"]).arg(&config);
+    let mut process = Process::start(&name, command, &dir.join(format!("{name}.log")))?;
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 53));
+    process.wait_until(PATIENCE, || listens(namespace, address))?;
+    Ok(process)
+}
+
 /// Runs `redis-cli` in the namespace against its own server and returns what it prints.
 pub fn redis_cli(namespace: &Namespace, words: &[&str]) -> Result<String> {
     let output = namespace

@@ -11,5 +11,6 @@ mod lifecycle;
 mod mss;
 mod reuse;
 mod routes;
+mod services;
 mod traffic;
 mod upgrade;

@@ -1,0 +1,54 @@
+//! The TUN device of the link-local services.
+
+use aya::maps::{Array, MapData};
+use rtnetlink::packet_route::link::InfoKind;
+use warren_abi::maps::{ServiceSlot, names, programs};
+
+use super::netlink::{Interface, Netlink};
+use super::programs::Programs;
+use super::{Error, Slot, sysctl, tap, underlay};
+
+/// Name of the device's pinned link.
+const LINK: &str = "services";
+
+/// Name of the device.
+pub(super) fn device_name(prefix: &str) -> Result<String, Error> {
+    underlay::device_name(prefix).map(|_| format!("{prefix}-svc"))
+}
+
+/// Makes or adopts the device, which is down if it is new. It stays when this process ends: what
+/// is sent to it is lost then, and nothing else changes.
+pub(super) fn open_device(netlink: &mut Netlink, name: &str) -> Result<Interface, Error> {
+    match netlink.interface(name) {
+        Ok(device) if device.kind == Some(InfoKind::Tun) => Ok(device),
+        Ok(device) => {
+            let remedy = "remove the interface, or choose another prefix";
+            Err(Error::invalid("kind of interface", device.name, remedy))
+        }
+        Err(Error::NoInterface { .. }) => {
+            tap::create_tun(name)?;
+            sysctl::disable_ipv6(name)?;
+            netlink.interface(name)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Tells the programs of the slots, and takes the device up, with the program at its ingress
+/// before any packet can arrive.
+pub(super) fn connect(
+    netlink: &mut Netlink,
+    programs: &mut Programs,
+    device: &Interface,
+    slots: &[Slot],
+    mtu: u16,
+) -> Result<(), Error> {
+    let name = names::SERVICE_SLOTS;
+    let mut entries: Array<MapData, ServiceSlot> = programs.map(name)?;
+    for slot in slots {
+        let entry = ServiceSlot { due_ns: 0, ifindex: slot.ifindex, reserved: 0 };
+        entries.set(slot.number, entry, 0).map_err(|source| Error::map(name, source))?;
+    }
+    programs.attach(programs::SERVICES, LINK, &device.name)?;
+    netlink.set_up(&[device], u32::from(mtu))
+}
