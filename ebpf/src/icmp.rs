@@ -3,6 +3,7 @@
 use core::hint::black_box;
 use core::ptr::null_mut;
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_skb_load_bytes};
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::fold;
@@ -84,6 +85,25 @@ fn verify(ctx: &TcContext) -> Result<(), Drop> {
     if length < size_of::<IcmpError>() as u32 {
         return Err(Drop::Truncated);
     }
+    if length >= CHUNK * (CHUNKS + 1) {
+        return Err(Drop::TooBig);
+    }
+    match warren_sum(ctx.skb.skb, length) {
+        0xffff => Ok(()),
+        sum if sum <= 0xffff => Err(Drop::BadChecksum),
+        _ => Err(Drop::Truncated),
+    }
+}
+
+/// More than a sum: the packet ends before.
+const TRUNCATED: u32 = 1 << 16;
+
+/// The sum of so many bytes from the transport header on (RFC 1071), folded, or [`TRUNCATED`].
+///
+/// A global function: the verifier looks at it once, not with each of the many ways to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn warren_sum(skb: *mut __sk_buff, length: u32) -> u32 {
     let mut chunk = [0u32; CHUNK as usize / 4];
     let (mut sum, mut left, mut offset) = (0, length, L4 as u32);
     let mut index = 0;
@@ -91,38 +111,38 @@ fn verify(ctx: &TcContext) -> Result<(), Drop> {
         if left < CHUNK {
             break;
         }
-        sum = sum_up(ctx, &mut chunk, offset, CHUNK, sum)?;
+        let Some(more) = sum_up(skb, &mut chunk, offset, CHUNK, sum) else { return TRUNCATED };
+        sum = more;
         left -= CHUNK;
         offset += CHUNK;
         index += 1;
-    }
-    if left >= CHUNK {
-        return Err(Drop::TooBig);
     }
     // The compiler knows that the mask changes nothing; the verifier does not.
     let left = black_box(left) & (CHUNK - 1);
     if left > 0 {
         chunk = [0; CHUNK as usize / 4];
-        sum = sum_up(ctx, &mut chunk, offset, left, sum)?;
+        let Some(more) = sum_up(skb, &mut chunk, offset, left, sum) else { return TRUNCATED };
+        sum = more;
     }
-    if fold(sum) == 0xffff { Ok(()) } else { Err(Drop::BadChecksum) }
+    fold(sum) as u32
 }
 
-/// Loads `length` bytes of the packet, at most a chunk, and adds all of the chunk to `sum`.
+/// Loads `length` bytes of the packet, at most a chunk, and adds all of the chunk to `sum`; none if
+/// they are not there.
 #[inline(always)]
 fn sum_up(
-    ctx: &TcContext,
+    skb: *mut __sk_buff,
     chunk: &mut [u32; CHUNK as usize / 4],
     offset: u32,
     length: u32,
     sum: u32,
-) -> Result<u32, Drop> {
+) -> Option<u32> {
     let buffer = chunk.as_mut_ptr();
     // SAFETY: the buffer has room for a chunk, and is initialised.
     unsafe {
-        if bpf_skb_load_bytes(ctx.skb.skb.cast(), offset, buffer.cast(), length) != 0 {
-            return Err(Drop::Truncated);
+        if bpf_skb_load_bytes(skb.cast(), offset, buffer.cast(), length) != 0 {
+            return None;
         }
-        Ok(bpf_csum_diff(null_mut(), 0, buffer, CHUNK, sum) as u32)
+        Some(bpf_csum_diff(null_mut(), 0, buffer, CHUNK, sum) as u32)
     }
 }

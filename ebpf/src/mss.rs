@@ -3,6 +3,7 @@
 
 use core::hint::black_box;
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_store_bytes};
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
@@ -19,41 +20,51 @@ const TCP_HEADER: usize = 20;
 /// Clamps the MSS that a SYN announces to what fits; leaves all other packets as they are.
 #[inline(always)]
 pub fn clamp(ctx: &TcContext, packet: &Packet) -> Result<(), Drop> {
-    if packet.flags & tcp::SYN == 0 {
+    let plain = (size_of::<IpHeader>() + TCP_HEADER) as u32;
+    if packet.flags & tcp::SYN == 0 || packet.header_length == plain {
         return Ok(());
     }
-    let plain = (size_of::<IpHeader>() + TCP_HEADER) as u32;
+    match warren_clamp(ctx.skb.skb, packet.header_length - plain) {
+        0 => Ok(()),
+        _ => Err(Drop::Internal),
+    }
+}
+
+/// [`clamp`], where there are so many bytes of options: 0, or 1 if a helper failed.
+///
+/// A global function: the verifier looks at it once, not with each of the many ways to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn warren_clamp(skb: *mut __sk_buff, length: u32) -> u32 {
+    let ctx = TcContext::new(skb);
     // The compiler knows that the mask changes nothing; the verifier does not.
-    let length = black_box(packet.header_length - plain) & (OPTIONS_ROOM as u32 - 1);
+    let length = black_box(length) & (OPTIONS_ROOM as u32 - 1);
     if length == 0 {
-        return Ok(());
+        return 0;
     }
     let options = L4 + TCP_HEADER;
     let mut bytes = [0u8; OPTIONS_ROOM];
     // SAFETY: the buffer has room for as many bytes as the mask allows.
     let loaded = unsafe {
-        bpf_skb_load_bytes(ctx.skb.skb.cast(), options as u32, bytes.as_mut_ptr().cast(), length)
+        bpf_skb_load_bytes(skb.cast(), options as u32, bytes.as_mut_ptr().cast(), length)
     };
     if loaded != 0 {
-        return Err(Drop::Truncated);
+        return 1;
     }
     let new = Be16::new(of_mtu((underlay().mtu - VXLAN_OVERHEAD as u32) as u16));
     let Some(Mss { at, value: old }) = find(&bytes, length as usize) else {
-        return Ok(());
+        return 0;
     };
     if old.get() <= new.get() {
-        return Ok(());
+        return 0;
     }
     // SAFETY: two bytes are read from `new`.
     let stored = unsafe {
         let from = (&raw const new).cast();
-        bpf_skb_store_bytes(ctx.skb.skb, (options + at) as u32, from, 2, 0)
+        bpf_skb_store_bytes(skb, (options + at) as u32, from, 2, 0)
     };
     // At an odd place, the bytes count the other way round (RFC 1071, section 2).
     let turn = (at as u32 & 1) * 8;
     let (old, new) = (old.0.rotate_left(turn) as u64, new.0.rotate_left(turn) as u64);
-    if stored != 0 || ctx.l4_csum_replace(L4 + 16, old, new, 2).is_err() {
-        return Err(Drop::Internal);
-    }
-    Ok(())
+    u32::from(stored != 0 || ctx.l4_csum_replace(L4 + 16, old, new, 2).is_err())
 }
