@@ -106,8 +106,12 @@ impl CachedRoute {
     /// Whether it is of this destination, in the present state of the VPC's table.
     #[inline(always)]
     pub const fn is_of(&self, vpc: &ProxyVpc, destination: Ip) -> bool {
-        let [a, b, c, d] = self.destination.0;
-        let [e, f, g, h] = destination.0;
-        self.table == vpc.table && self.vni == vpc.vni && (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+        let (ours, theirs) = (self.destination.0, destination.0);
+        // At once, since the compiler would compare word by word and branch.
+        let differences = (ours[0] ^ theirs[0])
+            | (ours[1] ^ theirs[1])
+            | (ours[2] ^ theirs[2])
+            | (ours[3] ^ theirs[3]);
+        self.table == vpc.table && self.vni == vpc.vni && differences == 0
     }
 }

@@ -45,10 +45,10 @@ struct Plain {
 #[derive(Default)]
 struct Memory {
     flows: HashMap<FlowId, usize>,
-    flow_memory: Vec<(OutKey, Flow)>,
+    flow_slots: Vec<(OutKey, Flow)>,
     free_flows: Vec<usize>,
     claims: HashMap<ClaimId, usize>,
-    claim_memory: Vec<InFlow>,
+    claim_slots: Vec<InFlow>,
     free_claims: Vec<usize>,
 }
 
@@ -111,7 +111,7 @@ impl Tables for Plain {
         if memory.flows.contains_key(&flow_id(&key)) {
             return Err(Refused::Exists);
         }
-        let index = put(&mut memory.flow_memory, &mut memory.free_flows, (key, flow));
+        let index = put(&mut memory.flow_slots, &mut memory.free_flows, (key, flow));
         memory.flows.insert(flow_id(&key), index);
         Ok(())
     }
@@ -121,10 +121,10 @@ impl Tables for Plain {
         memory.free_flows.push(index);
     }
     fn state(&self, flow: usize) -> FlowState {
-        self.lock().flow_memory[flow].1.state
+        self.lock().flow_slots[flow].1.state
     }
     fn exchange(&self, flow: usize, expected: FlowState, new: FlowState) -> bool {
-        let state = &mut self.lock().flow_memory[flow].1.state;
+        let state = &mut self.lock().flow_slots[flow].1.state;
         let is_same = *state == expected;
         if is_same {
             *state = new;
@@ -132,17 +132,17 @@ impl Tables for Plain {
         is_same
     }
     fn place(&self, flow: usize) -> (u32, Be16) {
-        let Flow { vni, port, .. } = self.lock().flow_memory[flow].1;
+        let Flow { vni, port, .. } = self.lock().flow_slots[flow].1;
         (vni, port)
     }
     fn end(&self, flow: usize, direction: Direction) -> u32 {
-        self.lock().flow_memory[flow].1.ends[usize::from(direction == Direction::In)]
+        self.lock().flow_slots[flow].1.ends[usize::from(direction == Direction::In)]
     }
     fn set_end(&self, flow: usize, direction: Direction, end: u32) {
-        self.lock().flow_memory[flow].1.ends[usize::from(direction == Direction::In)] = end;
+        self.lock().flow_slots[flow].1.ends[usize::from(direction == Direction::In)] = end;
     }
     fn sent(&self, flow: usize, traffic: Traffic) {
-        self.lock().flow_memory[flow].1.sent.packets += traffic.packets;
+        self.lock().flow_slots[flow].1.sent.packets += traffic.packets;
     }
     fn claim(&self, key: InKey) -> Option<usize> {
         self.lock().claims.get(&claim_id(&key)).copied()
@@ -152,13 +152,13 @@ impl Tables for Plain {
         if memory.claims.contains_key(&claim_id(&key)) {
             return Err(Refused::Exists);
         }
-        let index = put(&mut memory.claim_memory, &mut memory.free_claims, claim);
+        let index = put(&mut memory.claim_slots, &mut memory.free_claims, claim);
         memory.claims.insert(claim_id(&key), index);
         Ok(())
     }
     fn replace_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused> {
         let memory = &mut *self.lock();
-        let index = put(&mut memory.claim_memory, &mut memory.free_claims, claim);
+        let index = put(&mut memory.claim_slots, &mut memory.free_claims, claim);
         let old = memory.claims.insert(claim_id(&key), index).expect("it is the caller's");
         memory.free_claims.push(old);
         Ok(())
@@ -169,13 +169,13 @@ impl Tables for Plain {
         memory.free_claims.push(index);
     }
     fn read(&self, claim: usize) -> InFlow {
-        self.lock().claim_memory[claim]
+        self.lock().claim_slots[claim]
     }
     fn set_refreshed(&self, claim: usize, tick: u32) {
-        self.lock().claim_memory[claim].refreshed = tick;
+        self.lock().claim_slots[claim].refreshed = tick;
     }
     fn received(&self, claim: usize, traffic: Traffic) {
-        self.lock().claim_memory[claim].received.packets += traffic.packets;
+        self.lock().claim_slots[claim].received.packets += traffic.packets;
     }
 }
 
@@ -198,10 +198,10 @@ fn check(tables: &Plain) {
     assert_eq!(memory.flows.len(), memory.claims.len(), "no port is lost");
     for &index in memory.flows.values() {
         let (OutKey { ifindex, generation, peer, guest_port, peer_port, protocol }, flow) =
-            memory.flow_memory[index];
+            memory.flow_slots[index];
         let claim = InKey { vni: VNI, peer, peer_port, port: flow.port, protocol };
         let claim = memory.claims.get(&claim_id(&claim)).expect("a flow has its port");
-        let owner = memory.claim_memory[*claim];
+        let owner = memory.claim_slots[*claim];
         assert_eq!(
             (owner.ifindex, owner.generation, owner.guest_port),
             (ifindex, generation, guest_port),
@@ -213,7 +213,7 @@ fn check(tables: &Plain) {
 fn sweep(tables: &Plain) {
     let keys: Vec<OutKey> = {
         let memory = tables.lock();
-        memory.flows.values().map(|&index| memory.flow_memory[index].0).collect()
+        memory.flows.values().map(|&index| memory.flow_slots[index].0).collect()
     };
     for key in keys {
         end(tables, key, &Timers::DEFAULT, tables.now());

@@ -125,10 +125,10 @@ pub fn stream(
         }
         sent.store(number, Ordering::SeqCst);
         done.store(true, Ordering::SeqCst);
-        let received = receiver.join().expect("it does not panic");
+        let arrived = receiver.join().expect("it does not panic");
         match failed {
             Some(error) => Err(error).context("cannot send a datagram"),
-            None => Ok(Outcome { sent: number, received }),
+            None => Ok(Outcome { sent: number, received: arrived }),
         }
     })
 }

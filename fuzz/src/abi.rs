@@ -55,9 +55,8 @@ fn walk(options: &[u8]) -> Option<usize> {
     let mut at = 0;
     while at < options.len() {
         match (options[at], *options.get(at + 1).unwrap_or(&0)) {
-            (0, _) => return None,
             (1, _) => at += 1,
-            (_, 0 | 1) => return None,
+            (0, _) | (_, 0 | 1) => return None,
             (2, 4) if at + 4 <= options.len() => return Some(at + 2),
             (_, size) => at += usize::from(size),
         }

@@ -220,7 +220,7 @@ fn carry<K: Pod, V: Pod, NewK: Pod, NewV: Pod>(
     let to = open(to).map_err(error)?;
     let mut to = HashMap::<_, NewK, NewV>::try_from(to).map_err(error)?;
     let mut carried = Carried::default();
-    for entry in former.iter() {
+    for entry in &former {
         let (key, value) = entry.map_err(error)?;
         let (key, value) = convert(&key, &value);
         match to.insert(key, value, NOEXIST) {

@@ -145,7 +145,7 @@ impl ProxyDatapath {
         state.set_blocks(vpc.vni, &blocks)?;
         let has_table = !routes.is_empty();
         if has_table {
-            state.routes.set(vpc.vni, routes)?;
+            state.routes.set(vpc.vni, &routes)?;
         }
         let value = maps::ProxyVpc {
             vni: vpc.vni,
@@ -170,7 +170,7 @@ impl ProxyDatapath {
             .map_err(|source| Error::map(names::PROXY_VPCS, source))?;
         if !has_table {
             // Nobody looks there any more.
-            state.routes.set(vpc.vni, Entries::new())?;
+            state.routes.set(vpc.vni, &Entries::new())?;
         }
         state.enter_interface(vpc, &interface, before.map(|before| before.shared_address.into()))
     }
@@ -181,7 +181,7 @@ impl ProxyDatapath {
         let Some(vpc) = state.vpc(vni)? else { return Ok(()) };
         state.leave_interface(&vpc)?;
         state.vpcs.remove(&vni).map_err(|source| Error::map(names::PROXY_VPCS, source))?;
-        state.routes.set(vni, Entries::new())?;
+        state.routes.set(vni, &Entries::new())?;
         state.set_blocks(vni, &BTreeMap::new())
     }
 

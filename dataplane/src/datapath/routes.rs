@@ -35,7 +35,7 @@ impl Routes {
     /// Adopts the entries that are there.
     pub fn open(trie: LpmTrie<MapData, RouteKey, Route>) -> Result<Self, Error> {
         let mut present = BTreeMap::<u32, Entries>::new();
-        for entry in trie.iter() {
+        for entry in &trie {
             let (key, route) = entry.map_err(error)?;
             present
                 .entry(key.data().vni)
@@ -47,9 +47,9 @@ impl Routes {
 
     /// Makes `wanted` the entries of a VPC: first those that are new or changed, then away with
     /// the others. An entry that stays is never missing.
-    pub fn set(&mut self, vni: u32, wanted: Entries) -> Result<(), Error> {
+    pub fn set(&mut self, vni: u32, wanted: &Entries) -> Result<(), Error> {
         let present = self.present.entry(vni).or_default();
-        for (&place, route) in &wanted {
+        for (&place, route) in wanted {
             if present.get(&place) != Some(route) {
                 self.trie.insert(&key(place), route, 0).map_err(error)?;
                 // At once, so that this is what the trie holds even if the next one fails.

@@ -1,6 +1,7 @@
 //! What an open changed so far, so that one that fails leaves the traffic as it was.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,7 +36,7 @@ impl Undo {
             Error::system("look up link", path.display(), io::Error::other(source))
         })?;
         let id = info.program_id();
-        if !self.former.contains_key(&id) {
+        if let Entry::Vacant(entry) = self.former.entry(id) {
             let program = loaded_programs()
                 .find(|program| program.as_ref().is_ok_and(|program| program.id() == id));
             // A program without an interface, since that is gone, has nothing to go back to.
@@ -43,7 +44,7 @@ impl Undo {
             let program = program.map_err(error)?;
             let program =
                 SchedClassifier::from_program_info(program, "former".into()).map_err(error)?;
-            self.former.insert(id, program);
+            entry.insert(program);
         }
         self.hooks.push((path.to_owned(), id));
         Ok(())

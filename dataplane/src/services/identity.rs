@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn a_session_is_one_tenant_s_and_ends() {
         let identity = Identity::new([1; 32], "h");
-        let token = identity.open_session(5, HERE, Duration::from_secs(60));
+        let token = identity.open_session(5, HERE, Duration::from_mins(1));
         assert!(identity.is_session(&token, 5, HERE));
         for (slot, attachment) in [
             (6, HERE),

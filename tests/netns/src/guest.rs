@@ -109,7 +109,7 @@ pub fn readable(tap: &File, patience: Duration) {
 }
 
 /// Makes or opens a TAP in the namespace of this thread, with further `flags` of `TUNSETIFF`
-/// (linux/if_tun.h). One that is made lives as long as it is open.
+/// (`linux/if_tun.h`). One that is made lives as long as it is open.
 pub fn open_tap(name: &str, flags: i32) -> Result<File> {
     let tun = OpenOptions::new()
         .read(true)

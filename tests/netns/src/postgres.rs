@@ -1,4 +1,4 @@
-//! Debian's PostgreSQL and its benchmark.
+//! Debian's `PostgreSQL` and its benchmark.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -15,10 +15,10 @@ use crate::process::Process;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const PORT: u16 = 5432;
-/// The only user that PostgreSQL runs as; also that of the database.
+/// The only user that `PostgreSQL` runs as; also that of the database.
 const USER: &str = "postgres";
 
-/// Starts PostgreSQL on all addresses of the namespace, with `pgbench`'s tables in it. Nothing is
+/// Starts `PostgreSQL` on all addresses of the namespace, with `pgbench`'s tables in it. Nothing is
 /// kept on the disk for longer than it has to.
 pub fn start(namespace: &Namespace, dir: &Path) -> Result<Process> {
     let user = User::from_name(USER)?.context("no user postgres (package postgresql)")?;

@@ -17,9 +17,9 @@ const OPTIONS: FleetOptions = FleetOptions { slots: 8, parked: 3, guest: GUEST }
 const ECHO: u16 = 7;
 const BULK: u16 = 9000;
 /// Datagrams of a stream, one each millisecond.
-const DATAGRAMS: u32 = 2500;
+const DATAGRAMS: u32 = 8000;
 /// A transfer that takes as long.
-const BYTES: u64 = 10_000_000;
+const BYTES: u64 = 32_000_000;
 const BYTES_PER_SECOND: u64 = 4_000_000;
 
 async fn instance(fleet: &Fleet, vpc: &str) -> v1::Instance {

@@ -59,11 +59,11 @@ async fn routes_of_the_command_line_lead_a_microvm_and_outlive_the_daemons() {
         assert!(reaches(&fleet, &id).await, "a table outlives {}", daemon.name());
     }
     let file = fleet.run.path().join("routes");
-    let mut routes: String = (0..9999)
+    let mut routes: Vec<String> = (0..9999)
         .map(|n| format!("100.{}.{}.0/24 via 10.0.0.10\n", 64 + n / 256, n % 256))
         .collect();
-    routes.push_str("198.51.100.0/25 blackhole\n");
-    std::fs::write(&file, routes).unwrap();
+    routes.push("198.51.100.0/25 blackhole\n".to_owned());
+    std::fs::write(&file, routes.concat()).unwrap();
     let listed = warren(&fleet, &format!("route replace {vpc} --file {}", file.display()));
     assert_eq!(listed.lines().count(), 1 + 1 + 10_000, "a header, the CIDR, the table");
     assert!(becomes(&fleet, &id, false).await);

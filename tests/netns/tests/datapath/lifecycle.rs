@@ -45,7 +45,7 @@ pub fn stream(guest: &Namespace, count: u64) -> usize {
     })
 }
 
-/// Downloads at 4 MB/s for about two seconds. Returns whether all bytes were right.
+/// Downloads `bytes`. Returns whether all bytes were right.
 pub fn download(guest: &Namespace, port: u16, bytes: u64) -> bool {
     guest.run(|| {
         let mut stream = TcpStream::connect((SERVER, port)).expect("the server answers");
@@ -82,8 +82,8 @@ fn no_packet_is_lost_while_the_host_s_data_path_restarts() {
     let _echo = udp_echo(&vpc, PORT).expect("the server starts");
     assert!(udp_round_trip(&guest.namespace, (SERVER, PORT)));
     let namespace = guest.namespace.clone();
-    assert_eq!(during(|| stream(&namespace, 2000), || bed.reopen_host()), 2000);
-    let bytes = 8 << 20;
+    assert_eq!(during(|| stream(&namespace, 6000), || bed.reopen_host()), 6000);
+    let bytes = 24 << 20;
     let _source = bulk_source(&vpc, PORT, bytes, 4 << 20).expect("the server starts");
     assert!(during(|| download(&namespace, PORT, bytes), || bed.reopen_host()));
     assert_eq!(bed.host().drops().expect("counters can be read"), []);

@@ -17,11 +17,11 @@ struct Budget {
 /// A third above what they were when this was last looked at. Raise one with the reason in the
 /// commit's message.
 const BUDGETS: [Budget; 5] = [
-    Budget { program: programs::TAP, verified: 85_000, translated: 36_000, jited: 22_000 },
+    Budget { program: programs::TAP, verified: 85_000, translated: 51_000, jited: 30_000 },
     Budget { program: programs::TUNNEL_HOST, verified: 26_000, translated: 16_000, jited: 9_900 },
     Budget { program: programs::TUNNEL_PROXY, verified: 1_250, translated: 5_250, jited: 3_100 },
     Budget { program: programs::VPC, verified: 2_800, translated: 14_400, jited: 8_100 },
-    Budget { program: programs::SWEEP, verified: 15_500, translated: 3_450, jited: 2_050 },
+    Budget { program: programs::SWEEP, verified: 55_000, translated: 4_800, jited: 2_900 },
 ];
 
 #[test]

@@ -138,18 +138,18 @@ fn only_the_resolver_s_own_answer_is_taken() {
     let guest = KernelGuest::plug(&served.bed, 1);
     served.attach(1, VNI_A);
     // It answers each query with what is no answer to it, under the right id: another question.
-    let server = served.bed.topology.vpcs[0].run(|| UdpSocket::bind("0.0.0.0:53"));
-    let server = server.expect("the port is free");
-    server.set_read_timeout(Some(crate::guest::PATIENCE)).expect("it is not zero");
+    let bound = served.bed.topology.vpcs[0].run(|| UdpSocket::bind("0.0.0.0:53"));
+    let socket = bound.expect("the port is free");
+    socket.set_read_timeout(Some(crate::guest::PATIENCE)).expect("it is not zero");
     let forger = std::thread::spawn(move || {
         let mut query = [0; 1500];
         let mut asked = 0;
         while asked < 2 {
-            let (length, from) = server.recv_from(&mut query).expect("it is asked");
+            let (length, from) = socket.recv_from(&mut query).expect("it is asked");
             asked += 1;
             query[2] |= 0x80;
             query[13] ^= 1;
-            server.send_to(&query[..length], from).expect("it can be sent");
+            socket.send_to(&query[..length], from).expect("it can be sent");
         }
     });
     let output = dig(&guest.namespace, "+timeout=15 db.corp.internal A");

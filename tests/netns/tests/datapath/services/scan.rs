@@ -27,9 +27,9 @@ fn scan(guest: &Namespace, words: &str, targets: &[String]) -> BTreeSet<String> 
         let (host, ports) = line.split_once("Ports: ").expect("it is there");
         let host = host.split_whitespace().nth(1).expect("its address is there");
         for port in ports.split('\t').next().unwrap_or_default().split(", ") {
-            let mut parts = port.trim().split('/');
-            let (number, state) = (parts.next().unwrap_or_default(), parts.next());
-            let protocol = parts.next().unwrap_or_default();
+            let mut fields = port.trim().split('/');
+            let (number, state) = (fields.next().unwrap_or_default(), fields.next());
+            let protocol = fields.next().unwrap_or_default();
             if state == Some("open") || state == Some("closed") {
                 found.insert(format!("{host} {number}/{protocol} {}", state.unwrap_or_default()));
             }
