@@ -88,6 +88,8 @@ pub trait Tables: Sized {
     fn state(&self, flow: Self::Flow) -> FlowState;
     /// Puts `new` in the place of `expected`, unless there is something else: whether it did.
     fn exchange(&self, flow: Self::Flow, expected: FlowState, new: FlowState) -> bool;
+    /// Of what key a flow is: [`OutKey::check`].
+    fn check(&self, flow: Self::Flow) -> u16;
     /// A flow's VPC and port.
     fn place(&self, flow: Self::Flow) -> (u32, Be16);
     /// The sequence number after the FIN that was sent in this direction.
@@ -193,7 +195,8 @@ impl Wanted {
     #[inline(always)]
     const fn flow(&self, port: Be16) -> Flow {
         let state = FlowState::begin(self.key.protocol as u8, self.now, self.random);
-        Flow { state, vni: self.vni, port, reserved: 0, sent: self.sent, ends: [0; 2] }
+        let (vni, check) = (self.vni, self.key.check());
+        Flow { state, vni, port, check, sent: self.sent, ends: [0; 2] }
     }
 }
 
@@ -490,7 +493,8 @@ fn over<T: Tables>(
     let flow = tables.flow(key)?;
     let state = tables.state(flow);
     // Whether it is the claim's: if it still has this state at the exchange, it still is.
-    if state.is_ended() || tables.place(flow) != (wanted.vni, port) {
+    let is_it = tables.check(flow) == key.check() && tables.place(flow) == (wanted.vni, port);
+    if state.is_ended() || !is_it {
         return None;
     }
     let is_own = ifindex == wanted.key.ifindex && generation == wanted.key.generation;
@@ -644,10 +648,13 @@ fn enter<T: Tables>(
         let Some(flow) = tables.flow(key) else {
             return Ok(None);
         };
-        // If the flow is removed and its entry recycled, the exchange fails, for the state found
-        // was another's. Only a flow of this very tick goes without, and such a one does not
-        // expire.
         let found = tables.state(flow);
+        if tables.check(flow) != key.check() {
+            // It was removed, and the entry recycled, before its state was read. If that happens
+            // afterwards, the exchange fails, for the state is another's. Only a flow of this very
+            // tick goes without, and such a one does not expire.
+            continue;
+        }
         if found.is_ended() {
             return Err(Drop::NoFlow);
         }
@@ -700,6 +707,7 @@ pub fn end<T: Tables>(tables: &T, key: OutKey, timers: &Timers, now: u32) -> Ver
     let is_stale = attachment != Some(Attachment::new(vni, key.generation));
     if !state.is_gone(is_stale, key.protocol as u8, timers, now)
         || state.is_ended()
+        || tables.check(flow) != key.check()
         || !tables.exchange(flow, state, state.ended())
     {
         return Verdict::Stays;

@@ -182,6 +182,18 @@ impl OutKey {
         Self { peer: Ip::UNSPECIFIED, peer_port: Be16(0), ..self }
     }
 
+    /// What its entry is known by, should the memory be another's meanwhile. Two keys have the same
+    /// one time in 65,536.
+    #[inline(always)]
+    #[must_use]
+    pub const fn check(&self) -> u16 {
+        let [a, b, c, d] = self.peer.0;
+        let ports = (self.guest_port.0 as u32) << 16 | self.peer_port.0 as u32;
+        let owner = self.ifindex.rotate_left(8) ^ self.generation ^ self.protocol;
+        let mixed = (a ^ b ^ c ^ d ^ ports.rotate_left(5) ^ owner).wrapping_mul(0x9e37_79b1);
+        (mixed >> 16) as u16
+    }
+
     /// Whether it is that of a mapping.
     #[inline]
     pub const fn is_mapping(&self) -> bool {
@@ -214,8 +226,8 @@ pub struct Flow {
     pub vni: u32,
     /// The port that stands for the guest's on the shared address.
     pub port: Be16,
-    /// Zero.
-    pub reserved: u16,
+    /// [`OutKey::check`] of its key.
+    pub check: u16,
     /// What the guest sent; a mapping's is zero.
     pub sent: Traffic,
     /// The sequence number after the guest's FIN, and after the peer's, if they sent one.

@@ -236,6 +236,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn check(&self, flow: *mut Flow) -> u16 {
+        // SAFETY: it is a map value.
+        unsafe { (&raw const (*flow).check).read_volatile() }
+    }
+
+    #[inline(always)]
     fn place(&self, flow: *mut Flow) -> (u32, Be16) {
         // SAFETY: it is a map value.
         unsafe {
