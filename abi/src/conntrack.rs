@@ -220,8 +220,9 @@ pub fn outward<T: Tables>(
         protocol: segment.protocol as u32,
     };
     let now = tables.now();
-    if let Some(port) = resume(tables, key, segment, now)? {
-        return Ok(port);
+    let mut resumed = Be16(0);
+    if resume(tables, key, segment, now, &mut resumed)? {
+        return Ok(resumed);
     }
     if !FlowState::can_begin(segment.protocol, segment.flags) || !tables.may_begin(key) {
         return Err(Drop::NoFlow);
@@ -241,21 +242,26 @@ pub fn outward<T: Tables>(
         Some(port) if is_udp => tables.with(wanted(key, sent), |search| join(tables, search, port)),
         Some(port) => Ok(port),
         // Another CPU was faster.
-        None => resume(tables, key, segment, now)?.ok_or(Drop::Internal),
+        None if resume(tables, key, segment, now, &mut resumed)? => Ok(resumed),
+        None => Err(Drop::Internal),
     }
 }
 
-/// The port of the guest's flow that the packet keeps alive; none if there is no such flow.
+/// Puts the port of the guest's flow that the packet keeps alive into `resumed`. False: there is no
+/// such flow.
+///
+/// A port that is returned would have no value when there is none; the verifier wants one.
 #[inline(always)]
 fn resume<T: Tables>(
     tables: &T,
     key: OutKey,
     segment: &Segment,
     now: u32,
-) -> Result<Option<Be16>, Drop> {
+    resumed: &mut Be16,
+) -> Result<bool, Drop> {
     let Some(Entered { flow, state, .. }) = refresh(tables, key, Direction::Out, segment, now)?
     else {
-        return Ok(None);
+        return Ok(false);
     };
     tables.sent(flow, segment.traffic);
     let (vni, port) = tables.place(flow);
@@ -266,7 +272,8 @@ fn resume<T: Tables>(
             tables.set_refreshed(claim, now.wrapping_sub(1));
         }
     }
-    Ok(Some(port))
+    *resumed = port;
+    Ok(true)
 }
 
 /// The port of a mapping, which a new flow keeps alive; none if there is no mapping yet.

@@ -40,7 +40,7 @@ fn scan(guest: &Namespace, words: &str, targets: &[String]) -> BTreeSet<String> 
     found
 }
 
-/// What the kernel of a namespace counted as received, of whatever protocol.
+/// What the kernel of a namespace counted as received, of whatever protocol; first, IP packets.
 fn received(namespace: &Namespace) -> Vec<(String, u64)> {
     let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp"));
     let text = text.expect("it can be read");
@@ -97,7 +97,10 @@ fn a_guest_reaches_the_services_and_no_kernel() {
     // The programs saw them, or most of them: a wire between namespaces loses some at this rate.
     assert!(served.bed.host_drops(1, DropReason::NoService) > 65_536);
     assert!(served.bed.host_drops(1, DropReason::BadDestination) > 65_536);
-    assert_eq!(received(host), before);
+    let after = received(host);
+    assert_eq!(after[1..], before[1..]);
+    // Machines on the underlay tell each other of groups (IGMP): a few packets, no guest's.
+    assert!(after[0].1 - before[0].1 < 10, "{before:?} {after:?}");
     assert!(listeners.iter().all(|listener| listener.accept().is_err()));
     assert_eq!(neighbour.receive(crate::guest::SILENCE), None);
 }
