@@ -181,8 +181,7 @@ pub struct Wanted {
 impl Wanted {
     #[inline(always)]
     const fn claim(&self, port: Be16) -> InKey {
-        let OutKey { peer, peer_port, protocol, .. } = self.key;
-        InKey { vni: self.vni, peer, peer_port, port, protocol }
+        self.key.claim(self.vni, port)
     }
 
     #[inline(always)]
@@ -267,8 +266,7 @@ fn resume<T: Tables>(
     let (vni, port) = tables.place(flow);
     if segment.flags & tcp::FIN != 0 && state.is_closing() {
         // From now on, every packet of the peer's is looked at: it may acknowledge the end.
-        let OutKey { peer, peer_port, protocol, .. } = key;
-        if let Some(claim) = tables.claim(InKey { vni, peer, peer_port, port, protocol }) {
+        if let Some(claim) = tables.claim(key.claim(vni, port)) {
             tables.set_refreshed(claim, now.wrapping_sub(1));
         }
     }
@@ -531,9 +529,8 @@ fn take<T: Tables>(tables: &T, search: &mut Search, over: &Over<T::Flow>) {
 /// Removes a flow or a mapping that the caller ended.
 #[inline(always)]
 fn remove<T: Tables>(tables: &T, key: OutKey, vni: u32, port: Be16) {
-    let OutKey { peer, peer_port, protocol, .. } = key;
     tables.remove_flow(key);
-    tables.remove_claim(InKey { vni, peer, peer_port, port, protocol });
+    tables.remove_claim(key.claim(vni, port));
 }
 
 /// Whom a packet from the VPC is for.

@@ -182,6 +182,14 @@ impl OutKey {
         Self { peer: Ip::UNSPECIFIED, peer_port: Be16(0), ..self }
     }
 
+    /// The claim of a port for this flow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn claim(&self, vni: u32, port: Be16) -> InKey {
+        let Self { peer, peer_port, protocol, .. } = *self;
+        InKey { vni, peer, peer_port, port, protocol }
+    }
+
     /// What its entry is known by, should the memory be another's meanwhile. Two keys have the same
     /// one time in 65,536.
     #[inline(always)]

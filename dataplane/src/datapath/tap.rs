@@ -23,24 +23,13 @@ const TAP: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// Makes a TAP that stays when nobody has it open; or, if it is there, makes sure that it stays.
 pub(super) fn create(name: &str) -> Result<(), Error> {
-    let create = || {
-        let tap = attach(name, TAP)?;
-        // SAFETY: the descriptor is open; the request takes an integer.
-        unsafe { tun_set_persist(tap.as_raw_fd(), 1) }?;
-        Ok(())
-    };
-    create().map_err(|source| Error::system("create TAP", name, source))
+    persist(name, TAP).map_err(|source| Error::system("create TAP", name, source))
 }
 
 /// Makes a TUN device, of IP packets without any header, that stays.
 pub(super) fn create_tun(name: &str) -> Result<(), Error> {
-    let create = || {
-        let tun = attach(name, libc::IFF_TUN | libc::IFF_NO_PI)?;
-        // SAFETY: the descriptor is open; the request takes an integer.
-        unsafe { tun_set_persist(tun.as_raw_fd(), 1) }?;
-        Ok(())
-    };
-    create().map_err(|source| Error::system("create TUN device", name, source))
+    persist(name, libc::IFF_TUN | libc::IFF_NO_PI)
+        .map_err(|source| Error::system("create TUN device", name, source))
 }
 
 /// Opens a TAP's only queue: non-blocking, header of 12 bytes, no offloads.
@@ -55,6 +44,13 @@ pub(super) fn open(name: &str) -> Result<OwnedFd, Error> {
         Ok(tap.into())
     };
     open().map_err(|source| Error::system("open TAP", name, source))
+}
+
+fn persist(name: &str, flags: libc::c_int) -> io::Result<()> {
+    let device = attach(name, flags)?;
+    // SAFETY: the descriptor is open; the request takes an integer.
+    unsafe { tun_set_persist(device.as_raw_fd(), 1) }?;
+    Ok(())
 }
 
 fn attach(name: &str, flags: libc::c_int) -> io::Result<File> {
