@@ -195,7 +195,8 @@ impl Wanted {
     const fn flow(&self, port: Be16) -> Flow {
         let state = FlowState::begin(self.key.protocol as u8, self.now, self.random);
         let (vni, check) = (self.vni, self.key.check());
-        Flow { state, vni, port, check, sent: self.sent, ends: [0; 2] }
+        let (sent, began) = (self.sent, self.now);
+        Flow { state, vni, port, check, sent, ends: [0; 2], began, judged: 0 }
     }
 }
 

@@ -240,6 +240,10 @@ pub struct Flow {
     pub sent: Traffic,
     /// The sequence number after the guest's FIN, and after the peer's, if they sent one.
     pub ends: [u32; 2],
+    /// The tick in which it began.
+    pub began: u32,
+    /// Under which state of the slot's policy it was last judged.
+    pub judged: u32,
 }
 
 /// A flow, as its peer sees it. Inserting it claims the port.
@@ -423,7 +427,7 @@ without_padding!(
     HostVpc = 16,
     OutKey = 32,
     Traffic = 16,
-    Flow = 40,
+    Flow = 48,
     InKey = 28,
     InFlow = 32,
     ProxyVpc = 48,
