@@ -8,16 +8,28 @@ pub const fn fold(sum: u32) -> u16 {
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// A checksum after some of the words under it changed (RFC 1624, equation 3).
+/// What to add to a sum of words, of which some change (RFC 1624, equation 3).
 #[inline(always)]
-pub const fn update<const N: usize>(checksum: u16, old: [u16; N], new: [u16; N]) -> u16 {
-    let mut sum = !checksum as u32;
+pub const fn difference<const N: usize>(old: [u16; N], new: [u16; N]) -> u32 {
+    let mut sum = 0;
     let mut index = 0;
     while index < N {
         sum += !old[index] as u32 + new[index] as u32;
         index += 1;
     }
-    !fold(sum)
+    sum
+}
+
+/// A checksum after `difference` was added to the sum under it, which is below 2^32 - 2^16.
+#[inline(always)]
+pub const fn adjust(checksum: u16, difference: u32) -> u16 {
+    !fold(!checksum as u32 + difference)
+}
+
+/// A checksum after some of the words under it changed.
+#[inline(always)]
+pub const fn update<const N: usize>(checksum: u16, old: [u16; N], new: [u16; N]) -> u16 {
+    adjust(checksum, difference(old, new))
 }
 
 /// The checksum that is the same after it is computed over itself and words whose sum is `rest`.

@@ -15,6 +15,7 @@ extern crate alloc;
 pub mod checksum;
 pub mod conntrack;
 pub mod drop;
+pub mod family;
 pub mod flow;
 pub mod icmp;
 pub mod maps;

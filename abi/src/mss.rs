@@ -10,11 +10,11 @@ pub const OPTIONS_ROOM: usize = 64;
 /// Longest options of a TCP header.
 const MAX_OPTIONS: usize = 40;
 
-/// The largest segment that fits into packets of `mtu` bytes: without IP and TCP headers, and
-/// without options, which the sender takes off (RFC 6691).
+/// The largest segment that fits into packets of `mtu` bytes: without TCP's header and an IP header
+/// of so many bytes, and without options, which the sender takes off (RFC 6691).
 #[inline(always)]
-pub const fn of_mtu(mtu: u16) -> u16 {
-    mtu.saturating_sub(20 + 20)
+pub const fn of_mtu(mtu: u16, ip_header: u16) -> u16 {
+    mtu.saturating_sub(ip_header + 20)
 }
 
 /// An MSS option.

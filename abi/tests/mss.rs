@@ -62,5 +62,6 @@ fn it_is_not_looked_for_behind_the_end_or_what_is_malformed() {
 
 #[test]
 fn a_segment_leaves_room_for_its_headers() {
-    assert_eq!((of_mtu(1450), of_mtu(40), of_mtu(0)), (1410, 0, 0));
+    assert_eq!((of_mtu(1450, 20), of_mtu(1430, 40)), (1410, 1370));
+    assert_eq!((of_mtu(40, 20), of_mtu(0, 40)), (0, 0));
 }

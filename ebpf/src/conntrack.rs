@@ -11,6 +11,7 @@ use warren_abi::conntrack::{
     self, Ports, Receiver, Refused, Search, Segment, Tables, Wanted, step,
 };
 use warren_abi::drop::Drop;
+use warren_abi::family::Family;
 use warren_abi::flow::{Direction, FlowState, Timers, tick};
 use warren_abi::icmp::Subject;
 use warren_abi::maps::{Flow, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
@@ -25,25 +26,25 @@ const EEXIST: i32 = -17;
 
 /// The port that stands for the guest's in this flow, which the packet begins or keeps alive.
 #[inline(always)]
-pub fn outward(slot: &Slot, vpc: &HostVpc, packet: &Packet) -> Result<Be16, Drop> {
+pub fn outward<F: Family>(slot: &Slot, vpc: &HostVpc, packet: &Packet<F>) -> Result<Be16, Drop> {
     let ports = Ports { base: vpc.port_base, count: vpc.port_count };
-    conntrack::outward(&Maps::open()?, slot, ports, &segment(packet, Ip::v4(packet.destination)))
+    conntrack::outward(&Maps::open()?, slot, ports, &segment(packet, F::ip(packet.destination)))
 }
 
 /// Whom a packet from the VPC is for. A reason comes with the slot that it concerns, or 0.
 #[inline(always)]
-pub fn inward(vni: u32, packet: &Packet) -> Result<Receiver, (u32, Drop)> {
+pub fn inward<F: Family>(vni: u32, packet: &Packet<F>) -> Result<Receiver, (u32, Drop)> {
     let maps = Maps::open().map_err(|reason| (0, reason))?;
-    conntrack::inward(&maps, vni, &segment(packet, Ip::v4(packet.source)))
+    conntrack::inward(&maps, vni, &segment(packet, F::ip(packet.source)))
 }
 
 /// The port that stands for the guest's in the flow that its ICMP error is about.
 #[inline(always)]
-pub fn error_outward(slot: &Slot, subject: &Subject) -> Result<Be16, Drop> {
+pub fn error_outward<F: Family>(slot: &Slot, subject: &Subject<F::Address>) -> Result<Be16, Drop> {
     let key = OutKey {
         ifindex: slot.ifindex,
         generation: slot.attachment.generation(),
-        peer: Ip::v4(subject.peer),
+        peer: F::ip(subject.peer),
         guest_port: subject.local_port,
         peer_port: subject.peer_port,
         protocol: subject.protocol as u32,
@@ -53,10 +54,13 @@ pub fn error_outward(slot: &Slot, subject: &Subject) -> Result<Be16, Drop> {
 
 /// Whom an ICMP error from the VPC is for.
 #[inline(always)]
-pub fn error_inward(vni: u32, subject: &Subject) -> Result<Receiver, (u32, Drop)> {
+pub fn error_inward<F: Family>(
+    vni: u32,
+    subject: &Subject<F::Address>,
+) -> Result<Receiver, (u32, Drop)> {
     let key = InKey {
         vni,
-        peer: Ip::v4(subject.peer),
+        peer: F::ip(subject.peer),
         peer_port: subject.peer_port,
         port: subject.local_port,
         protocol: subject.protocol as u32,
@@ -65,7 +69,7 @@ pub fn error_inward(vni: u32, subject: &Subject) -> Result<Receiver, (u32, Drop)
 }
 
 #[inline(always)]
-fn segment(packet: &Packet, peer: Ip) -> Segment {
+fn segment<F: Family>(packet: &Packet<F>, peer: Ip) -> Segment {
     Segment {
         peer,
         peer_port: packet.peer_port,

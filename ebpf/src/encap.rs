@@ -9,10 +9,10 @@ use aya_ebpf::helpers::generated::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::fold;
 use warren_abi::drop::Drop;
+use warren_abi::family::Family;
 use warren_abi::nat::tunnel_port;
 use warren_abi::wire::{
-    Be16, ETHERTYPE_IPV4, Ethernet, IpHeader, Ipv4, TUNNEL_MAC, Tunnel, UDP, Udp, VXLAN_OVERHEAD,
-    VXLAN_PORT, Vxlan,
+    Be16, Ethernet, IpHeader, Ipv4, TUNNEL_MAC, Tunnel, UDP, Udp, VXLAN_OVERHEAD, VXLAN_PORT, Vxlan,
 };
 
 use crate::maps::underlay;
@@ -23,7 +23,7 @@ pub const ECN: u8 = 0b11;
 
 /// Whether the packet, or each segment that is made of it, fits into the tunnel.
 #[inline(always)]
-pub fn fits(ctx: &TcContext, packet: &Packet) -> Result<(), Drop> {
+pub fn fits<F: Family>(ctx: &TcContext, packet: &Packet<F>) -> Result<(), Drop> {
     let inner = ctx.len() - IP as u32;
     // SAFETY: the context is the kernel's for as long as the program runs.
     let segment = unsafe { (*ctx.skb.skb).gso_size };
@@ -39,7 +39,12 @@ pub fn fits(ctx: &TcContext, packet: &Packet) -> Result<(), Drop> {
 ///
 /// `packet` tells of it as it was parsed; its addresses and ports are hashed as they are given.
 #[inline(always)]
-pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<i32, Drop> {
+pub fn send<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F>,
+    vni: u32,
+    remote: Ipv4,
+) -> Result<i32, Drop> {
     let underlay = underlay();
     let length = (ctx.len() - IP as u32) as u16 + VXLAN_OVERHEAD;
     let flags = BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
@@ -65,7 +70,7 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
     };
     ip.checksum = !fold(ip.sum());
     let ports = (packet.local_port.0 as u32) << 16 | packet.peer_port.0 as u32;
-    let addresses = packet.source.0 ^ packet.destination.0;
+    let addresses = F::hash(packet.source) ^ F::hash(packet.destination);
     let header = at::<Tunnel>(ctx, IP).ok_or(Drop::Internal)?;
     // SAFETY: `at` checked the bounds.
     unsafe {
@@ -78,7 +83,7 @@ pub fn send(ctx: &TcContext, packet: &Packet, vni: u32, remote: Ipv4) -> Result<
         };
         (*header).vxlan = Vxlan::new(vni);
         (*header).ethernet =
-            Ethernet { destination: TUNNEL_MAC, source: TUNNEL_MAC, ethertype: ETHERTYPE_IPV4 };
+            Ethernet { destination: TUNNEL_MAC, source: TUNNEL_MAC, ethertype: F::ETHERTYPE };
     }
     // No next hop given: the kernel's routes say which gateway leads there, as they are now.
     // SAFETY: the helper takes no parameters from a null pointer of size 0.

@@ -8,12 +8,13 @@ use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_skb_load_bytes};
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::fold;
 use warren_abi::drop::Drop;
+use warren_abi::family::Family;
 use warren_abi::flow::Direction;
 use warren_abi::icmp::{IcmpError, IcmpErrorTcp, Subject};
-use warren_abi::wire::{Be16, IpHeader, Ipv4, TCP};
+use warren_abi::wire::{Be16, TCP};
 
 use crate::nat;
-use crate::parse::{IP, L4, Packet, at, pull};
+use crate::parse::{IP, Packet, at, l4, pull};
 
 /// Bytes that are summed at once.
 const CHUNK: u32 = 64;
@@ -24,13 +25,13 @@ const CHUNKS: u32 = 32;
 /// The flow that an ICMP error is about. Its ports become the packet's, so that it takes the
 /// flow's way.
 #[inline(always)]
-pub fn subject(
+pub fn subject<F: Family>(
     ctx: &TcContext,
-    packet: &mut Packet,
+    packet: &mut Packet<F>,
     direction: Direction,
-) -> Result<Subject, Drop> {
-    pull(ctx, (L4 + size_of::<IcmpErrorTcp>()) as u32);
-    let error = at::<IcmpError>(ctx, L4).ok_or(Drop::Truncated)?;
+) -> Result<Subject<F::Address>, Drop> {
+    pull(ctx, (l4::<F>() + size_of::<IcmpErrorTcp<F>>()) as u32);
+    let error = at::<IcmpError<F>>(ctx, l4::<F>()).ok_or(Drop::Truncated)?;
     // SAFETY: `at` checked the bounds; every bit pattern is a value.
     let subject = unsafe { &*error }.subject(direction)?;
     packet.local_port = subject.local_port;
@@ -41,22 +42,24 @@ pub fn subject(
 /// Puts `address` and `port` in the place of the guest's side, in the error and in the packet
 /// that it embeds.
 #[inline(always)]
-pub fn translate(
+pub fn translate<F: Family>(
     ctx: &TcContext,
-    packet: &Packet,
-    subject: &Subject,
+    packet: &Packet<F>,
+    subject: &Subject<F::Address>,
     direction: Direction,
-    address: Ipv4,
+    address: F::Address,
     port: Be16,
 ) -> Result<(), Drop> {
-    verify(ctx)?;
+    let length = verify::<F>(ctx)?;
     nat::readdress(ctx, packet, direction, address)?;
     // SAFETY: `at` checked the bounds, here and below; every bit pattern is a value. The two
     // references are to different fields.
     unsafe {
-        let error = &mut *at::<IcmpError>(ctx, L4).ok_or(Drop::Internal)?;
-        let tcp = match at::<IcmpErrorTcp>(ctx, L4) {
-            Some(longer) if subject.protocol == TCP && length(ctx)? >= TCP_LENGTH => {
+        let error = &mut *at::<IcmpError<F>>(ctx, l4::<F>()).ok_or(Drop::Internal)?;
+        let tcp = match at::<IcmpErrorTcp<F>>(ctx, l4::<F>()) {
+            Some(longer)
+                if subject.protocol == TCP && length >= size_of::<IcmpErrorTcp<F>>() as u32 =>
+            {
                 Some(&mut (*longer).checksum)
             }
             _ => None,
@@ -66,30 +69,22 @@ pub fn translate(
     Ok(())
 }
 
-/// Length of a message that embeds TCP's checksum.
-const TCP_LENGTH: u32 = size_of::<IcmpErrorTcp>() as u32;
-
-/// The length of the ICMP message.
-#[inline(always)]
-fn length(ctx: &TcContext) -> Result<u32, Drop> {
-    // SAFETY: `at` checked the bounds.
-    let total = unsafe { (*at::<IpHeader>(ctx, IP).ok_or(Drop::Internal)?).total_length.get() };
-    (total as u32).checked_sub(size_of::<IpHeader>() as u32).ok_or(Drop::Truncated)
-}
-
 /// Sums up the message: its checksum must be right (RFC 5508, REQ-3a), since what is made of it
-/// is updated, not made anew.
+/// is updated, not made anew. Returns its length.
 #[inline(always)]
-fn verify(ctx: &TcContext) -> Result<(), Drop> {
-    let length = length(ctx)?;
-    if length < size_of::<IcmpError>() as u32 {
+fn verify<F: Family>(ctx: &TcContext) -> Result<u32, Drop> {
+    // SAFETY: `at` checked the bounds.
+    let header = unsafe { &*at::<F::Header>(ctx, IP).ok_or(Drop::Internal)? };
+    let length = F::length(header).checked_sub(F::HEADER as u32).ok_or(Drop::Truncated)?;
+    if length < size_of::<IcmpError<F>>() as u32 {
         return Err(Drop::Truncated);
     }
     if length >= CHUNK * (CHUNKS + 1) {
         return Err(Drop::TooBig);
     }
-    match warren_sum(ctx.skb.skb, length) {
-        0xffff => Ok(()),
+    let pseudo = F::pseudo_sum(header);
+    match warren_sum(ctx.skb.skb, l4::<F>() as u32, length, pseudo) {
+        0xffff => Ok(length),
         sum if sum <= 0xffff => Err(Drop::BadChecksum),
         _ => Err(Drop::Truncated),
     }
@@ -98,14 +93,14 @@ fn verify(ctx: &TcContext) -> Result<(), Drop> {
 /// More than a sum: the packet ends before.
 const TRUNCATED: u32 = 1 << 16;
 
-/// The sum of so many bytes from the transport header on (RFC 1071), folded, or [`TRUNCATED`].
+/// The sum of so many bytes from `offset` on and of `sum` (RFC 1071), folded, or [`TRUNCATED`].
 ///
 /// A global function: the verifier looks at it once, not with each of the many ways to it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn warren_sum(skb: *mut __sk_buff, length: u32) -> u32 {
+pub extern "C" fn warren_sum(skb: *mut __sk_buff, offset: u32, length: u32, sum: u32) -> u32 {
     let mut chunk = [0u32; CHUNK as usize / 4];
-    let (mut sum, mut left, mut offset) = (0, length, L4 as u32);
+    let (mut sum, mut left, mut offset) = (sum, length, offset);
     let mut index = 0;
     while index < CHUNKS {
         if left < CHUNK {

@@ -7,42 +7,44 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_store_bytes};
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
+use warren_abi::family::Family;
 use warren_abi::flow::tcp;
 use warren_abi::mss::{Mss, OPTIONS_ROOM, find, of_mtu};
-use warren_abi::wire::{Be16, IpHeader, VXLAN_OVERHEAD};
+use warren_abi::wire::{Be16, VXLAN_OVERHEAD};
 
 use crate::maps::underlay;
-use crate::parse::{L4, Packet};
+use crate::parse::{IP, Packet, l4};
 
 /// Length of a TCP header without options.
 const TCP_HEADER: usize = 20;
 
 /// Clamps the MSS that a SYN announces to what fits; leaves all other packets as they are.
 #[inline(always)]
-pub fn clamp(ctx: &TcContext, packet: &Packet) -> Result<(), Drop> {
-    let plain = (size_of::<IpHeader>() + TCP_HEADER) as u32;
+pub fn clamp<F: Family>(ctx: &TcContext, packet: &Packet<F>) -> Result<(), Drop> {
+    let plain = (F::HEADER + TCP_HEADER) as u32;
     if packet.flags & tcp::SYN == 0 || packet.header_length == plain {
         return Ok(());
     }
-    match warren_clamp(ctx.skb.skb, packet.header_length - plain) {
+    match warren_clamp(ctx.skb.skb, l4::<F>() as u32, packet.header_length - plain) {
         0 => Ok(()),
         _ => Err(Drop::Internal),
     }
 }
 
-/// [`clamp`], where there are so many bytes of options: 0, or 1 if a helper failed.
+/// [`clamp`], where TCP's header is at `header` and has so many bytes of options: 0, or 1 if a
+/// helper failed.
 ///
 /// A global function: the verifier looks at it once, not with each of the many ways to it.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn warren_clamp(skb: *mut __sk_buff, length: u32) -> u32 {
+pub extern "C" fn warren_clamp(skb: *mut __sk_buff, header: u32, length: u32) -> u32 {
     let ctx = TcContext::new(skb);
     // The compiler knows that the mask changes nothing; the verifier does not.
     let length = black_box(length) & (OPTIONS_ROOM as u32 - 1);
     if length == 0 {
         return 0;
     }
-    let options = L4 + TCP_HEADER;
+    let options = header as usize + TCP_HEADER;
     let mut bytes = [0u8; OPTIONS_ROOM];
     // SAFETY: the buffer has room for as many bytes as the mask allows.
     let loaded = unsafe {
@@ -51,7 +53,8 @@ pub extern "C" fn warren_clamp(skb: *mut __sk_buff, length: u32) -> u32 {
     if loaded != 0 {
         return 1;
     }
-    let new = Be16::new(of_mtu((underlay().mtu - VXLAN_OVERHEAD as u32) as u16));
+    let mtu = (underlay().mtu - VXLAN_OVERHEAD as u32) as u16;
+    let new = Be16::new(of_mtu(mtu, (header - IP as u32) as u16));
     let Some(Mss { at, value: old }) = find(&bytes, length as usize) else {
         return 0;
     };
@@ -66,5 +69,5 @@ pub extern "C" fn warren_clamp(skb: *mut __sk_buff, length: u32) -> u32 {
     // At an odd place, the bytes count the other way round (RFC 1071, section 2).
     let turn = (at as u32 & 1) * 8;
     let (old, new) = (old.0.rotate_left(turn) as u64, new.0.rotate_left(turn) as u64);
-    u32::from(stored != 0 || ctx.l4_csum_replace(L4 + 16, old, new, 2).is_err())
+    u32::from(stored != 0 || ctx.l4_csum_replace(header as usize + 16, old, new, 2).is_err())
 }

@@ -2,18 +2,22 @@
 
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
+use warren_abi::family::{Family, Fields, V4};
 use warren_abi::flow::{Direction, tcp};
-use warren_abi::icmp;
 use warren_abi::maps::Traffic;
-use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, IpHeader, Ipv4, TCP, UDP};
+use warren_abi::wire::{Be16, Ethernet, ICMP, TCP, UDP};
 
 /// Where the IP header begins.
 pub const IP: usize = size_of::<Ethernet>();
+
 /// Where the header of TCP, UDP or ICMP begins: IP options are not accepted.
-pub const L4: usize = IP + size_of::<IpHeader>();
+#[inline(always)]
+pub const fn l4<F: Family>() -> usize {
+    IP + F::HEADER
+}
 
 /// What programs look at: Ethernet, IP and TCP headers.
-const HEADERS: u32 = L4 as u32 + 20;
+const HEADERS: u32 = l4::<V4>() as u32 + 20;
 
 /// A pointer into the packet, if all of `T` is there. Any helper that changes the packet makes it
 /// invalid, and the verifier rejects its use from then on.
@@ -54,15 +58,15 @@ pub fn ethernet(ctx: &TcContext) -> Result<Ethernet, Drop> {
     Ok(unsafe { *header })
 }
 
-/// An IPv4 packet of a protocol that is translated, its fields copied: the next helper call may
-/// move the packet.
+/// A packet of a protocol that is translated, its fields copied: the next helper call may move the
+/// packet.
 #[derive(Clone, Copy)]
-pub struct Packet {
+pub struct Packet<F: Family> {
     /// DSCP and ECN.
     pub tos: u8,
     /// Time to live.
     pub ttl: u8,
-    /// TCP, UDP or ICMP.
+    /// TCP, UDP or ICMP, which also stands for `ICMPv6`.
     pub protocol: u8,
     /// TCP flags; 0 for other protocols.
     pub flags: u8,
@@ -71,9 +75,9 @@ pub struct Packet {
     /// TCP: the acknowledgement number.
     pub acknowledged: u32,
     /// Source address.
-    pub source: Ipv4,
+    pub source: F::Address,
     /// Destination address.
-    pub destination: Ipv4,
+    pub destination: F::Address,
     /// Port on the guest's side, or the ICMP echo identifier.
     pub local_port: Be16,
     /// Port of the peer in the VPC; 0 for ICMP.
@@ -88,91 +92,85 @@ pub struct Packet {
     pub traffic: Traffic,
 }
 
-/// Reads the IPv4 packet behind an Ethernet header. ICMP is accepted as an echo request outwards
-/// and an echo reply inwards, and as an error both ways.
+/// Reads the packet behind an Ethernet header, which said that it is of this family. ICMP is
+/// accepted as an echo request outwards and an echo reply inwards, and as an error both ways.
 #[inline(always)]
-pub fn packet(ctx: &TcContext, direction: Direction) -> Result<Packet, Drop> {
+pub fn packet<F: Family>(ctx: &TcContext, direction: Direction) -> Result<Packet<F>, Drop> {
     #[repr(C, packed(2))]
-    #[derive(Clone, Copy)]
-    struct Headers {
-        ethernet: Ethernet,
-        ip: IpHeader,
+    struct Headers<F: Family> {
+        ip: F::Header,
         /// All of UDP's and ICMP's header.
         l4: [Be16; 4],
     }
 
     // SAFETY: `at` checked the bounds; every bit pattern is a value.
-    let headers = unsafe { &*at::<Headers>(ctx, 0).ok_or(Drop::Truncated)? };
-    let ip = &headers.ip;
-    if headers.ethernet.ethertype != ETHERTYPE_IPV4 {
-        return Err(Drop::NotIpv4);
-    }
-    if ip.version_length != IpHeader::PLAIN {
-        return Err(Drop::BadHeader);
-    }
-    if ip.fragment.0 & IpHeader::FRAGMENT.0 != 0 {
-        return Err(Drop::Fragment);
-    }
+    let headers = unsafe { &*at::<Headers<F>>(ctx, IP).ok_or(Drop::Truncated)? };
+    // SAFETY: headers are 2-byte aligned in packets.
+    let ip = unsafe { &*(&raw const headers.ip) };
+    let Fields { tos, ttl, protocol, length, source, destination } = F::fields(ip)?;
     let l4 = headers.l4;
     let (local_port, peer_port) = match direction {
         Direction::Out => (l4[0], l4[1]),
         Direction::In => (l4[1], l4[0]),
     };
     let mut packet = Packet {
-        tos: ip.tos,
-        ttl: ip.ttl,
-        protocol: ip.protocol,
+        tos,
+        ttl,
+        protocol,
         flags: 0,
         next: 0,
         acknowledged: 0,
-        source: ip.source,
-        destination: ip.destination,
+        source,
+        destination,
         local_port,
         peer_port,
         unchecked: false,
         is_error: false,
-        header_length: size_of::<IpHeader>() as u32 + 8,
+        header_length: F::HEADER as u32 + 8,
         traffic: Traffic::NONE,
     };
-    let total_length = ip.total_length.get() as u32;
-    match packet.protocol {
+    match protocol {
         TCP => {
             // SAFETY: `at` checked the bounds.
-            let header = unsafe { *at::<[[u8; 4]; 5]>(ctx, L4).ok_or(Drop::Truncated)? };
+            let header =
+                unsafe { *at::<[[u8; 4]; 5]>(ctx, self::l4::<F>()).ok_or(Drop::Truncated)? };
             let [offset, flags, ..] = header[3];
             packet.flags = flags;
-            packet.header_length = size_of::<IpHeader>() as u32 + (offset >> 4) as u32 * 4;
+            packet.header_length = F::HEADER as u32 + (offset >> 4) as u32 * 4;
             packet.next = u32::from_be_bytes(header[1])
-                .wrapping_add(total_length.wrapping_sub(packet.header_length))
+                .wrapping_add(length.wrapping_sub(packet.header_length))
                 .wrapping_add(u32::from(flags & tcp::FIN));
             packet.acknowledged = u32::from_be_bytes(header[2]);
-            if packet.header_length < size_of::<IpHeader>() as u32 + 20 {
+            if packet.header_length < F::HEADER as u32 + 20 {
                 return Err(Drop::BadHeader);
             }
         }
         UDP => packet.unchecked = l4[3].0 == 0,
         ICMP => {
             let [kind, _] = l4[0].0.to_ne_bytes();
-            match (direction, kind) {
-                (Direction::Out, icmp::ECHO_REQUEST) | (Direction::In, icmp::ECHO_REPLY) => {
-                    packet.local_port = l4[2];
-                    packet.peer_port = Be16(0);
-                }
-                (_, kind) if icmp::is_error(kind) => {
-                    packet.is_error = true;
-                    packet.local_port = Be16(0);
-                    packet.peer_port = Be16(0);
-                }
-                (_, icmp::SOURCE_QUENCH | icmp::REDIRECT) => return Err(Drop::IcmpError),
-                _ => return Err(Drop::UnsupportedProtocol),
+            let query = match direction {
+                Direction::Out => F::ECHO_REQUEST,
+                Direction::In => F::ECHO_REPLY,
+            };
+            if kind == query {
+                packet.local_port = l4[2];
+                packet.peer_port = Be16(0);
+            } else if F::is_error(kind) {
+                packet.is_error = true;
+                packet.local_port = Be16(0);
+                packet.peer_port = Be16(0);
+            } else if F::is_other_error(kind) {
+                return Err(Drop::IcmpError);
+            } else {
+                return Err(Drop::UnsupportedProtocol);
             }
         }
         _ => return Err(Drop::UnsupportedProtocol),
     }
-    if total_length < packet.header_length || total_length + IP as u32 > ctx.len() {
+    if length < packet.header_length || length + IP as u32 > ctx.len() {
         return Err(Drop::Truncated);
     }
-    packet.traffic = traffic(ctx, total_length, packet.header_length);
+    packet.traffic = traffic(ctx, length, packet.header_length);
     Ok(packet)
 }
 

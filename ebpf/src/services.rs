@@ -7,6 +7,7 @@ use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_redirect, bpf_sk
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
+use warren_abi::family::V4;
 use warren_abi::flow::Direction;
 use warren_abi::maps::Slot;
 use warren_abi::services::{self, SLOT_RATE, stamp};
@@ -18,7 +19,7 @@ use crate::{drops, parse, tap};
 
 /// A guest's packet, which is known to be its own, to the address of a service.
 #[inline(always)]
-pub fn to_daemon(ctx: &TcContext, slot: &Slot, packet: &Packet) -> Result<i32, Drop> {
+pub fn to_daemon(ctx: &TcContext, slot: &Slot, packet: &Packet<V4>) -> Result<i32, Drop> {
     if slot.attachment.vni() == 0 {
         return Err(Drop::Detached);
     }
@@ -60,7 +61,7 @@ fn from_daemon(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
     }
     write_header(ctx, Mac([0; 3])).map_err(nobody)?;
     parse::prepare(ctx).map_err(nobody)?;
-    let packet = parse::packet(ctx, Direction::Out).map_err(nobody)?;
+    let packet = parse::packet::<V4>(ctx, Direction::Out).map_err(nobody)?;
     if let Some(vni) = services::vpc_of(packet.source) {
         return tap::to_vpc(ctx, &daemon_in(vni), packet).map_err(nobody);
     }
@@ -69,7 +70,7 @@ fn from_daemon(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
 
 /// Hands the daemon's answer to the tenant that asked, or to nobody.
 #[inline(always)]
-fn to_guest(ctx: &TcContext, packet: &Packet) -> Result<i32, (u32, Drop)> {
+fn to_guest(ctx: &TcContext, packet: &Packet<V4>) -> Result<i32, (u32, Drop)> {
     let number = slot_number(packet.destination.into()).ok_or((0, Drop::BadDestination))?;
     let entry = SERVICE_SLOTS.get(number).ok_or((0, Drop::BadDestination))?;
     let slot = slot(entry.ifindex).ok_or((0, Drop::BadDestination))?;

@@ -3,9 +3,10 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
+use warren_abi::family::{Family, V4};
 use warren_abi::flow::Direction;
 use warren_abi::maps::Slot;
-use warren_abi::wire::{Arp, ETHERTYPE_ARP, Ethernet, GATEWAY, GATEWAY_MAC, Ipv4};
+use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, Ethernet, GATEWAY, GATEWAY_MAC, Ipv4};
 
 use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, slot};
@@ -23,7 +24,7 @@ pub fn tap(ctx: TcContext) -> i32 {
             let result = ingress(&ctx, &slot).map_err(|reason| ((), reason));
             let result = migration::or_former(result).map_err(|((), reason)| reason);
             let action = drops::verdict(&ctx, slot.number, result);
-            let gateway = Answerer { mac: GATEWAY_MAC, address: GATEWAY.into(), ifindex };
+            let gateway = Answerer::<V4> { mac: GATEWAY_MAC, address: GATEWAY.into(), ifindex };
             result.err().and_then(|reason| answer::send(&ctx, &gateway, reason)).unwrap_or(action)
         }
         None => drops::verdict(&ctx, 0, Err(Drop::Detached)),
@@ -40,7 +41,10 @@ fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
     if ethernet.source != slot.mac {
         return Err(Drop::SpoofedMac);
     }
-    let packet = parse::packet(ctx, Direction::Out)?;
+    if ethernet.ethertype != ETHERTYPE_IPV4 {
+        return Err(Drop::NotIpv4);
+    }
+    let packet = parse::packet::<V4>(ctx, Direction::Out)?;
     if packet.source != slot.address {
         return Err(Drop::SpoofedAddress);
     }
@@ -52,8 +56,8 @@ fn ingress(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
 
 /// Translates a packet and sends it to the proxy of the slot's VPC.
 #[inline(always)]
-pub fn to_vpc(ctx: &TcContext, slot: &Slot, mut packet: Packet) -> Result<i32, Drop> {
-    if !is_destination(packet.destination) {
+pub fn to_vpc<F: Family>(ctx: &TcContext, slot: &Slot, mut packet: Packet<F>) -> Result<i32, Drop> {
+    if !F::is_destination(packet.destination) {
         return Err(Drop::BadDestination);
     }
     let vni = slot.attachment.vni();
@@ -65,25 +69,26 @@ pub fn to_vpc(ctx: &TcContext, slot: &Slot, mut packet: Packet) -> Result<i32, D
     }
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
+    let shared = F::shared(&vpc)?;
 
     encap::fits(ctx, &packet)?;
     let port = if packet.is_error {
         let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
         // An error goes to who sent the packet that it is about.
-        if subject.local != slot.address || subject.peer != packet.destination {
+        if !F::same(subject.local, F::guest(slot)) || !F::same(subject.peer, packet.destination) {
             return Err(Drop::IcmpError);
         }
-        let port = conntrack::error_outward(slot, &subject)?;
-        icmp::translate(ctx, &packet, &subject, Direction::Out, vpc.shared_address, port)?;
+        let port = conntrack::error_outward::<F>(slot, &subject)?;
+        icmp::translate(ctx, &packet, &subject, Direction::Out, shared, port)?;
         port
     } else {
         let port = conntrack::outward(slot, &vpc, &packet)?;
         mss::clamp(ctx, &packet)?;
-        nat::translate(ctx, &packet, Direction::Out, vpc.shared_address, port)?;
+        nat::translate(ctx, &packet, Direction::Out, shared, port)?;
         port
     };
     // What the proxy sees, so that both choose the same tunnel port for a flow's two directions.
-    packet.source = vpc.shared_address;
+    packet.source = shared;
     packet.local_port = port;
     encap::send(ctx, &packet, vni, vpc.proxy_address)
 }
@@ -104,13 +109,4 @@ fn answer(ctx: &TcContext, ethernet: &Ethernet, slot: &Slot) -> Result<i32, Drop
         return Err(Drop::UnexpectedArp);
     }
     arp::reply(ctx, &message, GATEWAY_MAC, slot.ifindex)
-}
-
-/// Whether a host in a VPC can have the address: not 0/8, 127/8, 169.254/16, multicast or
-/// reserved (RFC 6890).
-#[inline(always)]
-fn is_destination(address: Ipv4) -> bool {
-    let bits = address.to_bits();
-    let first = bits >> 24;
-    first != 0 && first != 127 && first < 224 && bits >> 16 != 0xa9fe
 }

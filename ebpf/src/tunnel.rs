@@ -12,10 +12,11 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::conntrack::Receiver;
 use warren_abi::drop::Drop;
+use warren_abi::family::{Family, V4};
 use warren_abi::flow::Direction;
 use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
-use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, Ip, Ipv4};
+use warren_abi::wire::{Ethernet, GATEWAY_MAC, Ipv4};
 
 use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
 use crate::parse::at;
@@ -37,37 +38,42 @@ pub fn tunnel_host(ctx: TcContext) -> i32 {
 /// headers.
 #[inline(always)]
 pub fn host(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
-    match migration::or_former(to_guest(ctx, vni, remote)) {
+    match migration::or_former(to_guest::<V4>(ctx, vni, remote)) {
         Ok(action) => drops::verdict(ctx, 0, Ok(action)),
         Err((scope, reason)) => drops::verdict(ctx, scope, Err(reason)),
     }
 }
 
 #[inline(always)]
-fn to_guest(ctx: &TcContext, vni: u32, remote: Ipv4) -> Result<i32, (u32, Drop)> {
+fn to_guest<F: Family>(ctx: &TcContext, vni: u32, remote: Ipv4) -> Result<i32, (u32, Drop)> {
     let nobody = |reason| (0, reason);
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or((0, Drop::UnknownVpc))?;
     if remote != vpc.proxy_address {
         return Err((0, Drop::NotFromProxy));
     }
+    let shared = F::shared(&vpc).map_err(nobody)?;
     parse::prepare(ctx).map_err(nobody)?;
-    let mut packet = parse::packet(ctx, Direction::In).map_err(nobody)?;
-    if packet.destination != vpc.shared_address {
+    if parse::ethernet(ctx).map_err(nobody)?.ethertype != F::ETHERTYPE {
+        return Err((0, Drop::NotIpv4));
+    }
+    let mut packet = parse::packet::<F>(ctx, Direction::In).map_err(nobody)?;
+    if !F::same(packet.destination, shared) {
         return Err((0, Drop::NotSharedAddress));
     }
     let (slot, translated) = if packet.is_error {
         let subject = icmp::subject(ctx, &mut packet, Direction::In).map_err(nobody)?;
-        if subject.local != vpc.shared_address {
+        if !F::same(subject.local, shared) {
             return Err((0, Drop::IcmpError));
         }
-        let Receiver { slot, port } = conntrack::error_inward(vni, &subject)?;
-        let address = slot.address;
+        let Receiver { slot, port } = conntrack::error_inward::<F>(vni, &subject)?;
+        let address = F::guest(&slot);
         (slot, icmp::translate(ctx, &packet, &subject, Direction::In, address, port))
     } else {
         let Receiver { slot, port } = conntrack::inward(vni, &packet)?;
         let clamped = mss::clamp(ctx, &packet);
-        let translate = |()| nat::translate(ctx, &packet, Direction::In, slot.address, port);
+        let address = F::guest(&slot);
+        let translate = |()| nat::translate(ctx, &packet, Direction::In, address, port);
         (slot, clamped.and_then(translate))
     };
     translated.map_err(|reason| (slot.number, reason))?;
@@ -75,7 +81,7 @@ fn to_guest(ctx: &TcContext, vni: u32, remote: Ipv4) -> Result<i32, (u32, Drop)>
     // SAFETY: `at` checked the bounds.
     unsafe {
         *ethernet =
-            Ethernet { destination: slot.mac, source: GATEWAY_MAC, ethertype: ETHERTYPE_IPV4 };
+            Ethernet { destination: slot.mac, source: GATEWAY_MAC, ethertype: F::ETHERTYPE };
         Ok(bpf_redirect(slot.ifindex, 0) as i32)
     }
 }
@@ -94,21 +100,25 @@ pub fn tunnel_proxy(ctx: TcContext) -> i32 {
 pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
     // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
     match unsafe { PROXY_VPCS.get(vni) }.copied() {
-        Some(vpc) => drops::verdict(ctx, vpc.scope, to_vpc(ctx, &vpc, remote)),
+        Some(vpc) => drops::verdict(ctx, vpc.scope, to_vpc::<V4>(ctx, &vpc, remote)),
         None => drops::verdict(ctx, 0, Err(Drop::UnknownVpc)),
     }
 }
 
 #[inline(always)]
-fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
+fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
     parse::prepare(ctx)?;
-    let mut packet = parse::packet(ctx, Direction::Out)?;
-    if packet.source != vpc.shared_address {
+    if parse::ethernet(ctx)?.ethertype != F::ETHERTYPE {
+        return Err(Drop::NotIpv4);
+    }
+    let shared = F::shared_on_proxy(vpc)?;
+    let mut packet = parse::packet::<F>(ctx, Direction::Out)?;
+    if !F::same(packet.source, shared) {
         return Err(Drop::SpoofedAddress);
     }
     if packet.is_error {
         let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
-        if subject.local != vpc.shared_address || subject.peer != packet.destination {
+        if !F::same(subject.local, shared) || !F::same(subject.peer, packet.destination) {
             return Err(Drop::IcmpError);
         }
     }
@@ -121,11 +131,10 @@ fn to_vpc(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
     if unsafe { BLOCKS.get(block) }.copied() != Some(remote) {
         return Err(Drop::NotBlockHolder);
     }
-    if packet.destination == vpc.shared_address {
+    if F::same(packet.destination, shared) {
         return Err(Drop::BadDestination);
     }
-    let next_hop =
-        route::next_hop(vpc, Ip::v4(packet.destination))?.to_v4().ok_or(Drop::NoRoute)?;
+    let next_hop = route::next_hop(vpc, F::ip(packet.destination))?.to_v4().ok_or(Drop::NoRoute)?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.
     let mut to = bpf_redir_neigh {
         nh_family: AF_INET,

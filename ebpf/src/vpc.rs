@@ -4,10 +4,11 @@ use aya_ebpf::bindings::TC_ACT_OK;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
+use warren_abi::family::{Family, V4};
 use warren_abi::flow::Direction;
 use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
-use warren_abi::wire::{Arp, ETHERTYPE_ARP};
+use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4};
 
 use crate::answer::Answerer;
 use crate::maps::{BLOCKS, INTERFACES};
@@ -24,7 +25,7 @@ pub fn vpc(ctx: TcContext) -> i32 {
             let result = ingress(&ctx, &vpc);
             let action = drops::verdict(&ctx, vpc.scope, result);
             let ProxyVpc { mac, shared_address: address, ifindex, .. } = vpc;
-            let proxy = Answerer { mac, address, ifindex };
+            let proxy = Answerer::<V4> { mac, address, ifindex };
             result.err().and_then(|reason| answer::send(&ctx, &proxy, reason)).unwrap_or(action)
         }
         None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
@@ -34,17 +35,26 @@ pub fn vpc(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     parse::prepare(ctx)?;
-    if parse::ethernet(ctx)?.ethertype == ETHERTYPE_ARP {
-        return resolve(ctx, vpc);
+    match parse::ethernet(ctx)?.ethertype {
+        ETHERTYPE_IPV4 => to_host::<V4>(ctx, vpc),
+        ETHERTYPE_ARP => resolve(ctx, vpc),
+        _ => Err(Drop::NotIpv4),
     }
-    let mut packet = parse::packet(ctx, Direction::In)?;
-    if packet.destination != vpc.shared_address {
+}
+
+/// Sends what is for the shared address to the host that holds the port.
+#[inline(always)]
+fn to_host<F: Family>(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
+    let shared = F::shared_on_proxy(vpc)?;
+    let mut packet = parse::packet::<F>(ctx, Direction::In)?;
+    if !F::same(packet.destination, shared) {
         return Err(Drop::NotSharedAddress);
     }
-    if packet.is_error
-        && icmp::subject(ctx, &mut packet, Direction::In)?.local != vpc.shared_address
-    {
-        return Err(Drop::IcmpError);
+    if packet.is_error {
+        let subject = icmp::subject(ctx, &mut packet, Direction::In)?;
+        if !F::same(subject.local, shared) {
+            return Err(Drop::IcmpError);
+        }
     }
     let block = BlockKey {
         vni: vpc.vni,
