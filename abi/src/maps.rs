@@ -411,6 +411,7 @@ mod pod {
         Ipv4,
         RouteKey,
         Route,
+        Timers,
         ServiceSlot
     );
 }
@@ -426,6 +427,7 @@ without_padding!(
     Slot = 32,
     HostVpc = 16,
     OutKey = 32,
+    Timers = 28,
     Traffic = 16,
     Flow = 48,
     InKey = 28,

@@ -1,11 +1,14 @@
 //! The daemon's TOML file.
 
+mod nat;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
 
+pub use self::nat::{Nat, Timeouts};
 use crate::datapath::MAX_SLOTS;
 
 /// What `/etc/warren/warrend.toml` says. Unknown keys are errors.
@@ -37,6 +40,9 @@ pub struct Config {
     pub underlay: Underlay,
     /// Needed for `--role host`.
     pub host: Option<HostConfig>,
+    /// The NAT, which is on hosts.
+    #[serde(default)]
+    pub nat: Nat,
 }
 
 /// The underlay network.
@@ -155,6 +161,9 @@ impl Config {
                 return wrong("host.parked", "must not be larger than host.slots");
             }
         }
+        if let Some((key, problem)) = config.nat.timeouts.problem() {
+            return wrong(key, &problem);
+        }
         Ok(config)
     }
 
@@ -181,6 +190,9 @@ mod tests {
         assert_eq!(config.run_dir, Path::new("/run/warren"));
         assert_eq!(config.listen, ["unix:/run/warren/agent.sock".parse().unwrap()]);
         assert_eq!(config.metrics, None);
+        assert_eq!(config.nat.timeouts, Timeouts::default());
+        let config = parse(&format!("{SMALL}[nat.timeouts]\nudp = 600")).unwrap();
+        assert_eq!(config.nat.timeouts, Timeouts { udp: 600, ..Timeouts::default() });
     }
 
     #[test]
@@ -196,6 +208,8 @@ mod tests {
             ("name = 'h'".to_owned(), "underlay"),
             (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
             (format!("metrics = '127.0.0.1'\n{SMALL}"), "metrics"),
+            (format!("{SMALL}[nat.timeouts]\nudp = 30"), "nat.timeouts.udp"),
+            (format!("{SMALL}[nat.timeouts]\nsctp = 300"), "sctp"),
         ] {
             let error = parse(&text).unwrap_err().to_string();
             assert!(error.contains("warrend.toml"), "{error}");

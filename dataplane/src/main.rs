@@ -127,6 +127,10 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
 async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     let section = config.host.as_ref();
     let section = section.context("--role host needs a [host] section in the configuration")?;
+    let timeouts = &config.nat.timeouts;
+    for warning in timeouts.warnings() {
+        tracing::warn!("{warning}");
+    }
     let options = HostOptions {
         bpffs: config.bpffs.clone(),
         object: programs(config)?,
@@ -135,6 +139,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         slots: section.slots,
         interface_prefix: INTERFACE_PREFIX.to_owned(),
         flows: DEFAULT_FLOWS,
+        timers: timeouts.timers(),
     };
     if arguments.uninstall {
         HostDatapath::uninstall(&options)?;

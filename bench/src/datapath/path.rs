@@ -143,6 +143,7 @@ impl Warren {
             slots: MICROVM,
             interface_prefix: PREFIX.to_owned(),
             flows: warren_dataplane::datapath::DEFAULT_FLOWS,
+            timers: warren_dataplane::datapath::Timers::DEFAULT,
         };
         let proxy = ProxyOptions {
             bpffs: run.bpf().join("proxy"),

@@ -17,7 +17,7 @@ use rand_distr::{Distribution, Uniform, Zipf};
 use warren_bench::figures::{Figures, grid, median};
 use warren_bench::interrupt;
 use warren_dataplane::datapath::{
-    HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc,
+    HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc, Timers,
 };
 use warren_netns::fleet::built;
 use warren_netns::netns::Namespace;
@@ -79,6 +79,7 @@ pub fn run(rounds: u32) -> Result<(Figures, Table)> {
         slots: SLOTS,
         interface_prefix: PREFIX.to_owned(),
         flows: CASES.iter().map(|case| case.flows).max().unwrap_or(1) + MAPPINGS + 4096,
+        timers: Timers::DEFAULT,
     };
     let proxy = ProxyOptions {
         bpffs: run.bpf().join("proxy"),

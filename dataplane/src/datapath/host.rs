@@ -15,7 +15,7 @@ use super::expedited::ExpeditedRcu;
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
-use super::programs::{MapSpec, Programs};
+use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
@@ -35,6 +35,7 @@ pub struct HostDatapath {
     slots: Vec<Slot>,
     services: Interface,
     mtu: u16,
+    timers: Timers,
     state: Mutex<State>,
     counters: Counters,
     flows: MapData,
@@ -81,8 +82,7 @@ impl HostDatapath {
         let (slots, count) = (options.slots, options.flows);
         let mut programs = Programs::load(
             &options.object,
-            &underlay,
-            services.index,
+            &Globals { underlay: &underlay, services: services.index, timers: options.timers },
             Pins::open(&options.bpffs)?,
             &[
                 MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
@@ -125,7 +125,8 @@ impl HostDatapath {
         }
         programs.commit()?;
         let (state, programs) = (Mutex::new(state), Mutex::new(programs));
-        Ok(Self { slots, services, mtu, state, counters, flows, programs })
+        let timers = options.timers;
+        Ok(Self { slots, services, mtu, timers, state, counters, flows, programs })
     }
 
     /// The slots, by number.
@@ -262,10 +263,10 @@ impl HostDatapath {
         Ok(count)
     }
 
-    /// Removes flows that ended, with the time-outs of [`Timers::DEFAULT`]. Call it every few
-    /// seconds: until then, the ports of ended flows are not used again.
+    /// Removes flows that ended, and whose ports rested: see [`HostOptions::timers`]. Call it every
+    /// second or so, for they take room.
     pub fn sweep(&self) -> Result<SweepReport, Error> {
-        self.sweep_with(&Timers::DEFAULT)
+        self.sweep_with(&self.timers)
     }
 
     /// Removes flows that ended, with other time-outs.

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use aya::maps::MapError;
 use ipnetwork::Ipv4Network;
 pub use warren_abi::drop::Drop as DropReason;
+pub use warren_abi::flow::Timers;
 use warren_abi::nat::BLOCK_PORTS;
 use warren_proto::route::{InvalidTable, Route};
 
@@ -54,6 +55,9 @@ pub struct HostOptions {
     pub interface_prefix: String,
     /// Most flows at one time, over all slots. Fixed when the maps are made.
     pub flows: u32,
+    /// How long flows may be idle. Flows that are there keep to the timers of whoever opens the
+    /// data path last.
+    pub timers: Timers,
 }
 
 /// What [`HostOptions::flows`] is best set to: 131,072, which take about 25 MB.

@@ -10,6 +10,7 @@ use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
+use warren_abi::flow::Timers;
 use warren_abi::maps::{Underlay, names};
 
 use super::pins::{self, Pins};
@@ -61,6 +62,16 @@ impl MapSpec {
     }
 }
 
+/// What the programs find in their read-only data.
+pub(super) struct Globals<'a> {
+    /// The end of the tunnel here.
+    pub underlay: &'a Underlay,
+    /// Index of the link-local services' device; 0 on a proxy.
+    pub services: u32,
+    /// How long flows may be idle.
+    pub timers: Timers,
+}
+
 /// The programs, loaded, over the pinned maps.
 pub(super) struct Programs {
     ebpf: Ebpf,
@@ -76,12 +87,10 @@ pub(super) struct Programs {
 
 impl Programs {
     /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if missing; the
-    /// other role's are made small, and go with this process. `services` is the index of the
-    /// link-local services' device, 0 on a proxy.
+    /// other role's are made small, and go with this process.
     pub fn load(
         object: &[u8],
-        underlay: &Underlay,
-        services: u32,
+        globals: &Globals<'_>,
         pins: Pins,
         maps: &[MapSpec],
         wanted: &[&'static str],
@@ -89,11 +98,14 @@ impl Programs {
         let migrating = migrate::is_needed(&pins, maps)?;
         let mut undo = Undo::default();
         let mut loader = EbpfLoader::new();
-        loader.btf(None).override_global("UNDERLAY", underlay, true);
+        loader
+            .btf(None)
+            .override_global("UNDERLAY", globals.underlay, true)
+            .override_global("SERVICES", &globals.services, true)
+            .override_global("TIMERS", &globals.timers, true);
         if migrating {
             loader.map_max_entries(names::PASSED, migrate::PASSED);
         }
-        loader.override_global("SERVICES", &services, true);
         for spec in maps {
             let path = pins.maps().join(spec.pin());
             if !check(&path, spec)? {

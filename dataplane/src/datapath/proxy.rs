@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{HashMap, MapData};
 use ipnetwork::Ipv4Network;
 use rtnetlink::packet_route::link::InfoKind;
+use warren_abi::flow::Timers;
 use warren_abi::maps::{self, BlockKey, layouts, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_abi::wire::{Ipv4, Mac};
@@ -16,7 +17,7 @@ use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
-use super::programs::{MapSpec, Programs};
+use super::programs::{Globals, MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, is_missing,
@@ -68,8 +69,7 @@ impl ProxyDatapath {
         let [routes, cache] = routes::map_specs();
         let mut programs = Programs::load(
             &options.object,
-            &underlay,
-            0,
+            &Globals { underlay: &underlay, services: 0, timers: Timers::DEFAULT },
             Pins::open(&options.bpffs)?,
             &[
                 routes,

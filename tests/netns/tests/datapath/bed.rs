@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use warren_dataplane::datapath::{
     DEFAULT_FLOWS, DropCount, DropReason, HostDatapath, HostOptions, HostVpc, PortRange,
-    ProxyDatapath, ProxyOptions, ProxyVpc,
+    ProxyDatapath, ProxyOptions, ProxyVpc, Timers,
 };
 use warren_netns::fleet::built;
 use warren_netns::rundir::RunDir;
@@ -24,6 +24,8 @@ pub const SLOTS: u32 = 4;
 pub struct Bed {
     pub topology: Topology,
     pub run: RunDir,
+    /// What the host's data path is opened with.
+    pub timers: Timers,
     pub host: Option<HostDatapath>,
     pub proxy: Option<ProxyDatapath>,
 }
@@ -44,7 +46,7 @@ impl Bed {
     pub fn closed() -> Self {
         let topology = Topology::new().expect("the topology can be made");
         let run = RunDir::new().expect("a BPF file system can be mounted");
-        Self { topology, run, host: None, proxy: None }
+        Self { topology, run, timers: Timers::DEFAULT, host: None, proxy: None }
     }
 
     /// Opens both data paths, as they would be by a process that starts.
@@ -78,6 +80,7 @@ impl Bed {
             slots: SLOTS,
             interface_prefix: "wrn".to_owned(),
             flows: DEFAULT_FLOWS,
+            timers: self.timers,
         }
     }
 

@@ -12,5 +12,6 @@ mod mss;
 mod reuse;
 mod routes;
 mod services;
+mod timers;
 mod traffic;
 mod upgrade;
