@@ -83,6 +83,9 @@ reasons! {
     NoService = "no-service",
     /// More packets to the link-local services than a slot may send.
     ServiceRate = "service-rate",
+    /// An ICMP error of the data path's own, beyond their rate: what it would have been about is
+    /// counted as well.
+    AnswerRate = "answer-rate",
 }
 
 impl Drop {

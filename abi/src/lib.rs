@@ -24,6 +24,7 @@ pub mod mss;
 pub mod nat;
 #[cfg(feature = "probe")]
 pub mod probe;
+pub mod rate;
 pub mod route;
 pub mod services;
 pub mod wire;

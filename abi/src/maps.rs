@@ -39,6 +39,9 @@ pub mod names {
     pub const PASSED: &str = "PASSED";
     /// Host: number of a slot -> [`ServiceSlot`](super::ServiceSlot).
     pub const SERVICE_SLOTS: &str = "SERVICE_SLOTS";
+    /// Both: scope, as of [`DROPS`] -> when its ICMP errors have used up less than their
+    /// [`Rate`](crate::rate::ANSWERS), in nanoseconds of `CLOCK_MONOTONIC`.
+    pub const ANSWERS: &str = "ANSWERS";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
@@ -284,7 +287,7 @@ pub struct InFlow {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServiceSlot {
-    /// When its guest has used up less than its [`Rate`](crate::services::Rate), in nanoseconds of
+    /// When its guest has used up less than its [`Rate`](crate::rate::Rate), in nanoseconds of
     /// `CLOCK_MONOTONIC`.
     pub due_ns: u64,
     /// Index of its TAP.
@@ -408,10 +411,10 @@ mod pod {
         ProxyVpc,
         BlockKey,
         Underlay,
+        Timers,
         Ipv4,
         RouteKey,
         Route,
-        Timers,
         ServiceSlot
     );
 }
@@ -424,10 +427,10 @@ macro_rules! without_padding {
 }
 without_padding!(
     Underlay = 12,
+    Timers = 28,
     Slot = 32,
     HostVpc = 16,
     OutKey = 32,
-    Timers = 28,
     Traffic = 16,
     Flow = 48,
     InKey = 28,

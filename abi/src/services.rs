@@ -11,6 +11,7 @@ use core::net::Ipv4Addr;
 
 use crate::checksum::update;
 use crate::maps::Attachment;
+use crate::rate::Rate;
 use crate::wire::{Be16, IpHeader, Ipv4, TCP, UDP};
 
 /// The metadata service.
@@ -75,28 +76,5 @@ impl IpHeader {
     }
 }
 
-/// How fast packets may come: the generic cell rate algorithm (ITU-T I.371), a token bucket whose
-/// state is one time.
-#[derive(Clone, Copy, Debug)]
-pub struct Rate {
-    /// Time for one packet, in nanoseconds.
-    pub interval_ns: u64,
-    /// How many may come at once, at least 1.
-    pub burst: u64,
-}
-
 /// What a slot may send to all services: 1,000 packets a second, as cloud providers allow.
 pub const SLOT_RATE: Rate = Rate { interval_ns: 1_000_000, burst: 250 };
-
-impl Rate {
-    /// Whether a packet may pass now. `due_ns` is what the last one left, or 0; returns what this
-    /// one leaves. Times are of one clock, in nanoseconds.
-    #[inline(always)]
-    pub const fn admit(self, due_ns: u64, now_ns: u64) -> Option<u64> {
-        let start = if due_ns > now_ns { due_ns } else { now_ns };
-        if start - now_ns > (self.burst - 1) * self.interval_ns {
-            return None;
-        }
-        Some(start + self.interval_ns)
-    }
-}

@@ -1,19 +1,21 @@
 //! ICMP errors of the data path's own: why a packet went no further (RFC 1812, section 4.3).
 //!
-//! One for one, to who sent the packet, and no longer than 82 bytes, so that nobody can be flooded
-//! by them but who asks for it; no further limit. What a guest gets is made on its own VMM's time,
-//! inside the `write` to the TAP.
+//! One for one, to who sent the packet, no longer than 82 bytes, and not faster than
+//! [`rate::ANSWERS`], so that nobody can be flooded by them but who asks for it. What a guest gets
+//! is made on its own VMM's time, inside the `write` to the TAP.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::helpers::generated::{bpf_redirect, bpf_skb_change_tail};
+use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_redirect, bpf_skb_change_tail};
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::{fold, settled};
 use warren_abi::drop::Drop;
 use warren_abi::family::Family;
 use warren_abi::icmp::Reason;
+use warren_abi::rate;
 use warren_abi::wire::{Be16, Ethernet, ICMP, Mac, TCP, UDP, VXLAN_OVERHEAD};
 
-use crate::maps::underlay;
+use crate::drops;
+use crate::maps::{ANSWERS, underlay};
 use crate::parse::{IP, at, l4};
 
 /// Who answers, and where the answer leaves.
@@ -24,6 +26,8 @@ pub struct Answerer<F: Family> {
     pub address: F::Address,
     /// Index of the interface that the packet came from.
     pub ifindex: u32,
+    /// On whose account: as of [`drops::verdict`].
+    pub scope: u32,
 }
 
 /// The answer, which embeds `N` words of the packet's transport.
@@ -50,12 +54,40 @@ pub fn send<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Opt
     if reason == Drop::TooBig && !F::is_whole(ip) {
         return None;
     }
-    match F::fields(ip).ok()?.protocol {
+    let protocol = F::fields(ip).ok()?.protocol;
+    // Never an error about an error (RFC 1122, section 3.2.2; RFC 4443, section 2.4).
+    let is_due = match protocol {
+        TCP | UDP => true,
+        ICMP => !F::is_error(kind),
+        _ => false,
+    };
+    if !is_due || !admits(from.scope) {
+        return None;
+    }
+    match protocol {
         TCP => message::<F, 10>(ctx, from, &why, 8),
         UDP => message::<F, 4>(ctx, from, &why, 3),
-        // Never an error about an error (RFC 1122, section 3.2.2; RFC 4443, section 2.4).
-        ICMP if !F::is_error(kind) => message::<F, 4>(ctx, from, &why, 1),
-        _ => None,
+        _ => message::<F, 4>(ctx, from, &why, 1),
+    }
+}
+
+/// Whether there may be one more answer now. One that may not is counted.
+#[inline(always)]
+fn admits(scope: u32) -> bool {
+    let Some(due) = ANSWERS.get_ptr_mut(scope) else { return false };
+    // SAFETY: the verifier checked the pointer for null; map values stay readable. A race between
+    // CPUs lets an answer more pass, at worst.
+    let (due_ns, now_ns) = unsafe { (due.read_volatile(), bpf_ktime_get_coarse_ns()) };
+    match rate::ANSWERS.admit(due_ns, now_ns) {
+        Some(next_ns) => {
+            // SAFETY: as above.
+            unsafe { due.write_volatile(next_ns) };
+            true
+        }
+        None => {
+            drops::count(scope, Drop::AnswerRate);
+            false
+        }
     }
 }
 

@@ -15,13 +15,19 @@ pub fn verdict(ctx: &TcContext, scope: u32, result: Result<i32, Drop>) -> i32 {
             action
         }
         Err(reason) => {
-            if let Some(counters) = DROPS.get_ptr_mut(scope) {
-                // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
-                unsafe { (*counters)[reason as usize % Drop::COUNTERS] += 1 };
-            }
+            count(scope, reason);
             log(ctx, scope, reason as u32, "dropped for reason");
             TC_ACT_SHOT
         }
+    }
+}
+
+/// Counts a packet that is dropped.
+#[inline(always)]
+pub fn count(scope: u32, reason: Drop) {
+    if let Some(counters) = DROPS.get_ptr_mut(scope) {
+        // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
+        unsafe { (*counters)[reason as usize % Drop::COUNTERS] += 1 };
     }
 }
 

@@ -51,6 +51,8 @@ pub static ROUTES: LpmTrie<RouteKey, Route> = LpmTrie::with_max_entries(1, 0);
 pub static ROUTE_CACHE: PerCpuArray<CachedRoute> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static SERVICE_SLOTS: Array<ServiceSlot> = Array::with_max_entries(1, 0);
+#[map]
+pub static ANSWERS: Array<u64> = Array::with_max_entries(1, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]

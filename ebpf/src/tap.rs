@@ -24,7 +24,8 @@ pub fn tap(ctx: TcContext) -> i32 {
             let result = ingress(&ctx, &slot).map_err(|reason| ((), reason));
             let result = migration::or_former(result).map_err(|((), reason)| reason);
             let action = drops::verdict(&ctx, slot.number, result);
-            let gateway = Answerer::<V4> { mac: GATEWAY_MAC, address: GATEWAY.into(), ifindex };
+            let (address, scope) = (GATEWAY.into(), slot.number);
+            let gateway = Answerer::<V4> { mac: GATEWAY_MAC, address, ifindex, scope };
             result.err().and_then(|reason| answer::send(&ctx, &gateway, reason)).unwrap_or(action)
         }
         None => drops::verdict(&ctx, 0, Err(Drop::Detached)),

@@ -24,8 +24,8 @@ pub fn vpc(ctx: TcContext) -> i32 {
         Some(vpc) => {
             let result = ingress(&ctx, &vpc);
             let action = drops::verdict(&ctx, vpc.scope, result);
-            let ProxyVpc { mac, shared_address: address, ifindex, .. } = vpc;
-            let proxy = Answerer::<V4> { mac, address, ifindex };
+            let ProxyVpc { mac, shared_address: address, ifindex, scope, .. } = vpc;
+            let proxy = Answerer::<V4> { mac, address, ifindex, scope };
             result.err().and_then(|reason| answer::send(&ctx, &proxy, reason)).unwrap_or(action)
         }
         None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),

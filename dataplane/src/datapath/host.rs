@@ -96,6 +96,7 @@ impl HostDatapath {
                     .at_least(slots + 1),
                 MapSpec::new::<u32, maps::ServiceSlot>(names::SERVICE_SLOTS, room + 1)
                     .at_least(slots + 1),
+                MapSpec::new::<u32, u64>(names::ANSWERS, room + 1).at_least(slots + 1),
             ],
             &[
                 programs::TAP,

@@ -78,6 +78,7 @@ impl ProxyDatapath {
                 MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS),
                 MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
+                MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
             ],
             &[programs::TUNNEL_PROXY, programs::UNDERLAY_PROXY, programs::VPC],
         )?;

@@ -9,7 +9,7 @@ use warren_dataplane::datapath::{DropReason, PortRange};
 use warren_netns::netns::Namespace;
 use warren_netns::topology::{SERVER, SHARED};
 
-use crate::bed::{Bed, PORTS, VNI_A};
+use crate::bed::{Bed, PORTS, VNI_A, eventually};
 use crate::guest::{KernelGuest, PATIENCE, RawGuest, SILENCE, frame};
 use crate::icmp::{checksum, error};
 
@@ -155,4 +155,39 @@ fn both_sides_learn_the_path_s_mtu() {
     assert!(learns_mtu(&bed.topology.vpcs[0], (SHARED, PORTS.base)));
     assert!(bed.host_drops(1, DropReason::TooBig) > 0);
     assert!(bed.proxy_drops(VNI_A, DropReason::TooBig) > 0);
+}
+
+#[test]
+fn answers_have_a_rate() {
+    let bed = Bed::new();
+    let guests = [1, 2].map(|slot| {
+        bed.host().attach(slot, VNI_A).expect("the slot is free");
+        RawGuest::open(&bed, slot)
+    });
+    let dying = |guest: &RawGuest| frame(guest.packet(SERVER, 1).udp(1000, PORT), b"");
+    let sent = dying(&guests[0]);
+    // As fast as it can; what is more than it may have is counted, and no answer comes.
+    let mut count = 0;
+    while bed.host_drops(1, DropReason::AnswerRate) == 0 {
+        for _ in 0..100 {
+            guests[0].send(&sent);
+            count += 1;
+        }
+        assert!(count < 1 << 20, "there is no limit");
+    }
+    let unanswered = bed.host_drops(1, DropReason::AnswerRate);
+    assert_eq!(bed.host_drops(1, DropReason::TtlExceeded), count);
+    let mut answers = 0;
+    while guests[0].receive(SILENCE).is_some() {
+        answers += 1;
+    }
+    assert_eq!(answers + unanswered, count);
+    assert!(answers >= 250);
+    // It costs no other guest its answers, and comes back.
+    guests[1].send(&dying(&guests[1]));
+    assert!(guests[1].receive(PATIENCE).is_some());
+    eventually(|| {
+        guests[0].send(&sent);
+        guests[0].receive(SILENCE).is_some()
+    });
 }

@@ -72,7 +72,9 @@ impl Programs {
         for name in [names::CT_OUT, names::CT_IN, names::BLOCKS] {
             loader.map_max_entries(name, 1 << 17);
         }
-        loader.map_max_entries(names::DROPS, SCOPE + 1);
+        for name in [names::DROPS, names::ANSWERS] {
+            loader.map_max_entries(name, SCOPE + 1);
+        }
         let mut ebpf = loader.load(&object).expect("the object can be loaded");
         for name in PROGRAMS {
             let program = program(&mut ebpf, name);
