@@ -21,6 +21,7 @@
 
 mod answer;
 mod arp;
+mod blocks;
 mod conntrack;
 mod drops;
 mod encap;

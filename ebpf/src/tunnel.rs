@@ -14,13 +14,12 @@ use warren_abi::conntrack::Receiver;
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4};
 use warren_abi::flow::Direction;
-use warren_abi::maps::{BlockKey, ProxyVpc};
-use warren_abi::nat::block_of;
-use warren_abi::wire::{Ethernet, GATEWAY_MAC, Ipv4};
+use warren_abi::maps::ProxyVpc;
+use warren_abi::wire::{Ethernet, GATEWAY_MAC, ICMP, Ipv4};
 
-use crate::maps::{BLOCKS, HOST_VPCS, PROXY_VPCS};
-use crate::parse::at;
-use crate::{conntrack, drops, icmp, migration, mss, nat, parse, route};
+use crate::maps::{HOST_VPCS, PROXY_VPCS};
+use crate::parse::{Packet, at};
+use crate::{blocks, conntrack, drops, encap, icmp, migration, mss, nat, parse, route};
 
 /// Address family of IPv4.
 const AF_INET: u32 = 2;
@@ -122,17 +121,11 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i3
             return Err(Drop::IcmpError);
         }
     }
-    let block = BlockKey {
-        vni: vpc.vni,
-        shared_address: vpc.shared_address,
-        block: block_of(packet.local_port.get()),
-    };
-    // SAFETY: the entry is read once, whole.
-    if unsafe { BLOCKS.get(block) }.copied() != Some(remote) {
+    if blocks::holder(vpc, packet.local_port) != Some(remote) {
         return Err(Drop::NotBlockHolder);
     }
     if F::same(packet.destination, shared) {
-        return Err(Drop::BadDestination);
+        return hairpin(ctx, vpc, &packet);
     }
     let next_hop = route::next_hop(vpc, F::ip(packet.destination))?.to_v4().ok_or(Drop::NoRoute)?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.
@@ -142,6 +135,20 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i3
     };
     // SAFETY: the parameters are on the stack while the helper reads them.
     unsafe { Ok(bpf_redirect_neigh(vpc.ifindex, &raw mut to, size_of_val(&to) as i32, 0) as i32) }
+}
+
+/// Sends a packet for the shared address back to the host that holds the port: it is for a guest
+/// there, which gets it from the sender's shared port, if it wrote to that before (RFC 4787, REQ-9).
+///
+/// No port tells whom an echo request is for (RFC 5508, REQ-7: that is Basic NAT's to know).
+#[inline(always)]
+fn hairpin<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> Result<i32, Drop> {
+    if packet.protocol == ICMP && !packet.is_error {
+        return Err(Drop::BadDestination);
+    }
+    let host = blocks::holder(vpc, packet.peer_port).ok_or(Drop::NoBlockHolder)?;
+    encap::fits(ctx, packet)?;
+    encap::send(ctx, packet, vpc.vni, host)
 }
 
 /// The VNI that a packet came with, and the outer source.

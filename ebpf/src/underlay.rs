@@ -106,6 +106,9 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
         && inner.ethertype == ETHERTYPE_IPV4
         // What the underlay tells of congestion is the kernel's to pass on (RFC 6040).
         && ip.tos & ECN == packet.tos & ECN
+        // What goes back into the tunnel must not count as a packet that is in one already, which
+        // where both ends are on one machine only the kernel can undo.
+        && { packet.source } != { packet.destination }
         && ip.total_length.get() as u32 + size_of::<Ethernet>() as u32 == ctx.len();
     // SAFETY: as above.
     let is_behind =

@@ -6,13 +6,12 @@ use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4};
 use warren_abi::flow::Direction;
-use warren_abi::maps::{BlockKey, ProxyVpc};
-use warren_abi::nat::block_of;
+use warren_abi::maps::ProxyVpc;
 use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4};
 
 use crate::answer::Answerer;
-use crate::maps::{BLOCKS, INTERFACES};
-use crate::{answer, arp, drops, encap, icmp, parse};
+use crate::maps::INTERFACES;
+use crate::{answer, arp, blocks, drops, encap, icmp, parse};
 
 /// Answers ARP for the shared address; sends what is for it to the host that holds the port.
 #[classifier]
@@ -56,13 +55,7 @@ fn to_host<F: Family>(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
             return Err(Drop::IcmpError);
         }
     }
-    let block = BlockKey {
-        vni: vpc.vni,
-        shared_address: vpc.shared_address,
-        block: block_of(packet.local_port.get()),
-    };
-    // SAFETY: the entry is read once, whole.
-    let host = *unsafe { BLOCKS.get(block) }.ok_or(Drop::NoBlockHolder)?;
+    let host = blocks::holder(vpc, packet.local_port).ok_or(Drop::NoBlockHolder)?;
     encap::fits(ctx, &packet)?;
     encap::send(ctx, &packet, vpc.vni, host)
 }

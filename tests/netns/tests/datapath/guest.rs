@@ -11,6 +11,7 @@ use etherparse::{
     SlicedPacket, TcpHeader, UdpHeader,
 };
 use warren_abi::wire::GATEWAY_MAC;
+use warren_dataplane::datapath::HostDatapath;
 use warren_netns::guest::{self, VNET_HEADER, readable};
 use warren_netns::netns::Namespace;
 
@@ -31,8 +32,13 @@ pub struct RawGuest {
 impl RawGuest {
     /// Opens the slot's TAP.
     pub fn open(bed: &Bed, slot: u32) -> Self {
-        let tap = open_slot(bed, slot).into();
-        let slot = &bed.host().slots()[slot as usize - 1];
+        Self::open_on(&bed.topology.host, bed.host(), slot)
+    }
+
+    /// Opens the TAP of a slot of any host's.
+    pub fn open_on(namespace: &Namespace, host: &HostDatapath, number: u32) -> Self {
+        let tap = open_slot(namespace, host, number).into();
+        let slot = &host.slots()[number as usize - 1];
         Self { tap, address: slot.address, mac: slot.mac }
     }
 
@@ -79,10 +85,10 @@ impl RawGuest {
 
 /// Opens a slot's TAP as soon as it is free: a process that another test forks has this one's
 /// descriptors until it executes its program.
-pub fn open_slot(bed: &Bed, slot: u32) -> OwnedFd {
+pub fn open_slot(namespace: &Namespace, host: &HostDatapath, slot: u32) -> OwnedFd {
     let mut tap = None;
     eventually(|| {
-        tap = bed.topology.host.run(|| bed.host().open_tap(slot)).ok();
+        tap = namespace.run(|| host.open_tap(slot)).ok();
         tap.is_some()
     });
     tap.expect("it was opened")

@@ -206,7 +206,7 @@ fn only_the_holder_of_a_port_block_speaks_for_it() {
     send_tunnelled(host, PROXY, &tunnelled(VNI_A, (SHARED, port), ([8, 8, 8, 8].into(), PORT)));
     eventually(|| bed.proxy_drops(VNI_A, DropReason::NoRoute) == 1);
     send_tunnelled(host, PROXY, &tunnelled(VNI_A, (SHARED, port), (SHARED, PORT)));
-    eventually(|| bed.proxy_drops(VNI_A, DropReason::BadDestination) == 1);
+    eventually(|| bed.proxy_drops(VNI_A, DropReason::NoBlockHolder) == 1);
     send_tunnelled(host, PROXY, &tunnelled(300, (SHARED, port), (SERVER, PORT)));
     eventually(|| bed.proxy_drops(0, DropReason::UnknownVpc) == 1);
     assert_eq!((in_a.count(), in_b.count()), (0, 0));

@@ -224,12 +224,12 @@ fn a_tap_that_was_removed_is_made_anew_and_detached() {
 #[test]
 fn a_tap_has_one_owner() {
     let bed = Bed::new();
-    let first = open_slot(&bed, 1);
+    let first = open_slot(&bed.topology.host, bed.host(), 1);
     let error = bed.topology.host.run(|| bed.host().open_tap(1)).expect_err("the TAP is taken");
     let Error::System { source, .. } = error else { panic!("{error}") };
     assert_eq!(source.raw_os_error(), Some(libc::EBUSY));
     drop(first);
-    open_slot(&bed, 1);
+    open_slot(&bed.topology.host, bed.host(), 1);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod answers;
 mod bed;
 mod flows;
 mod guest;
+mod hairpin;
 mod hostile;
 mod icmp;
 mod lifecycle;

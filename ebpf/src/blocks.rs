@@ -1,0 +1,16 @@
+//! Who holds which ports of a shared address: all that a proxy knows of the way back.
+
+use warren_abi::maps::{BlockKey, ProxyVpc};
+use warren_abi::nat::block_of;
+use warren_abi::wire::{Be16, Ipv4};
+
+use crate::maps::BLOCKS;
+
+/// The underlay address of the host that holds a port.
+#[inline(always)]
+pub fn holder(vpc: &ProxyVpc, port: Be16) -> Option<Ipv4> {
+    let ProxyVpc { vni, shared_address, .. } = *vpc;
+    let block = BlockKey { vni, shared_address, block: block_of(port.get()) };
+    // SAFETY: the entry is read once, whole.
+    unsafe { BLOCKS.get(block) }.copied()
+}
