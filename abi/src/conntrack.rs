@@ -21,7 +21,7 @@ use crate::drop::Drop;
 use crate::flow::{Direction, FlowState, Timers, tcp};
 use crate::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
 use crate::nat::probe_port;
-use crate::wire::{Be16, Ip, UDP};
+use crate::wire::{Be16, Ip, TCP, UDP};
 
 /// How often a state is looked at again when another CPU changed it meanwhile: that happens once
 /// a tick, and at TCP's turning points.
@@ -194,6 +194,7 @@ impl Wanted {
     #[inline(always)]
     const fn flow(&self, port: Be16) -> Flow {
         let state = FlowState::begin(self.key.protocol as u8, self.now, self.random);
+        let state = if self.key.is_mapping() { state.of_mapping() } else { state };
         let (vni, check) = (self.vni, self.key.check());
         let (sent, began) = (self.sent, self.now);
         Flow { state, vni, port, check, sent, ends: [0; 2], began, judged: 0 }
@@ -268,7 +269,7 @@ fn resume<T: Tables>(
     if segment.flags & tcp::FIN != 0 && state.is_closing() {
         // From now on, every packet of the peer's is looked at: it may acknowledge the end.
         if let Some(claim) = tables.claim(key.claim(vni, port)) {
-            tables.set_refreshed(claim, now.wrapping_sub(1));
+            tables.set_refreshed(claim, now.wrapping_sub(tables.timers().grain(TCP)));
         }
     }
     *resumed = port;
@@ -545,9 +546,10 @@ pub fn inward<T: Tables>(tables: &T, vni: u32, segment: &Segment) -> Result<Rece
     let (claim, InFlow { ifindex, generation, refreshed, guest_port, .. }, slot) =
         find(tables, key, Drop::NoFlow)?;
 
-    // The state is the other table's: look there once a tick, and when TCP turns.
+    // The state is the other table's: look there from time to time, and when TCP turns.
     let now = tables.now();
-    if refreshed != now || segment.flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
+    let grain = tables.timers().grain(protocol);
+    if is_due(refreshed, now, grain) || segment.flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
         let protocol = protocol as u32;
         let key = OutKey { ifindex, generation, peer, guest_port, peer_port, protocol };
         let state = match refresh(tables, key, Direction::In, segment, now) {
@@ -555,14 +557,21 @@ pub fn inward<T: Tables>(tables: &T, vni: u32, segment: &Segment) -> Result<Rece
             Ok(None) => return Err((slot.number, Drop::NoFlow)),
             Err(reason) => return Err((slot.number, reason)),
         };
-        // At worst, another flow's claim is refreshed a tick late.
-        let tick = if state.is_closing() { now.wrapping_sub(1) } else { now };
+        // At worst, another flow's claim is refreshed late.
+        let tick = if state.is_closing() { now.wrapping_sub(grain) } else { now };
         if refreshed != tick {
             tables.set_refreshed(claim, tick);
         }
     }
     tables.received(claim, segment.traffic);
     Ok(Receiver { slot, port: guest_port })
+}
+
+/// Whether so much time passed since something was entered that it is due again.
+#[inline(always)]
+const fn is_due(entered: u32, now: u32, grain: u32) -> bool {
+    // A packet on another CPU may have entered a later tick than this one's.
+    now.wrapping_sub(entered) as i32 >= grain as i32
 }
 
 /// A claim that a peer names, and its slot; `missing` if there is none.
@@ -612,12 +621,12 @@ struct Entered<F> {
     flow: F,
     /// Its state with the packet.
     state: FlowState,
-    /// Whether that is another than before.
-    changed: bool,
+    /// When it was last entered before.
+    before: u32,
 }
 
-/// Enters a packet into its flow's state, and once a tick into its mapping's; none if the flow is
-/// not there.
+/// Enters a packet into its flow's state, and from time to time into its mapping's; none if the
+/// flow is not there.
 #[inline(always)]
 fn refresh<T: Tables>(
     tables: &T,
@@ -627,13 +636,25 @@ fn refresh<T: Tables>(
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
     let found = enter(tables, key, direction, Some(segment), now)?;
-    if let Some(Entered { changed: true, .. }) = found
+    if let Some(Entered { before, .. }) = found
         && key.protocol == UDP as u32
+        && before != now
+        && is_mapping_due(before, now, tables.timers().grain(UDP))
     {
         // If it is gone, it was just taken for idle: the flow goes on alone.
         let _ = enter(tables, key.mapping(), Direction::Out, None, now);
     }
     Ok(found)
+}
+
+/// Whether a flow's mapping, into which it was entered when it began, is due: once a grain of each
+/// flow's, and at once if there is none.
+#[inline(always)]
+const fn is_mapping_due(before: u32, now: u32, grain: u32) -> bool {
+    match (before.checked_div(grain), now.checked_div(grain)) {
+        (Some(before), Some(now)) => before != now,
+        _ => true,
+    }
 }
 
 /// Enters a packet into the state of a flow, or of a mapping (without a segment); none if it is
@@ -680,9 +701,8 @@ fn enter<T: Tables>(
             return Ok(None);
         }
         let state = found.after(direction, flags, all, now);
-        let changed = state != found;
-        if !changed || tables.exchange(flow, found, state) {
-            return Ok(Some(Entered { flow, state, changed }));
+        if state == found || tables.exchange(flow, found, state) {
+            return Ok(Some(Entered { flow, state, before: found.last_tick() }));
         }
     }
     Err(Drop::Internal)

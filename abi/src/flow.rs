@@ -65,6 +65,8 @@ impl FlowState {
     const GUEST_DONE: u32 = 1 << 7;
     /// The peer acknowledged the guest's FIN.
     const PEER_DONE: u32 = 1 << 8;
+    /// It is a mapping, which [lags behind](Timers::grain) its flows.
+    const MAPPING: u32 = 1 << 9;
     /// A random number, 16 bits from here on: see [`FlowState::begin`].
     const NONCE: u32 = 12;
     const ENDED: u32 = 1 << 31;
@@ -86,6 +88,13 @@ impl FlowState {
     pub const fn begin(protocol: u8, now: u32, random: u32) -> Self {
         let nonce = (random & 0xffff) << Self::NONCE;
         Self::pack(now, nonce | if protocol == TCP { Self::GUEST_SYN } else { 0 })
+    }
+
+    /// The same of the mapping that flows share.
+    #[inline]
+    #[must_use]
+    pub const fn of_mapping(self) -> Self {
+        Self(self.0 | Self::MAPPING as u64)
     }
 
     /// Whether a packet with these TCP flags (0 for other protocols) can begin a flow.
@@ -203,7 +212,7 @@ impl FlowState {
         Self::pack(now, marks)
     }
 
-    /// How many ticks this flow may be idle.
+    /// How many ticks this flow may be idle, at least.
     #[inline]
     pub const fn timeout(self, protocol: u8, timers: &Timers) -> u32 {
         let marks = self.marks();
@@ -222,6 +231,15 @@ impl FlowState {
         }
     }
 
+    /// How many ticks may pass after the last one that is entered until it has been idle for its
+    /// time-out, whatever was not entered since.
+    #[inline]
+    const fn limit(self, protocol: u8, timers: &Timers) -> u32 {
+        // A flow lags behind its replies, and a mapping behind its flows.
+        let lags = if self.marks() & Self::MAPPING == 0 { 1 } else { 2 };
+        self.timeout(protocol, timers).saturating_add(lags * timers.grain(protocol))
+    }
+
     /// How many ticks it has been idle.
     #[inline]
     pub const fn idle(self, now: u32) -> u32 {
@@ -234,7 +252,7 @@ impl FlowState {
     #[inline]
     pub const fn is_expired(self, protocol: u8, timers: &Timers, now: u32) -> bool {
         let idle = self.idle(now);
-        idle > 0 && idle > self.timeout(protocol, timers)
+        idle > 0 && idle > self.limit(protocol, timers)
     }
 
     /// Whether it expired, and its port rested since (RFC 6888, REQ-8).
@@ -242,7 +260,7 @@ impl FlowState {
     /// What is closed rests while it is kept for the last segments.
     #[inline]
     pub const fn has_rested(self, protocol: u8, timers: &Timers, now: u32) -> bool {
-        let (idle, timeout) = (self.idle(now), self.timeout(protocol, timers));
+        let (idle, timeout) = (self.idle(now), self.limit(protocol, timers));
         let until = if protocol == TCP && Self::is_closed(self.marks()) {
             if timeout > timers.rest { timeout } else { timers.rest }
         } else {
@@ -300,6 +318,22 @@ impl Timers {
         (seconds as u64 * 1_000_000_000).div_ceil(TICK_NS) as u32
     }
 
+    /// How many ticks may pass before a packet is entered where it would cost a look-up: a reply in
+    /// its flow's state, a flow's packet in its mapping's. A quarter of the shortest timer, by
+    /// which everything lives longer.
+    #[inline]
+    pub const fn grain(&self, protocol: u8) -> u32 {
+        let timer = match protocol {
+            ICMP => self.icmp,
+            TCP => shorter(
+                shorter(self.tcp_opening, self.tcp_established),
+                shorter(self.tcp_closing, self.tcp_closed),
+            ),
+            _ => self.udp,
+        };
+        timer / 4
+    }
+
     /// UDP 5 min (RFC 4787, REQ-5); ICMP 60 s (RFC 5508, REQ-2); TCP 4 min while it opens or
     /// closes and after a reset (RFC 7857, sections 2.1 and 2.2), 2 h 4 min established (RFC 5382,
     /// REQ-5); a rest of 120 s (RFC 6888, REQ-8).
@@ -312,6 +346,11 @@ impl Timers {
         tcp_closed: Self::seconds(240),
         rest: Self::seconds(120),
     };
+}
+
+#[inline]
+const fn shorter(a: u32, b: u32) -> u32 {
+    if a < b { a } else { b }
 }
 
 impl Default for Timers {

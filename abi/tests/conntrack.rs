@@ -298,7 +298,8 @@ fn a_port_rests_before_another_guest_gets_it_unless_there_is_no_other() {
         outward(&tables, &slot, PORTS, &segment(UDP, 1, Be16(port), 0))
     };
     let first = datagram(1, 1).expect("there is a port");
-    tables.clock.store(Timers::DEFAULT.udp + 1, Ordering::SeqCst);
+    let Timers { udp, .. } = Timers::DEFAULT;
+    tables.clock.store(udp + 2 * Timers::DEFAULT.grain(UDP) + 1, Ordering::SeqCst);
     sweep(&tables);
     // Nothing comes in any more; the port is taken nevertheless, and its guest's if that returns.
     let reply = segment(UDP, 1, first, 0);
@@ -308,6 +309,29 @@ fn a_port_rests_before_another_guest_gets_it_unless_there_is_no_other() {
     }
     assert_eq!(datagram(2, 64), Ok(first), "all others live");
     assert_eq!(datagram(2, 65), Err(Drop::PortsExhausted));
+    check(&tables);
+}
+
+#[test]
+fn what_only_receives_lives_on_and_so_does_its_mapping() {
+    let tables = Plain::default();
+    let slot = Plain::slot(&tables, 1);
+    let datagram = |peer| segment(UDP, peer, Be16(9), 0);
+    let port = outward(&tables, &slot, PORTS, &datagram(1)).expect("there is a port");
+    let Timers { udp, .. } = Timers::DEFAULT;
+    for now in 1..3 * udp {
+        tables.clock.store(now, Ordering::SeqCst);
+        sweep(&tables);
+        let reply = Segment { local_port: port, ..datagram(1) };
+        let to = inward(&tables, VNI, &reply).map(|to| to.port);
+        assert_eq!(to, Ok(Be16(9)), "after {now} ticks");
+    }
+    // It was refreshed by the last reply, not a grain before.
+    tables.clock.store(4 * udp - 1, Ordering::SeqCst);
+    sweep(&tables);
+    let reply = Segment { local_port: port, ..datagram(1) };
+    assert_eq!(inward(&tables, VNI, &reply).map(|to| to.port), Ok(Be16(9)));
+    assert_eq!(outward(&tables, &slot, PORTS, &datagram(2)), Ok(port), "the mapping is there");
     check(&tables);
 }
 

@@ -97,8 +97,9 @@ proptest! {
             prop_assert!(state.last_tick() <= now);
         }
         let last = state.last_tick();
-        let timeout = state.timeout(TCP, &Timers::DEFAULT);
-        prop_assert_eq!(state.is_expired(TCP, &Timers::DEFAULT, last + idle), idle > timeout);
+        let timers = Timers::DEFAULT;
+        let limit = state.timeout(TCP, &timers) + timers.grain(TCP);
+        prop_assert_eq!(state.is_expired(TCP, &timers, last + idle), idle > limit);
         prop_assert!(state.ended().is_ended());
     }
 

@@ -3,6 +3,7 @@
 use core::hint::black_box;
 
 use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
 use warren_abi::flow::Timers;
@@ -30,11 +31,13 @@ static SERVICES: Global<u32> = Global::new(0);
 pub static SLOTS: HashMap<u32, Slot> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static HOST_VPCS: HashMap<u32, HostVpc> = HashMap::with_max_entries(1, 0);
+// Entries made one by one lie in the kernel's large pages; those of a map that is filled in
+// advance, in small ones, and each look-up then misses the TLB as well.
 #[map]
-pub static CT_OUT: HashMap<OutKey, Flow> = HashMap::with_max_entries(1, 0);
+pub static CT_OUT: HashMap<OutKey, Flow> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 // Not an LRU: it would evict one half of a flow without the other.
 #[map]
-pub static CT_IN: HashMap<InKey, InFlow> = HashMap::with_max_entries(1, 0);
+pub static CT_IN: HashMap<InKey, InFlow> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 #[map]
 pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 #[map]

@@ -97,6 +97,7 @@ fn out_from_v1(key: &OutKeyV1, flow: &FlowV1) -> (maps::OutKey, maps::Flow) {
     let peer = peer(key.peer);
     let key = maps::OutKey { ifindex, generation, peer, guest_port, peer_port, protocol };
     let FlowV1 { state, vni, port, .. } = *flow;
+    let state = if key.is_mapping() { state.of_mapping() } else { state };
     let (check, began) = (key.check(), state.last_tick());
     let sent = Traffic::NONE;
     (key, maps::Flow { state, vni, port, check, sent, ends: [0; 2], began, judged: 0 })
