@@ -101,7 +101,8 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
         return None;
     }
     let is_plain = !is_tagged
-        && { vxlan.flags } == Vxlan::FLAGS
+        // Reserved bits are ignored.
+        && { vxlan.flags } & Vxlan::FLAGS == Vxlan::FLAGS
         && udp.checksum == 0
         && inner.ethertype == ETHERTYPE_IPV4
         // What the underlay tells of congestion is the kernel's to pass on (RFC 6040).

@@ -95,9 +95,11 @@ impl Netlink {
     }
 
     /// Makes a VXLAN device that takes packets of every VNI and tells each one's, and is down.
+    ///
+    /// It ignores reserved bits (RFC 7348, section 5), where the kernel can (Linux 6.14).
     pub fn create_vxlan(&mut self, name: &str) -> Result<(), Error> {
-        let link =
-            LinkVxlan::new(name, 0).collect_metadata(true).learning(false).port(VXLAN_PORT).build();
+        let link = LinkVxlan::new(name, 0).collect_metadata(true).learning(false).port(VXLAN_PORT);
+        let link = link.reserved_bits(0).build();
         self.request(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK)
             .map(drop)
             .map_err(|source| Error::system("create VXLAN device", name, source))

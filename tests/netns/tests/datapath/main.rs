@@ -16,3 +16,4 @@ mod services;
 mod timers;
 mod traffic;
 mod upgrade;
+mod vxlan;
