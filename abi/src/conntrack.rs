@@ -19,6 +19,7 @@ use core::num::NonZeroU32;
 
 use crate::drop::Drop;
 use crate::flow::{Direction, FlowState, Timers, tcp};
+use crate::flowlog::What;
 use crate::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
 use crate::nat::probe_port;
 use crate::wire::{Be16, Ip, TCP, UDP};
@@ -77,13 +78,13 @@ pub trait Tables: Sized {
 
     /// A flow.
     fn flow(&self, key: OutKey) -> Option<Self::Flow>;
-    /// Inserts a flow that is not there.
+    /// Inserts a flow that is not there: it begins.
     ///
     /// # Errors
     /// If it is there, or there is no room.
     fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused>;
-    /// Removes a flow.
-    fn remove_flow(&self, key: OutKey);
+    /// Removes a flow, which the caller ended. Its claim is still there.
+    fn remove_flow(&self, key: OutKey, why: What);
     /// A flow's state.
     fn state(&self, flow: Self::Flow) -> FlowState;
     /// Puts `new` in the place of `expected`, unless there is something else: whether it did.
@@ -295,7 +296,7 @@ fn mapped<T: Tables>(
         return Ok(Some(port));
     }
     if tables.exchange(flow, state, state.ended()) {
-        remove(tables, key, vni, port);
+        remove(tables, key, vni, port, What::Withdrawn);
     }
     Ok(None)
 }
@@ -519,7 +520,8 @@ fn take<T: Tables>(tables: &T, search: &mut Search, over: &Over<T::Flow>) {
     if !tables.exchange(flow, state, state.ended()) {
         return;
     }
-    tables.remove_flow(OutKey { ifindex, generation, guest_port, ..search.wanted.key });
+    let key = OutKey { ifindex, generation, guest_port, ..search.wanted.key };
+    tables.remove_flow(key, What::TakenOver);
     if tables.replace_claim(search.wanted.claim(search.port), search.wanted.back()).is_ok() {
         settle(tables, search);
     } else {
@@ -530,8 +532,8 @@ fn take<T: Tables>(tables: &T, search: &mut Search, over: &Over<T::Flow>) {
 
 /// Removes a flow or a mapping that the caller ended.
 #[inline(always)]
-fn remove<T: Tables>(tables: &T, key: OutKey, vni: u32, port: Be16) {
-    tables.remove_flow(key);
+fn remove<T: Tables>(tables: &T, key: OutKey, vni: u32, port: Be16, why: What) {
+    tables.remove_flow(key, why);
     tables.remove_claim(key.claim(vni, port));
 }
 
@@ -737,6 +739,6 @@ pub fn end<T: Tables>(tables: &T, key: OutKey, timers: &Timers, now: u32) -> Ver
     {
         return Verdict::Stays;
     }
-    remove(tables, key, vni, port);
+    remove(tables, key, vni, port, state.end(is_stale, key.protocol as u8));
     if is_stale { Verdict::Stale } else { Verdict::Expired }
 }

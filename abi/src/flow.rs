@@ -1,5 +1,6 @@
 //! The life of a flow, as pure functions: the programs and the sweep run them, tests explore them.
 
+use crate::flowlog::What;
 use crate::wire::{ICMP, TCP};
 
 /// Which way a packet of a flow goes.
@@ -277,6 +278,21 @@ impl FlowState {
         // Stale flows do not wait for a tick if there is nothing to wait for.
         is_stale && (timers.rest == 0 || idle > timers.rest)
             || self.has_rested(protocol, timers, now)
+    }
+
+    /// Why it ended, if it was removed in this state.
+    #[inline]
+    pub const fn end(self, is_stale: bool, protocol: u8) -> What {
+        let marks = self.marks();
+        if is_stale {
+            What::Detached
+        } else if protocol != TCP || !Self::is_closed(marks) {
+            What::Expired
+        } else if Self::is_reset(marks) {
+            What::Reset
+        } else {
+            What::Closed
+        }
     }
 
     /// Whether another flow may have its port, if there is no better one: it is finished, or it

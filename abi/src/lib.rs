@@ -17,6 +17,7 @@ pub mod conntrack;
 pub mod drop;
 pub mod family;
 pub mod flow;
+pub mod flowlog;
 pub mod icmp;
 pub mod maps;
 pub mod microvm;

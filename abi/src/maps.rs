@@ -5,6 +5,7 @@
 
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
+pub use crate::flowlog::{FlowCounts, FlowEvent};
 pub use crate::route::{CachedRoute, Route, RouteKey};
 use crate::wire::{Be16, Ip, Ipv4, Mac};
 
@@ -42,6 +43,10 @@ pub mod names {
     /// Both: scope, as of [`DROPS`] -> when its ICMP errors have used up less than their
     /// [`Rate`](crate::rate::ANSWERS), in nanoseconds of `CLOCK_MONOTONIC`.
     pub const ANSWERS: &str = "ANSWERS";
+    /// Host: ring buffer of [`FlowEvent`](super::FlowEvent)s.
+    pub const FLOW_EVENTS: &str = "FLOW_EVENTS";
+    /// Host, per CPU: [`FlowCounts`](super::FlowCounts), at index 0.
+    pub const FLOW_COUNTS: &str = "FLOW_COUNTS";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.

@@ -11,6 +11,7 @@ use warren_abi::conntrack::{
 };
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, Timers, tcp};
+use warren_abi::flowlog::What;
 use warren_abi::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip, Ipv4, Mac, TCP, UDP};
@@ -50,6 +51,7 @@ struct Memory {
     claims: HashMap<ClaimId, usize>,
     claim_slots: Vec<InFlow>,
     free_claims: Vec<usize>,
+    ends: Vec<(FlowId, What)>,
 }
 
 fn put<T>(memory: &mut Vec<T>, free: &mut Vec<usize>, value: T) -> usize {
@@ -115,8 +117,9 @@ impl Tables for Plain {
         memory.flows.insert(flow_id(&key), index);
         Ok(())
     }
-    fn remove_flow(&self, key: OutKey) {
+    fn remove_flow(&self, key: OutKey, why: What) {
         let memory = &mut *self.lock();
+        memory.ends.push((flow_id(&key), why));
         let index = memory.flows.remove(&flow_id(&key)).expect("only its ender removes it");
         memory.free_flows.push(index);
     }
@@ -380,6 +383,50 @@ fn two_cpus_that_begin_one_udp_flow_lose_no_datagram() {
         assert_eq!(one, other);
         check(&tables);
     }
+}
+
+#[test]
+fn each_end_is_told_with_its_reason() {
+    let tables = Plain::default();
+    let told = || {
+        let ends = std::mem::take(&mut tables.lock().ends);
+        ends.into_iter().map(|(_, why)| why).collect::<Vec<_>>()
+    };
+    let slot = Plain::slot(&tables, 1);
+    let send = |protocol, port, flags| {
+        let segment = segment(protocol, 1, Be16(port), flags);
+        outward(&tables, &slot, PORTS, &segment).expect("there is a port")
+    };
+    connect_and_close(&tables, 1, 1).expect("there is a port");
+    send(TCP, 2, tcp::SYN);
+    send(TCP, 2, tcp::RST);
+    send(TCP, 3, tcp::SYN);
+    send(UDP, 4, 0);
+    assert_eq!(told(), []);
+    tables.clock.fetch_add(100_000, Ordering::SeqCst);
+    sweep(&tables);
+    let mut ends = told();
+    ends.sort_by_key(|why| *why as u8);
+    let (expired, all) = (What::Expired, [What::Expired, What::Closed, What::Reset]);
+    assert_eq!(ends, [&[expired; 2][..], &all].concat(), "the mapping, too");
+
+    // The last port of all is taken from a closed flow; and a mapping whose port is gone.
+    let one = Ports { base: 4096, count: 1 };
+    let syn = |port| outward(&tables, &slot, one, &segment(TCP, 1, Be16(port), tcp::SYN));
+    syn(1).expect("it is free");
+    outward(&tables, &slot, one, &segment(TCP, 1, Be16(1), tcp::RST)).expect("it is there");
+    syn(2).expect("the other is over");
+    assert_eq!(told(), [What::TakenOver]);
+    send(UDP, 5, 0);
+    let elsewhere = Ports { base: 8192, count: 64 };
+    outward(&tables, &slot, elsewhere, &segment(UDP, 2, Be16(5), 0)).expect("there is a port");
+    assert_eq!(told(), [What::Withdrawn]);
+
+    tables.generation.fetch_add(1, Ordering::SeqCst);
+    tables.clock.fetch_add(Timers::DEFAULT.rest + 1, Ordering::SeqCst);
+    sweep(&tables);
+    let ends = told();
+    assert!(ends.len() == 4 && ends.iter().all(|why| *why == What::Detached), "{ends:?}");
 }
 
 #[derive(Clone, Debug)]

@@ -19,7 +19,7 @@ use warren_abi::maps::programs;
 use warren_abi::wire::GATEWAY_MAC;
 use warren_bench::figures::Figures;
 use warren_dataplane::datapath::{
-    DEFAULT_FLOWS, HostDatapath, HostOptions, HostVpc, PortRange, Slot, Timers,
+    DEFAULT_FLOWS, FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, Slot, Timers,
 };
 use warren_netns::capture::{Capture, vni};
 use warren_netns::fleet::built;
@@ -45,6 +45,7 @@ pub fn run(rounds: u32) -> Result<Figures> {
         interface_prefix: "wrn".to_owned(),
         flows: DEFAULT_FLOWS,
         timers: Timers::DEFAULT,
+        flow_log: FlowLogOptions::default(),
     };
     let mut figures = Figures::new("attach");
     let measured = topology.host.run(|| {

@@ -18,7 +18,9 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::loaded_programs;
 use indicatif::ProgressIterator;
 use warren_bench::figures::Figures;
-use warren_dataplane::datapath::{DEFAULT_FLOWS, HostDatapath, HostOptions, Timers};
+use warren_dataplane::datapath::{
+    DEFAULT_FLOWS, FlowLogOptions, HostDatapath, HostOptions, Timers,
+};
 use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built};
 use warren_netns::guest::KernelGuest;
 use warren_netns::netns::Namespace;
@@ -83,6 +85,7 @@ async fn plug(fleet: &mut Fleet) -> Result<KernelGuest> {
         interface_prefix: "wrn".to_owned(),
         flows: DEFAULT_FLOWS,
         timers: Timers::DEFAULT,
+        flow_log: FlowLogOptions::default(),
     };
     let guest = fleet.topology.host.run(|| -> Result<KernelGuest> {
         let datapath = HostDatapath::open(&options)?;

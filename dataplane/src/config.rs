@@ -70,6 +70,26 @@ pub struct HostConfig {
     pub vmm: PathBuf,
     /// The template that microVMs are cloned from: `warren-vmm template` makes it.
     pub template: PathBuf,
+    /// The log of flows; without it there is none.
+    pub flow_log: Option<FlowLog>,
+}
+
+/// The log of flows.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlowLog {
+    /// The file; its directory is made if it is missing.
+    #[serde(default = "default_flow_log")]
+    pub path: PathBuf,
+    /// A file that would become larger is rotated: bytes, at least 4096.
+    #[serde(default = "default_flow_log_bytes")]
+    pub max_bytes: u64,
+    /// How many rotated files are kept, 1 to 10,000.
+    #[serde(default = "default_flow_log_keep")]
+    pub keep: u32,
+    /// Whether the beginnings of flows are logged, or only their ends.
+    #[serde(default = "default_flow_log_starts")]
+    pub starts: bool,
 }
 
 fn default_listen() -> Vec<Endpoint> {
@@ -92,6 +112,19 @@ fn default_slots() -> u32 {
 }
 fn default_parked() -> u32 {
     64
+}
+
+fn default_flow_log() -> PathBuf {
+    "/var/log/warren/flows.jsonl".into()
+}
+fn default_flow_log_bytes() -> u64 {
+    64 << 20
+}
+fn default_flow_log_keep() -> u32 {
+    16
+}
+fn default_flow_log_starts() -> bool {
+    true
 }
 
 /// Why a configuration cannot be used.
@@ -160,6 +193,14 @@ impl Config {
             if host.parked > host.slots {
                 return wrong("host.parked", "must not be larger than host.slots");
             }
+            if let Some(log) = &host.flow_log {
+                if log.max_bytes < 4096 {
+                    return wrong("host.flow_log.max_bytes", "must be at least 4096");
+                }
+                if !(1..=10_000).contains(&log.keep) {
+                    return wrong("host.flow_log.keep", "must be between 1 and 10000");
+                }
+            }
         }
         if let Some((key, problem)) = config.nat.timeouts.problem() {
             return wrong(key, &problem);
@@ -202,6 +243,8 @@ mod tests {
             (format!("{SMALL}{template}slots = 0"), "host.slots"),
             (format!("{SMALL}{template}slots = 65278"), "host.slots"),
             (format!("{SMALL}{template}slots = 2\nparked = 3"), "host.parked"),
+            (format!("{SMALL}{template}[host.flow_log]\nmax_bytes = 1"), "max_bytes"),
+            (format!("{SMALL}{template}[host.flow_log]\nkeep = 0"), "flow_log.keep"),
             (format!("control = 'http://192.0.2.3:7700'\n{SMALL}"), "advertise"),
             (format!("listen = []\n{SMALL}"), "listen"),
             (format!("{SMALL}[host]\ntemplate = '/t'\nslot = 3"), "slot"),

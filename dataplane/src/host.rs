@@ -1,11 +1,12 @@
 //! A host: the instances that run, the VPCs they are in.
 
 mod directory;
+mod flowlog;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ use warren_vmm::control::{
 
 use crate::clock::Clock;
 use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
+use crate::flowlog::FlowLog;
+use crate::flowlog::owners::{NamedVpc, Owners};
 use crate::metrics::{Levels, Starts};
 use crate::pool::{Pool, PoolError, Taken};
 use crate::refill::Policy;
@@ -109,6 +112,9 @@ struct State {
     /// Those that ended by themselves, oldest first.
     failed: VecDeque<Uuid>,
     vpcs: vpcs::Vpcs,
+    /// Names of VPCs, by their VNI: of those that were removed, too, since their flows end later.
+    names: HashMap<u32, NamedVpc>,
+    owners: Owners,
 }
 
 /// What a host is made from.
@@ -128,6 +134,7 @@ pub struct Host {
     pool: Arc<Pool>,
     state: Mutex<State>,
     starts: Starts,
+    log: OnceLock<FlowLog>,
     /// Flows that the last sweep left in the table.
     flows: AtomicU32,
 }
@@ -139,16 +146,17 @@ impl Host {
         let datapath = Arc::new(datapath);
         let zygote = options.zygote.clone();
         let pool = Arc::new(Pool::new(datapath.clone(), zygote, options.policy).await?);
-        let state =
-            Mutex::new(State { vpcs: vpcs::load(&options.zygote.run_dir)?, ..State::default() });
+        let vpcs = vpcs::load(&options.zygote.run_dir)?;
+        let names = vpcs.iter().map(|(name, vpc)| (vpc.vni, named(name, vpc))).collect();
+        let state = Mutex::new(State { vpcs, names, ..State::default() });
         let found = client::discover(&options.zygote.run_dir).await?;
         for slot in datapath.slots() {
             if !found.iter().any(|(microvm, _)| microvm.slot() == slot.number) {
                 pool.free(slot.number);
             }
         }
-        let (starts, flows) = (Starts::default(), AtomicU32::new(0));
-        let host = Arc::new(Self { options, datapath, pool, state, starts, flows });
+        let (starts, log, flows) = (Starts::default(), OnceLock::new(), AtomicU32::new(0));
+        let host = Arc::new(Self { options, datapath, pool, state, starts, log, flows });
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;
         }
@@ -187,7 +195,9 @@ impl Host {
         let HostVpc { vni, shared_address, .. } = *vpc;
         let mut state = self.state();
         state.vpcs.retain(|_, other| other.vni != vni);
-        state.vpcs.insert(name.to_owned(), vpcs::Vpc { vni, shared_address, naming });
+        let vpc = vpcs::Vpc { vni, shared_address, naming };
+        state.names.insert(vni, named(name, &vpc));
+        state.vpcs.insert(name.to_owned(), vpc);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
 
@@ -324,13 +334,15 @@ impl Host {
         let released = async {
             timings.attach_start_ns = clock.elapsed();
             // Connected first: the guest may send as soon as it is released.
-            self.datapath.attach(slot.number, record.vni)?;
+            let generation = self.datapath.attach(slot.number, record.vni)?;
+            self.state().owners.attached(slot.number, generation, record.id);
             timings.attach_end_ns = clock.elapsed();
             Ok(microvm.release(&self.release_request(record, slot)?).await?)
         };
         match released.await {
             Ok(ready) => Ok((microvm, ready)),
             Err(error) => {
+                self.forget_owner(slot.number);
                 self.pool.discard(microvm).await;
                 Err(error)
             }
@@ -370,6 +382,7 @@ impl Host {
         let Some(instance) = self.state().instances.remove(&id) else { return Ok(()) };
         let Instance { slot, failed, stop, watcher, .. } = instance;
         if failed.is_none() {
+            self.forget_owner(slot.number);
             // Disconnected first: from here on nothing leaves or reaches the slot.
             self.datapath.detach(slot.number)?;
             drop(stop);
@@ -423,6 +436,9 @@ impl Host {
         // The lock is held until the instance is listed: its end must find it there.
         let mut state = self.state();
         let watcher = tokio::spawn(self.clone().watch(id, microvm, stopped));
+        if let Some(generation) = self.generation(slot.number) {
+            state.owners.attached(slot.number, generation, id);
+        }
         let instance = Instance { record, slot, pid, failed: None, stop, watcher };
         let described = self.describe(&instance);
         state.instances.insert(id, instance);
@@ -451,7 +467,20 @@ impl Host {
             }
         }
         drop(state);
+        self.forget_owner(slot);
         self.pool.free(slot);
+    }
+
+    /// The attachment of a slot.
+    fn generation(&self, slot: u32) -> Option<u32> {
+        self.datapath.attachment(slot).ok().flatten().map(|attachment| attachment.generation)
+    }
+
+    /// The instance of a slot that is attached still is about to go.
+    fn forget_owner(&self, slot: u32) {
+        if let Some(generation) = self.generation(slot) {
+            self.state().owners.detached(slot, generation);
+        }
     }
 
     /// Takes over a microVM of an earlier daemon.
@@ -474,6 +503,10 @@ impl Host {
             }
         }
     }
+}
+
+fn named(name: &str, vpc: &vpcs::Vpc) -> NamedVpc {
+    NamedVpc { name: name.to_owned(), shared_address: vpc.shared_address }
 }
 
 /// RFC 1123, 2.1, one label.

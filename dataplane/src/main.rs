@@ -13,14 +13,15 @@ use tracing_subscriber::EnvFilter;
 use warren_dataplane::agent::Agent;
 use warren_dataplane::config::Config;
 use warren_dataplane::datapath::{
-    DEFAULT_FLOWS, HostDatapath, HostOptions, ProxyDatapath, ProxyOptions,
+    DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
+    ProxyOptions,
 };
-use warren_dataplane::heartbeat;
 use warren_dataplane::host::{Host, HostOptions as RoleOptions};
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::Policy;
 use warren_dataplane::services::Services as LinkLocal;
+use warren_dataplane::{flowlog, heartbeat};
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
@@ -140,12 +141,21 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         interface_prefix: INTERFACE_PREFIX.to_owned(),
         flows: DEFAULT_FLOWS,
         timers: timeouts.timers(),
+        flow_log: FlowLogOptions {
+            events: match &section.flow_log {
+                None => FlowLogLevel::Off,
+                Some(log) if log.starts => FlowLogLevel::All,
+                Some(_) => FlowLogLevel::Ends,
+            },
+            ..FlowLogOptions::default()
+        },
     };
     if arguments.uninstall {
         HostDatapath::uninstall(&options)?;
         return Ok(None);
     }
     let datapath = HostDatapath::open(&options)?;
+    let events = datapath.flow_events();
     let zygote = ZygoteConfig {
         binary: section.vmm.clone(),
         template: section.template.clone(),
@@ -154,6 +164,17 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     let policy = Policy { target: section.parked };
     let host =
         Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
+    if let (Some(log), Some(events)) = (&section.flow_log, events) {
+        let options = flowlog::Options {
+            files: log.into(),
+            host: config.name.clone(),
+            memory: config.run_dir.join("flow-log-lost"),
+        };
+        let log = flowlog::start(options, events, host.clone()).map_err(|error| {
+            anyhow!("cannot open the log of flows {}: {error}", log.path.display())
+        })?;
+        host.logs_flows(log);
+    }
     tokio::spawn(sweep(host.clone()));
     tokio::spawn(LinkLocal::open(&host.services(), host.clone())?.run());
     Ok(Some(Agent::Host(host)))

@@ -13,11 +13,13 @@ use warren_abi::conntrack::{
 use warren_abi::drop::Drop;
 use warren_abi::family::Family;
 use warren_abi::flow::{Direction, FlowState, Timers, tick};
+use warren_abi::flowlog::What;
 use warren_abi::icmp::Subject;
-use warren_abi::maps::{Flow, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
+use warren_abi::maps::{Flow, FlowEvent, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip};
 
+use crate::flowlog::{warren_flow_begun, warren_flow_ended};
 use crate::maps::{CT_IN, CT_OUT, SCRATCH, slot_in, timers};
 use crate::migration;
 use crate::parse::Packet;
@@ -89,11 +91,12 @@ pub struct Maps {
 
 /// Where keys and values are put together: a program's stack has no room for so many.
 pub struct Scratch {
-    flow_key: OutKey,
-    flow: Flow,
-    claim_key: InKey,
-    claim: InFlow,
+    pub flow_key: OutKey,
+    pub flow: Flow,
+    pub claim_key: InKey,
+    pub claim: InFlow,
     search: Search,
+    pub event: FlowEvent,
 }
 
 /// A step of the search that this CPU's scratch holds: not 0 ends it.
@@ -219,12 +222,16 @@ impl Tables for Maps {
     fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused> {
         CT_OUT
             .insert(self.put_flow_key(key), self.put_flow(flow), BPF_NOEXIST as u64)
-            .map_err(refused)
+            .map_err(refused)?;
+        warren_flow_begun();
+        Ok(())
     }
 
     #[inline(always)]
-    fn remove_flow(&self, key: OutKey) {
-        let _ = CT_OUT.remove(self.put_flow_key(key));
+    fn remove_flow(&self, key: OutKey, why: What) {
+        let key = self.put_flow_key(key);
+        warren_flow_ended(why as u32);
+        let _ = CT_OUT.remove(key);
     }
 
     #[inline(always)]

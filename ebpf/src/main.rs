@@ -25,6 +25,7 @@ mod blocks;
 mod conntrack;
 mod drops;
 mod encap;
+mod flowlog;
 mod icmp;
 mod maps;
 mod migration;

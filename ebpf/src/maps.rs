@@ -5,11 +5,12 @@ use core::hint::black_box;
 use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use warren_abi::flow::Timers;
+use warren_abi::flowlog::level;
 use warren_abi::maps::{
-    BlockKey, CachedRoute, Drops, Flow, HostVpc, InFlow, InKey, OutKey, ProxyVpc, Route, RouteKey,
-    ServiceSlot, Slot, Underlay,
+    BlockKey, CachedRoute, Drops, Flow, FlowCounts, HostVpc, InFlow, InKey, OutKey, ProxyVpc,
+    Route, RouteKey, ServiceSlot, Slot, Underlay,
 };
 use warren_abi::services;
 use warren_abi::wire::{Ipv4, Mac};
@@ -23,6 +24,9 @@ static UNDERLAY: Global<Underlay> = Global::new(Underlay { ifindex: 0, address: 
 /// How long flows may be idle, written by the loader.
 #[unsafe(no_mangle)]
 static TIMERS: Global<Timers> = Global::new(Timers::DEFAULT);
+/// Which events of flows are told, of [`level`]; written by the loader.
+#[unsafe(no_mangle)]
+static FLOW_LOG: Global<u32> = Global::new(level::ENDS | level::STARTS);
 /// Index of the link-local services' TUN device, written by the loader.
 #[unsafe(no_mangle)]
 static SERVICES: Global<u32> = Global::new(0);
@@ -56,6 +60,10 @@ pub static ROUTE_CACHE: PerCpuArray<CachedRoute> = PerCpuArray::with_max_entries
 pub static SERVICE_SLOTS: Array<ServiceSlot> = Array::with_max_entries(1, 0);
 #[map]
 pub static ANSWERS: Array<u64> = Array::with_max_entries(1, 0);
+#[map]
+pub static FLOW_EVENTS: RingBuf = RingBuf::with_byte_size(4096, 0);
+#[map]
+pub static FLOW_COUNTS: PerCpuArray<FlowCounts> = PerCpuArray::with_max_entries(1, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]
@@ -90,6 +98,12 @@ pub fn slot(ifindex: u32) -> Option<Slot> {
         Slot { attachment, ..entry.read_volatile() }
     };
     if slot.ifindex == ifindex { Some(slot) } else { None }
+}
+
+/// Which events of flows are told, of [`level`].
+#[inline(always)]
+pub fn flow_log() -> u32 {
+    FLOW_LOG.load()
 }
 
 /// Index of the link-local services' TUN device.

@@ -7,7 +7,8 @@ use std::net::Ipv4Addr;
 use anyhow::{Context, Result};
 use warren_abi::wire::{GATEWAY, slot_address, slot_mac};
 use warren_dataplane::datapath::{
-    HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc,
+    FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions,
+    ProxyVpc,
 };
 use warren_netns::fleet::built;
 use warren_netns::netns::Namespace;
@@ -144,6 +145,7 @@ impl Warren {
             interface_prefix: PREFIX.to_owned(),
             flows: warren_dataplane::datapath::DEFAULT_FLOWS,
             timers: warren_dataplane::datapath::Timers::DEFAULT,
+            flow_log: FlowLogOptions::default(),
         };
         let proxy = ProxyOptions {
             bpffs: run.bpf().join("proxy"),

@@ -17,7 +17,8 @@ use rand_distr::{Distribution, Uniform, Zipf};
 use warren_bench::figures::{Figures, grid, median};
 use warren_bench::interrupt;
 use warren_dataplane::datapath::{
-    HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc, Timers,
+    FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions,
+    ProxyVpc, Timers,
 };
 use warren_netns::fleet::built;
 use warren_netns::netns::Namespace;
@@ -80,6 +81,7 @@ pub fn run(rounds: u32) -> Result<(Figures, Table)> {
         interface_prefix: PREFIX.to_owned(),
         flows: CASES.iter().map(|case| case.flows).max().unwrap_or(1) + MAPPINGS + 4096,
         timers: Timers::DEFAULT,
+        flow_log: FlowLogOptions::default(),
     };
     let proxy = ProxyOptions {
         bpffs: run.bpf().join("proxy"),

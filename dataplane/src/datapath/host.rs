@@ -1,6 +1,6 @@
 //! A host's data path.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap as StdHashMap};
 use std::fmt::{self, Debug, Formatter};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,7 @@ use warren_abi::maps::{self, layouts, names, programs};
 
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
+use super::flow_events::{FlowCounters, FlowEvents, FlowTotals};
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
@@ -33,12 +34,16 @@ const MAX_VPCS: u32 = 4096;
 /// Dropping it changes nothing: packets flow on.
 pub struct HostDatapath {
     slots: Vec<Slot>,
+    /// Indices in `slots`, by the TAP's.
+    by_ifindex: StdHashMap<u32, usize>,
     services: Interface,
     mtu: u16,
     timers: Timers,
     state: Mutex<State>,
     counters: Counters,
     flows: MapData,
+    flow_counters: FlowCounters,
+    flow_events: Mutex<Option<FlowEvents>>,
     /// Apart from the state: a sweep takes long, and attaching must not wait for it.
     programs: Mutex<Programs>,
 }
@@ -82,7 +87,12 @@ impl HostDatapath {
         let (slots, count) = (options.slots, options.flows);
         let mut programs = Programs::load(
             &options.object,
-            &Globals { underlay: &underlay, services: services.index, timers: options.timers },
+            &Globals {
+                underlay: &underlay,
+                services: services.index,
+                timers: options.timers,
+                flow_log: options.flow_log.events.bits(),
+            },
             Pins::open(&options.bpffs)?,
             &[
                 MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
@@ -97,6 +107,8 @@ impl HostDatapath {
                 MapSpec::new::<u32, maps::ServiceSlot>(names::SERVICE_SLOTS, room + 1)
                     .at_least(slots + 1),
                 MapSpec::new::<u32, u64>(names::ANSWERS, room + 1).at_least(slots + 1),
+                MapSpec::new::<(), ()>(names::FLOW_EVENTS, options.flow_log.bytes),
+                MapSpec::new::<u32, maps::FlowCounts>(names::FLOW_COUNTS, 1),
             ],
             &[
                 programs::TAP,
@@ -113,6 +125,8 @@ impl HostDatapath {
         let mut state = State { slots: table, vpcs, vnis };
         let counters = Counters::new(programs.map(names::DROPS)?);
         let flows = programs.flows()?;
+        let flow_counters = FlowCounters::new(&mut programs)?;
+        let flow_events = Mutex::new(Some(FlowEvents::new(&mut programs)?));
 
         let migration = Migration::begin(&mut programs)?;
         let _expedited = ExpeditedRcu::new();
@@ -127,12 +141,30 @@ impl HostDatapath {
         programs.commit()?;
         let (state, programs) = (Mutex::new(state), Mutex::new(programs));
         let timers = options.timers;
-        Ok(Self { slots, services, mtu, timers, state, counters, flows, programs })
+        let by_ifindex = slots.iter().map(|slot| slot.ifindex).zip(0..).collect();
+        Ok(Self {
+            slots,
+            by_ifindex,
+            services,
+            mtu,
+            timers,
+            state,
+            counters,
+            flows,
+            flow_counters,
+            flow_events,
+            programs,
+        })
     }
 
     /// The slots, by number.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// The slot whose TAP has this index.
+    pub fn slot_of(&self, ifindex: u32) -> Option<&Slot> {
+        self.slots.get(*self.by_ifindex.get(&ifindex)?)
     }
 
     /// Opens a slot's TAP for a VMM: non-blocking, virtio-net header of 12 bytes, no offloads.
@@ -256,6 +288,16 @@ impl HostDatapath {
         Ok(found)
     }
 
+    /// How many flows began and ended, and events of them that were lost.
+    pub fn flow_totals(&self) -> Result<FlowTotals, Error> {
+        self.flow_counters.read()
+    }
+
+    /// The events of flows, for one reader: none, if they were taken before.
+    pub fn flow_events(&self) -> Option<FlowEvents> {
+        self.flow_events.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// How many flows are in the table, those included that ended since the last sweep.
     pub fn flows(&self) -> Result<u32, Error> {
         let mut count = 0;
@@ -323,6 +365,11 @@ fn check_options(options: &HostOptions) -> Result<(), Error> {
     }
     if options.flows == 0 || options.flows > 1 << 26 {
         return Err(Error::invalid("number of flows", options.flows, "give 1 to 67108864"));
+    }
+    let bytes = options.flow_log.bytes;
+    if !(4096..=1 << 30).contains(&bytes) || !bytes.is_power_of_two() {
+        let remedy = "give a power of two from 4096 to 1073741824";
+        return Err(Error::invalid("size of the buffer of flow events", bytes, remedy));
     }
     Ok(())
 }

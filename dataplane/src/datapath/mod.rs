@@ -18,6 +18,7 @@ use warren_proto::route::{InvalidTable, Route};
 
 mod counters;
 mod expedited;
+mod flow_events;
 mod host;
 mod migrate;
 mod netlink;
@@ -34,6 +35,7 @@ mod underlay;
 mod undo;
 mod verdicts;
 
+pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
 pub use proxy::ProxyDatapath;
 
@@ -58,6 +60,8 @@ pub struct HostOptions {
     /// How long flows may be idle. Flows that are there keep to the timers of whoever opens the
     /// data path last.
     pub timers: Timers,
+    /// What programs tell of flows.
+    pub flow_log: FlowLogOptions,
 }
 
 /// What [`HostOptions::flows`] is best set to: 131,072, which take about 25 MB.

@@ -70,6 +70,8 @@ pub(super) struct Globals<'a> {
     pub services: u32,
     /// How long flows may be idle.
     pub timers: Timers,
+    /// Which events of flows are told, of [`level`](warren_abi::flowlog::level); none on a proxy.
+    pub flow_log: u32,
 }
 
 /// The programs, loaded, over the pinned maps.
@@ -102,7 +104,8 @@ impl Programs {
             .btf(None)
             .override_global("UNDERLAY", globals.underlay, true)
             .override_global("SERVICES", &globals.services, true)
-            .override_global("TIMERS", &globals.timers, true);
+            .override_global("TIMERS", &globals.timers, true)
+            .override_global("FLOW_LOG", &globals.flow_log, true);
         if migrating {
             loader.map_max_entries(names::PASSED, migrate::PASSED);
         }

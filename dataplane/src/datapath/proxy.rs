@@ -69,7 +69,7 @@ impl ProxyDatapath {
         let [routes, cache] = routes::map_specs();
         let mut programs = Programs::load(
             &options.object,
-            &Globals { underlay: &underlay, services: 0, timers: Timers::DEFAULT },
+            &Globals { underlay: &underlay, services: 0, timers: Timers::DEFAULT, flow_log: 0 },
             Pins::open(&options.bpffs)?,
             &[
                 routes,

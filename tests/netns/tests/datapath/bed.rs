@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use warren_dataplane::datapath::{
-    DEFAULT_FLOWS, DropCount, DropReason, HostDatapath, HostOptions, HostVpc, PortRange,
-    ProxyDatapath, ProxyOptions, ProxyVpc, Timers,
+    DEFAULT_FLOWS, DropCount, DropReason, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions,
+    HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc, Timers,
 };
 use warren_netns::fleet::built;
 use warren_netns::rundir::RunDir;
@@ -28,6 +28,8 @@ pub struct Bed {
     pub timers: Timers,
     pub host: Option<HostDatapath>,
     pub proxy: Option<ProxyDatapath>,
+    /// Of the host, when it is opened.
+    pub flow_log: FlowLogOptions,
 }
 
 impl Bed {
@@ -46,7 +48,8 @@ impl Bed {
     pub fn closed() -> Self {
         let topology = Topology::new().expect("the topology can be made");
         let run = RunDir::new().expect("a BPF file system can be mounted");
-        Self { topology, run, timers: Timers::DEFAULT, host: None, proxy: None }
+        let flow_log = FlowLogOptions { events: FlowLogLevel::All, ..FlowLogOptions::default() };
+        Self { topology, run, timers: Timers::DEFAULT, host: None, proxy: None, flow_log }
     }
 
     /// Opens both data paths, as they would be by a process that starts.
@@ -81,6 +84,7 @@ impl Bed {
             interface_prefix: "wrn".to_owned(),
             flows: DEFAULT_FLOWS,
             timers: self.timers,
+            flow_log: self.flow_log,
         }
     }
 

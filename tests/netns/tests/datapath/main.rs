@@ -3,6 +3,7 @@
 
 mod answers;
 mod bed;
+mod flowlog;
 mod flows;
 mod guest;
 mod hairpin;
