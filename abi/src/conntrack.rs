@@ -12,6 +12,9 @@
 //! entry of both tables under no peer, and the flows from that port of the guest's all have its
 //! port. The flows are the filter: only their peers get through. A flow keeps its mapping alive.
 //!
+//! A flow of a slot with a [`policy`](crate::policy) is judged before it begins, and once after each
+//! change of the rules. One that is not allowed any more is as good as expired.
+//!
 //! A port whose flow ended rests. If there is no other, a new flow takes the one of the flow that
 //! was idle longest, and is over ([`FlowState::is_over`]).
 
@@ -20,7 +23,7 @@ use core::num::NonZeroU32;
 use crate::drop::Drop;
 use crate::flow::{Direction, FlowState, Timers, tcp};
 use crate::flowlog::What;
-use crate::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
+use crate::maps::{Attachment, Flow, Guard, InFlow, InKey, OutKey, Slot, Traffic};
 use crate::nat::probe_port;
 use crate::wire::{Be16, Ip, TCP, UDP};
 
@@ -58,6 +61,19 @@ pub trait Tables: Sized {
     fn timers(&self) -> &Timers;
     /// Whose flows in a VPC are those of an interface.
     fn slot(&self, vni: u32, ifindex: u32) -> Option<Slot>;
+    /// Whether the policy of a slot, which must be of this epoch, allows the flow.
+    ///
+    /// # Errors
+    /// If the policy is not there.
+    fn is_allowed(&self, guard: Guard, epoch: u32, key: OutKey) -> Result<bool, Drop>;
+    /// Calls [`judge`], wherever there is room for it.
+    ///
+    /// # Errors
+    /// Its.
+    #[inline(always)]
+    fn judge(&self, slot: &Slot, key: OutKey) -> Result<(), Drop> {
+        judge(self, slot.guard, slot.epoch, key)
+    }
     /// Whether a flow that is not there may begin, or may be known elsewhere.
     #[inline(always)]
     fn may_begin(&self, _key: OutKey) -> bool {
@@ -97,6 +113,10 @@ pub trait Tables: Sized {
     fn end(&self, flow: Self::Flow, direction: Direction) -> u32;
     /// Enters the sequence number after the FIN that is sent in this direction.
     fn set_end(&self, flow: Self::Flow, direction: Direction, end: u32);
+    /// The epoch under which a flow was last judged.
+    fn judged(&self, flow: Self::Flow) -> u32;
+    /// Enters it.
+    fn set_judged(&self, flow: Self::Flow, epoch: u32);
     /// Adds to what the guest sent.
     fn sent(&self, flow: Self::Flow, traffic: Traffic);
 
@@ -118,6 +138,8 @@ pub trait Tables: Sized {
     fn read(&self, claim: Self::Claim) -> InFlow;
     /// Enters the tick in which a reply last refreshed the flow.
     fn set_refreshed(&self, claim: Self::Claim, tick: u32);
+    /// Enters the epoch under which its flow was last found to be allowed.
+    fn set_claim_judged(&self, claim: Self::Claim, epoch: u32);
     /// Adds to what the guest received.
     fn received(&self, claim: Self::Claim, traffic: Traffic);
 }
@@ -177,6 +199,7 @@ pub struct Wanted {
     sent: Traffic,
     now: u32,
     random: u32,
+    epoch: u32,
 }
 
 impl Wanted {
@@ -188,8 +211,8 @@ impl Wanted {
     #[inline(always)]
     const fn back(&self) -> InFlow {
         let OutKey { ifindex, generation, guest_port, .. } = self.key;
-        let (refreshed, received) = (self.now, Traffic::NONE);
-        InFlow { ifindex, generation, refreshed, guest_port, reserved: 0, received }
+        let (refreshed, judged) = (self.now, self.epoch as u16);
+        InFlow { ifindex, generation, refreshed, guest_port, judged, received: Traffic::NONE }
     }
 
     #[inline(always)]
@@ -197,8 +220,8 @@ impl Wanted {
         let state = FlowState::begin(self.key.protocol as u8, self.now, self.random);
         let state = if self.key.is_mapping() { state.of_mapping() } else { state };
         let (vni, check) = (self.vni, self.key.check());
-        let (sent, began) = (self.sent, self.now);
-        Flow { state, vni, port, check, sent, ends: [0; 2], began, judged: 0 }
+        let (sent, began, judged) = (self.sent, self.now, self.epoch);
+        Flow { state, vni, port, check, sent, ends: [0; 2], began, judged }
     }
 }
 
@@ -223,14 +246,18 @@ pub fn outward<T: Tables>(
     };
     let now = tables.now();
     let mut resumed = Be16(0);
-    if resume(tables, key, segment, now, &mut resumed)? {
+    if resume(tables, slot, key, segment, now, &mut resumed)? {
         return Ok(resumed);
     }
     if !FlowState::can_begin(segment.protocol, segment.flags) || !tables.may_begin(key) {
         return Err(Drop::NoFlow);
     }
+    if slot.epoch != 0 {
+        tables.judge(slot, key)?;
+    }
     let (vni, random, sent) = (slot.attachment.vni(), tables.random(), segment.traffic);
-    let wanted = |key, sent| Wanted { key, vni, ports, sent, now, random };
+    let epoch = slot.epoch;
+    let wanted = |key, sent| Wanted { key, vni, ports, sent, now, random, epoch };
     let is_udp = segment.protocol == UDP;
     let mut port = None;
     if is_udp {
@@ -244,7 +271,7 @@ pub fn outward<T: Tables>(
         Some(port) if is_udp => tables.with(wanted(key, sent), |search| join(tables, search, port)),
         Some(port) => Ok(port),
         // Another CPU was faster.
-        None if resume(tables, key, segment, now, &mut resumed)? => Ok(resumed),
+        None if resume(tables, slot, key, segment, now, &mut resumed)? => Ok(resumed),
         None => Err(Drop::Internal),
     }
 }
@@ -256,12 +283,14 @@ pub fn outward<T: Tables>(
 #[inline(always)]
 fn resume<T: Tables>(
     tables: &T,
+    slot: &Slot,
     key: OutKey,
     segment: &Segment,
     now: u32,
     resumed: &mut Be16,
 ) -> Result<bool, Drop> {
-    let Some(Entered { flow, state, .. }) = refresh(tables, key, Direction::Out, segment, now)?
+    let Some(Entered { flow, state, .. }) =
+        refresh(tables, slot, key, Direction::Out, segment, now)?
     else {
         return Ok(false);
     };
@@ -545,16 +574,19 @@ fn remove<T: Tables>(tables: &T, key: OutKey, vni: u32, port: Be16, why: What) {
 pub fn inward<T: Tables>(tables: &T, vni: u32, segment: &Segment) -> Result<Receiver, (u32, Drop)> {
     let Segment { peer, peer_port, local_port: port, protocol, .. } = *segment;
     let key = InKey { vni, peer, peer_port, port, protocol: protocol as u32 };
-    let (claim, InFlow { ifindex, generation, refreshed, guest_port, .. }, slot) =
-        find(tables, key, Drop::NoFlow)?;
+    let (claim, found, slot) = find(tables, key, Drop::NoFlow)?;
+    let InFlow { refreshed, guest_port, judged, .. } = found;
 
-    // The state is the other table's: look there from time to time, and when TCP turns.
+    // The state is the other table's: look there from time to time, when TCP turns, and when rules
+    // changed.
     let now = tables.now();
     let grain = tables.timers().grain(protocol);
-    if is_due(refreshed, now, grain) || segment.flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0 {
-        let protocol = protocol as u32;
-        let key = OutKey { ifindex, generation, peer, guest_port, peer_port, protocol };
-        let state = match refresh(tables, key, Direction::In, segment, now) {
+    let is_judged = judged == slot.epoch as u16;
+    if is_due(refreshed, now, grain)
+        || !is_judged
+        || segment.flags & (tcp::SYN | tcp::FIN | tcp::RST) != 0
+    {
+        let state = match refresh(tables, &slot, key.flow(&found), Direction::In, segment, now) {
             Ok(Some(Entered { state, .. })) => state,
             Ok(None) => return Err((slot.number, Drop::NoFlow)),
             Err(reason) => return Err((slot.number, reason)),
@@ -563,6 +595,9 @@ pub fn inward<T: Tables>(tables: &T, vni: u32, segment: &Segment) -> Result<Rece
         let tick = if state.is_closing() { now.wrapping_sub(grain) } else { now };
         if refreshed != tick {
             tables.set_refreshed(claim, tick);
+        }
+        if !is_judged {
+            tables.set_claim_judged(claim, slot.epoch);
         }
     }
     tables.received(claim, segment.traffic);
@@ -601,10 +636,13 @@ fn find<T: Tables>(
 /// refresh nor end a flow (RFC 5508, REQ-6).
 ///
 /// # Errors
-/// If there is no such flow.
+/// If there is no such flow, or it is not allowed.
 #[inline(always)]
-pub fn error_outward<T: Tables>(tables: &T, key: OutKey) -> Result<Be16, Drop> {
+pub fn error_outward<T: Tables>(tables: &T, slot: &Slot, key: OutKey) -> Result<Be16, Drop> {
     let flow = tables.flow(key).ok_or(Drop::IcmpError)?;
+    if tables.judged(flow) != slot.epoch {
+        tables.judge(slot, key)?;
+    }
     Ok(tables.place(flow).1)
 }
 
@@ -615,6 +653,9 @@ pub fn error_outward<T: Tables>(tables: &T, key: OutKey) -> Result<Be16, Drop> {
 #[inline(always)]
 pub fn error_inward<T: Tables>(tables: &T, key: InKey) -> Result<Receiver, (u32, Drop)> {
     let (_, flow, slot) = find(tables, key, Drop::IcmpError)?;
+    if flow.judged != slot.epoch as u16 {
+        tables.judge(&slot, key.flow(&flow)).map_err(|reason| (slot.number, reason))?;
+    }
     Ok(Receiver { slot, port: flow.guest_port })
 }
 
@@ -632,12 +673,13 @@ struct Entered<F> {
 #[inline(always)]
 fn refresh<T: Tables>(
     tables: &T,
+    slot: &Slot,
     key: OutKey,
     direction: Direction,
     segment: &Segment,
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
-    let found = enter(tables, key, direction, Some(segment), now)?;
+    let found = enter(tables, key, direction, Some((slot, segment)), now)?;
     if let Some(Entered { before, .. }) = found
         && key.protocol == UDP as u32
         && before != now
@@ -659,17 +701,17 @@ const fn is_mapping_due(before: u32, now: u32, grain: u32) -> bool {
     }
 }
 
-/// Enters a packet into the state of a flow, or of a mapping (without a segment); none if it is
-/// not there.
+/// Enters a packet into the state of a flow, which it has judged if rules changed, or of a mapping
+/// (without a packet); none if it is not there.
 #[inline(always)]
 fn enter<T: Tables>(
     tables: &T,
     key: OutKey,
     direction: Direction,
-    segment: Option<&Segment>,
+    packet: Option<(&Slot, &Segment)>,
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
-    let flags = segment.map_or(0, |segment| segment.flags);
+    let flags = packet.map_or(0, |(_, segment)| segment.flags);
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         attempt += 1;
@@ -686,8 +728,17 @@ fn enter<T: Tables>(
         if found.is_ended() {
             return Err(Drop::NoFlow);
         }
+        if direction == Direction::In
+            && found.last_tick() != now
+            && found.is_expired(key.protocol as u8, tables.timers(), now)
+        {
+            return Ok(None);
+        }
         let mut all = false;
-        if let Some(Segment { next, acknowledged, .. }) = segment {
+        if let Some((slot, Segment { next, acknowledged, .. })) = packet {
+            if tables.judged(flow) != slot.epoch {
+                tables.judge(slot, key)?;
+            }
             if flags & tcp::FIN != 0 {
                 // Before the mark: who sees that, sees this.
                 tables.set_end(flow, direction, *next);
@@ -696,18 +747,40 @@ fn enter<T: Tables>(
                 all = *acknowledged == tables.end(flow, direction.reversed());
             }
         }
-        if direction == Direction::In
-            && found.last_tick() != now
-            && found.is_expired(key.protocol as u8, tables.timers(), now)
-        {
-            return Ok(None);
-        }
         let state = found.after(direction, flags, all, now);
         if state == found || tables.exchange(flow, found, state) {
             return Ok(Some(Entered { flow, state, before: found.last_tick() }));
         }
     }
     Err(Drop::Internal)
+}
+
+/// Asks the slot's policy, if it has one, whether a flow that begins may be, or one that was last
+/// judged under another epoch. Such a one lapses if it is not allowed; then, and until the rules
+/// change, they are asked again at each packet of its guest's.
+///
+/// # Errors
+/// [`Drop::Denied`] if it is not allowed.
+#[inline(always)]
+pub fn judge<T: Tables>(tables: &T, guard: Guard, epoch: u32, key: OutKey) -> Result<(), Drop> {
+    let is_allowed = epoch == 0 || tables.is_allowed(guard, epoch, key)?;
+    if let Some(flow) = tables.flow(key) {
+        let found = tables.state(flow);
+        if tables.check(flow) == key.check() && !found.is_ended() {
+            if is_allowed {
+                tables.set_judged(flow, epoch);
+            } else {
+                let now = tables.now();
+                // If another packet was faster, the next one makes it lapse.
+                tables.exchange(
+                    flow,
+                    found,
+                    found.lapsed(key.protocol as u8, tables.timers(), now),
+                );
+            }
+        }
+    }
+    if is_allowed { Ok(()) } else { Err(Drop::Denied) }
 }
 
 /// What a sweep made of a flow.

@@ -86,6 +86,8 @@ reasons! {
     /// An ICMP error of the data path's own, beyond their rate: what it would have been about is
     /// counted as well.
     AnswerRate = "answer-rate",
+    /// The slot's security groups do not allow the flow.
+    Denied = "denied",
 }
 
 impl Drop {

@@ -128,6 +128,17 @@ impl FlowState {
         Self::pack(self.last_tick(), self.marks() | Self::ENDED)
     }
 
+    /// As if it had been idle for longer than it may be: nothing gets through from outside, and its
+    /// port rests. A packet of the guest's that may pass has it go on.
+    #[inline]
+    #[must_use]
+    pub const fn lapsed(self, protocol: u8, timers: &Timers, now: u32) -> Self {
+        if self.is_expired(protocol, timers, now) {
+            return self;
+        }
+        Self::pack(now.wrapping_sub(self.limit(protocol, timers)).wrapping_sub(1), self.marks())
+    }
+
     /// Whether one side began to close it: what is acknowledged from then on tells when it is
     /// finished.
     #[inline]

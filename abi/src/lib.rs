@@ -23,6 +23,7 @@ pub mod maps;
 pub mod microvm;
 pub mod mss;
 pub mod nat;
+pub mod policy;
 #[cfg(feature = "probe")]
 pub mod probe;
 pub mod rate;

@@ -6,6 +6,7 @@
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
 pub use crate::flowlog::{FlowCounts, FlowEvent};
+pub use crate::policy::{Guard, Policy, Rule};
 pub use crate::route::{CachedRoute, Route, RouteKey};
 use crate::wire::{Be16, Ip, Ipv4, Mac};
 
@@ -47,6 +48,10 @@ pub mod names {
     pub const FLOW_EVENTS: &str = "FLOW_EVENTS";
     /// Host, per CPU: [`FlowCounts`](super::FlowCounts), at index 0.
     pub const FLOW_COUNTS: &str = "FLOW_COUNTS";
+    /// Host: place -> [`Policy`](super::Policy). The first place is the loader's.
+    pub const POLICIES: &str = "POLICIES";
+    /// Host, per CPU: [`Rule::counter`](super::Rule::counter) -> how often it decided.
+    pub const RULE_HITS: &str = "RULE_HITS";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
@@ -120,8 +125,10 @@ pub struct Slot {
     pub address: Ipv4,
     /// MAC address of the guest.
     pub mac: Mac,
-    /// Zero.
-    pub reserved: [u8; 6],
+    /// What applies to its flows.
+    pub guard: Guard,
+    /// [`Policy::epoch`] of its policy; 0 without one.
+    pub epoch: u32,
 }
 
 /// VNI and generation, in one word that is read and written whole.
@@ -250,7 +257,7 @@ pub struct Flow {
     pub ends: [u32; 2],
     /// The tick in which it began.
     pub began: u32,
-    /// Under which state of the slot's policy it was last judged.
+    /// [`Slot::epoch`] when it was last judged.
     pub judged: u32,
 }
 
@@ -270,6 +277,17 @@ pub struct InKey {
     pub protocol: u32,
 }
 
+impl InKey {
+    /// The key of the flow that has this claim.
+    #[inline(always)]
+    #[must_use]
+    pub const fn flow(&self, claim: &InFlow) -> OutKey {
+        let Self { peer, peer_port, protocol, .. } = *self;
+        let InFlow { ifindex, generation, guest_port, .. } = *claim;
+        OutKey { ifindex, generation, peer, guest_port, peer_port, protocol }
+    }
+}
+
 /// Where a reply goes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,8 +300,8 @@ pub struct InFlow {
     pub refreshed: u32,
     /// The guest's port, or its ICMP echo identifier.
     pub guest_port: Be16,
-    /// Zero.
-    pub reserved: u16,
+    /// The low bits of [`Slot::epoch`] when the flow was last found to be allowed.
+    pub judged: u16,
     /// What the guest received.
     pub received: Traffic,
 }
@@ -420,7 +438,8 @@ mod pod {
         Ipv4,
         RouteKey,
         Route,
-        ServiceSlot
+        ServiceSlot,
+        Policy
     );
 }
 
@@ -446,5 +465,7 @@ without_padding!(
     RouteKey = 20,
     Route = 20,
     CachedRoute = 48,
-    ServiceSlot = 16
+    ServiceSlot = 16,
+    Rule = 48,
+    Policy = 6164
 );

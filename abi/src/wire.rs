@@ -68,6 +68,12 @@ impl Ip {
         if a == 0 && b == 0 && c == Self::MAPPED[2] { Some(Ipv4(d)) } else { None }
     }
 
+    /// The version of IP that it is of: 4 or 6.
+    #[inline(always)]
+    pub const fn family(&self) -> u8 {
+        if self.to_v4().is_some() { 4 } else { 6 }
+    }
+
     /// Whether it is `::`.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
@@ -217,6 +223,8 @@ pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
+/// IP protocol number of `ICMPv6`.
+pub const ICMPV6: u8 = 58;
 
 /// UDP port of VXLAN (RFC 7348, section 8).
 pub const VXLAN_PORT: u16 = 4789;

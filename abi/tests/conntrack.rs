@@ -1,7 +1,7 @@
 //! The decisions about flows, over plain tables: random traffic against a simple model, and threads
 //! that compete for ports.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -12,9 +12,9 @@ use warren_abi::conntrack::{
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, Timers, tcp};
 use warren_abi::flowlog::What;
-use warren_abi::maps::{Attachment, Flow, InFlow, InKey, OutKey, Slot, Traffic};
+use warren_abi::maps::{Attachment, Flow, Guard, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
-use warren_abi::wire::{Be16, Ip, Ipv4, Mac, TCP, UDP};
+use warren_abi::wire::{Be16, ICMP, Ip, Ipv4, Mac, TCP, UDP};
 
 const VNI: u32 = 7;
 const PORTS: Ports = Ports { base: 4096, count: 64 };
@@ -41,6 +41,9 @@ struct Plain {
     clock: AtomicU32,
     dice: AtomicU32,
     generation: AtomicU32,
+    /// The policy of all slots, which changes with its epoch: peers that no flow may have.
+    epoch: AtomicU32,
+    denied: Mutex<HashSet<[u32; 4]>>,
 }
 
 #[derive(Default)]
@@ -68,6 +71,13 @@ impl Plain {
         self.memory.lock().expect("nobody panics with it")
     }
 
+    /// Changes the policy.
+    fn deny(&self, peers: &[u32]) {
+        let peers = peers.iter().map(|&peer| Ip::v4(Ipv4(peer)).0).collect();
+        *self.denied.lock().expect("nobody panics with it") = peers;
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
     fn slot(&self, number: u32) -> Slot {
         let generation = self.generation.load(Ordering::SeqCst);
         Slot {
@@ -76,7 +86,8 @@ impl Plain {
             number,
             address: Ipv4(number),
             mac: Mac::default(),
-            reserved: [0; 6],
+            guard: Guard::NONE,
+            epoch: self.epoch.load(Ordering::SeqCst),
         }
     }
 }
@@ -97,6 +108,9 @@ impl Tables for Plain {
     }
     fn slot(&self, _: u32, ifindex: u32) -> Option<Slot> {
         Some(Self::slot(self, ifindex))
+    }
+    fn is_allowed(&self, _: Guard, _: u32, key: OutKey) -> Result<bool, Drop> {
+        Ok(!self.denied.lock().expect("nobody panics with it").contains(&key.peer.0))
     }
     fn probe(&self, search: &mut Search) {
         for probe in 0..MAX_PROBES {
@@ -147,6 +161,12 @@ impl Tables for Plain {
     fn set_end(&self, flow: usize, direction: Direction, end: u32) {
         self.lock().flow_slots[flow].1.ends[usize::from(direction == Direction::In)] = end;
     }
+    fn judged(&self, flow: usize) -> u32 {
+        self.lock().flow_slots[flow].1.judged
+    }
+    fn set_judged(&self, flow: usize, epoch: u32) {
+        self.lock().flow_slots[flow].1.judged = epoch;
+    }
     fn sent(&self, flow: usize, traffic: Traffic) {
         self.lock().flow_slots[flow].1.sent.packets += traffic.packets;
     }
@@ -179,6 +199,9 @@ impl Tables for Plain {
     }
     fn set_refreshed(&self, claim: usize, tick: u32) {
         self.lock().claim_slots[claim].refreshed = tick;
+    }
+    fn set_claim_judged(&self, claim: usize, epoch: u32) {
+        self.lock().claim_slots[claim].judged = epoch as u16;
     }
     fn received(&self, claim: usize, traffic: Traffic) {
         self.lock().claim_slots[claim].received.packets += traffic.packets;
@@ -429,8 +452,75 @@ fn each_end_is_told_with_its_reason() {
     assert!(ends.len() == 4 && ends.iter().all(|why| *why == What::Detached), "{ends:?}");
 }
 
+#[test]
+fn a_change_of_rules_concerns_flows_that_live_both_ways_at_once() {
+    let tables = Plain::default();
+    for (protocol, flags) in [(TCP, tcp::SYN), (UDP, 0), (ICMP, 0)] {
+        let send = |peer, flags| {
+            let slot = Plain::slot(&tables, 1);
+            outward(&tables, &slot, PORTS, &segment(protocol, peer, Be16(5), flags))
+        };
+        let more = if protocol == TCP { tcp::ACK } else { 0 };
+        let reply = |peer, port| inward(&tables, VNI, &segment(protocol, peer, port, more));
+        let (good, bad) = (send(1, flags), send(2, flags));
+        let (good, bad) = (good.expect("it may be"), bad.expect("it may be"));
+        reply(1, good).expect("it is the flow's");
+        reply(2, bad).expect("it is the flow's");
+
+        // The guest's packet and the peer's meet it first, in turn.
+        tables.deny(&[2]);
+        assert_eq!(send(2, more), Err(Drop::Denied));
+        assert_eq!(reply(2, bad), Err((1, Drop::NoFlow)));
+        assert_eq!(send(1, more), Ok(good));
+        reply(1, good).expect("it is the flow's");
+        tables.deny(&[]);
+        assert_eq!(send(2, more), Ok(bad), "it goes on if it may in time");
+        reply(2, bad).expect("it is the flow's");
+        tables.deny(&[2, 3]);
+        assert_eq!(reply(2, bad), Err((1, Drop::Denied)));
+        assert_eq!(reply(2, bad), Err((1, Drop::NoFlow)));
+        assert_eq!(send(2, more), Err(Drop::Denied));
+        reply(1, good).expect("it is the flow's");
+
+        // One that may not begin has no port.
+        let before = tables.lock().claims.len();
+        assert_eq!(send(3, flags), Err(Drop::Denied));
+        assert_eq!(tables.lock().claims.len(), before);
+        check(&tables);
+        tables.deny(&[]);
+    }
+}
+
+#[test]
+fn a_flow_that_is_denied_gives_its_port_back() {
+    let tables = Plain::default();
+    let syn = |port, peer| {
+        let slot = Plain::slot(&tables, 1);
+        outward(&tables, &slot, PORTS, &segment(TCP, peer, Be16(port), tcp::SYN))
+    };
+    let ports: Vec<Be16> = (0..64).map(|port| syn(port, 1).expect("there is one left")).collect();
+    assert_eq!(syn(64, 1), Err(Drop::PortsExhausted));
+    // Guests that have none of it are refused, and what one has is taken if there is no other.
+    tables.deny(&[1]);
+    assert_eq!(syn(7, 1), Err(Drop::Denied));
+    tables.deny(&[]);
+    assert_eq!(syn(64, 1), Ok(ports[7]));
+    // Otherwise it rests, and is swept.
+    tables.deny(&[1]);
+    for port in 0..65 {
+        assert_eq!(syn(port, 1), Err(Drop::Denied));
+    }
+    sweep(&tables);
+    assert_eq!(tables.lock().flows.len(), 64);
+    tables.clock.fetch_add(Timers::DEFAULT.rest + 1, Ordering::SeqCst);
+    sweep(&tables);
+    assert_eq!(tables.lock().flows.len(), 0);
+    check(&tables);
+}
+
 #[derive(Clone, Debug)]
 enum Act {
+    Deny(Vec<u32>),
     Send { guest: u32, udp: bool, peer: u32, port: u16, flags: u8 },
     Reply { of: usize, flags: u8 },
     Wait(u32),
@@ -451,6 +541,7 @@ fn act() -> impl Strategy<Value = Act> {
             .prop_map(|(guest, udp, peer, port, flags)| Act::Send { guest, udp, peer, port, flags }),
         8 => (any::<prop::sample::Index>(), flags)
             .prop_map(|(of, flags)| Act::Reply { of: of.index(1 << 16), flags }),
+        1 => prop::sample::subsequence(vec![1, 2], 0..=2).prop_map(Act::Deny),
         2 => (0u32..400).prop_map(Act::Wait),
         1 => Just(Act::Sweep),
         1 => Just(Act::Reattach),
@@ -458,14 +549,16 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    /// A reply reaches exactly who last sent from the port to the peer, or nobody; UDP's ports do
-    /// not depend on the peer; and when all is idle, nothing is left.
+    /// A reply reaches exactly who last sent from the port to the peer, or nobody; nothing passes to
+    /// or from a peer that is denied; UDP's ports do not depend on the peer; and when all is idle,
+    /// nothing is left.
     #[test]
     fn traffic_of_all_kinds_keeps_to_the_model(acts in prop::collection::vec(act(), 1..300)) {
         let tables = Plain::default();
         // (protocol, peer, external port) -> who sent from there last.
         let mut senders: HashMap<(u8, u32, u16), (u32, u32, u16)> = HashMap::new();
         let mut sent = Vec::new();
+        let mut denied: Vec<u32> = Vec::new();
         for act in acts {
             let generation = tables.generation.load(Ordering::SeqCst);
             match act {
@@ -475,6 +568,7 @@ proptest! {
                     let packet = segment(protocol, peer, Be16(port), flags);
                     if let Ok(external) = outward(&tables, &slot, PORTS, &packet) {
                         prop_assert!((4096..4160).contains(&external.get()));
+                        prop_assert!(!denied.contains(&peer));
                         senders.insert((protocol, peer, external.0), (guest, generation, port));
                         sent.push((protocol, peer, external));
                     }
@@ -486,9 +580,14 @@ proptest! {
                     let (protocol, peer, port) = sent[of % sent.len()];
                     let flags = if protocol == TCP { flags } else { 0 };
                     if let Ok(to) = inward(&tables, VNI, &segment(protocol, peer, port, flags)) {
+                        prop_assert!(!denied.contains(&peer));
                         let found = (to.slot.number, to.slot.attachment.generation(), to.port.0);
                         prop_assert_eq!(found, senders[&(protocol, peer, port.0)]);
                     }
+                }
+                Act::Deny(peers) => {
+                    tables.deny(&peers);
+                    denied = peers;
                 }
                 Act::Wait(ticks) => {
                     tables.clock.fetch_add(ticks, Ordering::SeqCst);

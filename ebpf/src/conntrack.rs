@@ -15,14 +15,14 @@ use warren_abi::family::Family;
 use warren_abi::flow::{Direction, FlowState, Timers, tick};
 use warren_abi::flowlog::What;
 use warren_abi::icmp::Subject;
-use warren_abi::maps::{Flow, FlowEvent, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
+use warren_abi::maps::{Flow, FlowEvent, Guard, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip};
 
 use crate::flowlog::{warren_flow_begun, warren_flow_ended};
 use crate::maps::{CT_IN, CT_OUT, SCRATCH, slot_in, timers};
-use crate::migration;
 use crate::parse::Packet;
+use crate::{migration, policy};
 
 const EEXIST: i32 = -17;
 
@@ -51,7 +51,7 @@ pub fn error_outward<F: Family>(slot: &Slot, subject: &Subject<F::Address>) -> R
         peer_port: subject.peer_port,
         protocol: subject.protocol as u32,
     };
-    conntrack::error_outward(&Maps::open()?, key)
+    conntrack::error_outward(&Maps::open()?, slot, key)
 }
 
 /// Whom an ICMP error from the VPC is for.
@@ -117,6 +117,29 @@ extern "C" fn probe(index: u64, _: *mut c_void) -> i64 {
 pub extern "C" fn warren_probe() -> u32 {
     // SAFETY: the callback takes nothing.
     unsafe { bpf_loop(MAX_PROBES, probe as *mut c_void, null_mut(), 0) as u32 }
+}
+
+/// What [`warren_judge`] says.
+const ALLOWED: u32 = 0;
+const DENIED: u32 = 1;
+const MISSING: u32 = 2;
+
+/// Judges the flow whose key this CPU's scratch holds.
+///
+/// A global function: the verifier looks at it once, not with each of the many ways to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn warren_judge(guard: u32, epoch: u32) -> u32 {
+    let Ok(maps) = Maps::open() else {
+        return MISSING;
+    };
+    // SAFETY: it is a map value, and nobody else's at this time.
+    let key = unsafe { (&raw const (*maps.scratch).flow_key).read() };
+    match conntrack::judge(&maps, Guard(guard as u16), epoch, key) {
+        Ok(()) => ALLOWED,
+        Err(Drop::Denied) => DENIED,
+        Err(_) => MISSING,
+    }
 }
 
 impl Maps {
@@ -195,6 +218,21 @@ impl Tables for Maps {
     #[inline(always)]
     fn may_begin(&self, key: OutKey) -> bool {
         !migration::is_formers(self.put_flow_key(key))
+    }
+
+    #[inline(always)]
+    fn is_allowed(&self, guard: Guard, epoch: u32, key: OutKey) -> Result<bool, Drop> {
+        policy::is_allowed(guard, epoch, self.put_flow_key(key))
+    }
+
+    #[inline(always)]
+    fn judge(&self, slot: &Slot, key: OutKey) -> Result<(), Drop> {
+        self.put_flow_key(key);
+        match warren_judge(slot.guard.0 as u32, slot.epoch) {
+            ALLOWED => Ok(()),
+            DENIED => Err(Drop::Denied),
+            _ => Err(Drop::Internal),
+        }
     }
 
     #[inline(always)]
@@ -284,6 +322,19 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn judged(&self, flow: *mut Flow) -> u32 {
+        // SAFETY: it is a map value.
+        unsafe { (&raw const (*flow).judged).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn set_judged(&self, flow: *mut Flow, epoch: u32) {
+        // SAFETY: it is a map value. One that is recycled meanwhile was judged when it began: if
+        // its slot is of another epoch, it is judged again.
+        unsafe { (&raw mut (*flow).judged).write_volatile(epoch) }
+    }
+
+    #[inline(always)]
     fn sent(&self, flow: *mut Flow, traffic: Traffic) {
         // SAFETY: it is a map value. One that is recycled meanwhile counts a packet too many.
         unsafe { add(&raw mut (*flow).sent, traffic) }
@@ -323,6 +374,12 @@ impl Tables for Maps {
     fn set_refreshed(&self, claim: *mut InFlow, tick: u32) {
         // SAFETY: it is a map value.
         unsafe { (&raw mut (*claim).refreshed).write_volatile(tick) }
+    }
+
+    #[inline(always)]
+    fn set_claim_judged(&self, claim: *mut InFlow, epoch: u32) {
+        // SAFETY: it is a map value; as of `set_judged`.
+        unsafe { (&raw mut (*claim).judged).write_volatile(epoch as u16) }
     }
 
     #[inline(always)]

@@ -32,6 +32,7 @@ mod migration;
 mod mss;
 mod nat;
 mod parse;
+mod policy;
 mod route;
 mod services;
 mod sweep;

@@ -9,8 +9,8 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use warren_abi::flow::Timers;
 use warren_abi::flowlog::level;
 use warren_abi::maps::{
-    BlockKey, CachedRoute, Drops, Flow, FlowCounts, HostVpc, InFlow, InKey, OutKey, ProxyVpc,
-    Route, RouteKey, ServiceSlot, Slot, Underlay,
+    BlockKey, CachedRoute, Drops, Flow, FlowCounts, Guard, HostVpc, InFlow, InKey, OutKey, Policy,
+    ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
 };
 use warren_abi::services;
 use warren_abi::wire::{Ipv4, Mac};
@@ -64,6 +64,10 @@ pub static ANSWERS: Array<u64> = Array::with_max_entries(1, 0);
 pub static FLOW_EVENTS: RingBuf = RingBuf::with_byte_size(4096, 0);
 #[map]
 pub static FLOW_COUNTS: PerCpuArray<FlowCounts> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static POLICIES: Array<Policy> = Array::with_max_entries(1, 0);
+#[map]
+pub static RULE_HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]
@@ -92,12 +96,13 @@ pub fn slot(ifindex: u32) -> Option<Slot> {
     let entry = SLOTS.get_ptr(ifindex)?;
     // SAFETY: the verifier checked the pointer for null; map values stay readable to the end of
     // the program. Volatile, because an entry that is replaced may be recycled for another TAP
-    // meanwhile: the attachment is read whole, and before the index that tells of it.
-    let slot = unsafe {
+    // meanwhile: the attachment is read whole, and all before the index that tells of it.
+    let (slot, found) = unsafe {
         let attachment = (&raw const (*entry).attachment).read_volatile();
-        Slot { attachment, ..entry.read_volatile() }
+        let slot = Slot { attachment, ifindex, ..entry.read_volatile() };
+        (slot, (&raw const (*entry).ifindex).read_volatile())
     };
-    if slot.ifindex == ifindex { Some(slot) } else { None }
+    if found == ifindex { Some(slot) } else { None }
 }
 
 /// Which events of flows are told, of [`level`].
@@ -128,6 +133,7 @@ pub fn daemon_in(vni: u32) -> Slot {
         address: services::address_in(vni),
         // Its device takes IP packets: the kernel takes the Ethernet header off.
         mac: Mac([0; 3]),
-        reserved: [0; 6],
+        guard: Guard::NONE,
+        epoch: 0,
     }
 }

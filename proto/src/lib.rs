@@ -1,6 +1,6 @@
 //! `warren.v1`: clients, servers and messages generated from `proto/warren/v1/*.proto`, where they
 //! are documented; [`endpoint`]: how a server is reached; [`server`]: how one is run; [`route`]: what
-//! makes a route table.
+//! makes a route table; [`policy`]: what makes a rule of a security group.
 #![deny(missing_docs)]
 
 /// Package `warren.v1`.
@@ -13,5 +13,6 @@ pub mod v1 {
 }
 
 pub mod endpoint;
+pub mod policy;
 pub mod route;
 pub mod server;

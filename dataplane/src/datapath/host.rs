@@ -1,6 +1,6 @@
 //! A host's data path.
 
-use std::collections::{BTreeSet, HashMap as StdHashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap as StdHashMap};
 use std::fmt::{self, Debug, Formatter};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
-use warren_abi::maps::{self, layouts, names, programs};
+use warren_abi::maps::{self, Guard, layouts, names, programs};
 
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
@@ -16,11 +16,13 @@ use super::flow_events::{FlowCounters, FlowEvents, FlowTotals};
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
+use super::policy::{self, Policies};
 use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
-    Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, PortRange, Slot, SweepReport,
-    check_address, check_vni, is_missing, services, sweep, tap, underlay,
+    Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId, PortRange,
+    Restrictions, Slot, SweepReport, check_address, check_vni, is_missing, services, sweep, tap,
+    underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -53,6 +55,7 @@ struct State {
     vpcs: HashMap<MapData, u32, maps::HostVpc>,
     /// The keys of `vpcs`: this process is the only one to write.
     vnis: BTreeSet<u32>,
+    policies: Policies,
 }
 
 impl Debug for HostDatapath {
@@ -85,6 +88,7 @@ impl HostDatapath {
 
         let room = options.slots.max(ROOM_FOR_SLOTS);
         let (slots, count) = (options.slots, options.flows);
+        let [policies, rule_hits] = policy::map_specs();
         let mut programs = Programs::load(
             &options.object,
             &Globals {
@@ -109,6 +113,8 @@ impl HostDatapath {
                 MapSpec::new::<u32, u64>(names::ANSWERS, room + 1).at_least(slots + 1),
                 MapSpec::new::<(), ()>(names::FLOW_EVENTS, options.flow_log.bytes),
                 MapSpec::new::<u32, maps::FlowCounts>(names::FLOW_COUNTS, 1),
+                policies,
+                rule_hits,
             ],
             &[
                 programs::TAP,
@@ -122,7 +128,8 @@ impl HostDatapath {
         let vpcs: HashMap<_, u32, maps::HostVpc> = programs.map(names::HOST_VPCS)?;
         let vnis = vpcs.keys().collect::<Result<_, _>>();
         let vnis = vnis.map_err(|source| Error::map(names::HOST_VPCS, source))?;
-        let mut state = State { slots: table, vpcs, vnis };
+        let policies = Policies::open(&mut programs)?;
+        let mut state = State { slots: table, vpcs, vnis, policies };
         let counters = Counters::new(programs.map(names::DROPS)?);
         let flows = programs.flows()?;
         let flow_counters = FlowCounters::new(&mut programs)?;
@@ -249,6 +256,16 @@ impl HostDatapath {
     /// nothing of it goes out as the new tenant's, attach only when that VMM has closed the TAP:
     /// when [`HostDatapath::open_tap`] succeeded again.
     pub fn attach(&self, slot: u32, vni: u32) -> Result<u32, Error> {
+        self.attach_restricted(slot, vni, &Restrictions::default())
+    }
+
+    /// As [`HostDatapath::attach`], with restrictions in force from the first packet on.
+    pub fn attach_restricted(
+        &self,
+        slot: u32,
+        vni: u32,
+        restrictions: &Restrictions,
+    ) -> Result<u32, Error> {
         let mut state = self.lock();
         let attachment = state.slots.attachment(slot)?;
         let (current, generation) = (attachment.vni(), attachment.generation().wrapping_add(1));
@@ -258,8 +275,19 @@ impl HostDatapath {
         if !state.vnis.contains(&vni) {
             return Err(Error::UnknownVpc(vni));
         }
-        state.slots.set(slot, maps::Attachment::new(vni, generation))?;
+        state.restrict(slot, maps::Attachment::new(vni, generation), restrictions)?;
         Ok(generation)
+    }
+
+    /// Puts other restrictions in the place of those of an attached slot: its live flows are judged
+    /// again, each at its next packet in either direction.
+    pub fn restrict(&self, slot: u32, restrictions: &Restrictions) -> Result<(), Error> {
+        let mut state = self.lock();
+        let attachment = state.slots.attachment(slot)?;
+        if attachment.vni() == 0 {
+            return Err(Error::Detached(slot));
+        }
+        state.restrict(slot, attachment, restrictions)
     }
 
     /// Disconnects a slot: one map write. Nothing if it is not attached.
@@ -269,7 +297,30 @@ impl HostDatapath {
         if attachment.vni() == 0 {
             return Ok(());
         }
-        state.slots.set(slot, maps::Attachment::new(0, attachment.generation()))
+        let detached = maps::Attachment::new(0, attachment.generation());
+        state.slots.set(slot, detached, (Guard::NONE, 0))
+    }
+
+    /// Makes a policy that slots can be given. It never changes: what is to take its place is
+    /// another one. A rule keeps its counter in another policy of its VPC.
+    pub fn add_policy(&self, policy: &Policy) -> Result<PolicyId, Error> {
+        self.lock().policies.add(policy)
+    }
+
+    /// Removes the policies that no slot has and that are not to be kept.
+    pub fn retain_policies(&self, keep: &[PolicyId]) -> Result<(), Error> {
+        let State { slots, policies, .. } = &mut *self.lock();
+        let used: BTreeSet<u32> = slots.guards().map(|(_, epoch)| epoch).collect();
+        policies.retain(|id| keep.contains(&id) || used.contains(&id.guard().1))
+    }
+
+    /// How often each rule of a VPC's policies decided: once for each flow that began, once for
+    /// each that a change of rules met, and for each packet that was denied. [`OTHERWISE`] is what
+    /// no rule was about.
+    ///
+    /// [`OTHERWISE`]: super::OTHERWISE
+    pub fn rule_hits(&self, vni: u32) -> Result<BTreeMap<u32, u64>, Error> {
+        self.lock().policies.hits(vni)
     }
 
     /// What a slot is attached to, read from the map.
@@ -355,6 +406,23 @@ impl HostDatapath {
     fn lock(&self) -> MutexGuard<'_, State> {
         // All writes are single map writes: a panic leaves nothing half done.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Writes what a slot is attached to, and what is in force for it.
+    fn restrict(
+        &mut self,
+        slot: u32,
+        attachment: maps::Attachment,
+        restrictions: &Restrictions,
+    ) -> Result<(), Error> {
+        let guard = match restrictions.policy {
+            None => (Guard::NONE, 0),
+            Some(id) if self.policies.contains(id) => id.guard(),
+            Some(_) => return Err(Error::UnknownPolicy(slot)),
+        };
+        self.slots.set(slot, attachment, guard)
     }
 }
 

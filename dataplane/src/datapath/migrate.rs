@@ -106,9 +106,9 @@ fn out_from_v1(key: &OutKeyV1, flow: &FlowV1) -> (maps::OutKey, maps::Flow) {
 fn in_from_v1(key: &InKeyV1, flow: &InFlowV1) -> (maps::InKey, maps::InFlow) {
     let InKeyV1 { vni, peer_port, port, protocol, .. } = *key;
     let key = maps::InKey { vni, peer: peer(key.peer), peer_port, port, protocol };
-    let InFlowV1 { ifindex, generation, refreshed, guest_port, reserved } = *flow;
-    let received = Traffic::NONE;
-    (key, maps::InFlow { ifindex, generation, refreshed, guest_port, reserved, received })
+    let InFlowV1 { ifindex, generation, refreshed, guest_port, .. } = *flow;
+    let (judged, received) = (0, Traffic::NONE);
+    (key, maps::InFlow { ifindex, generation, refreshed, guest_port, judged, received })
 }
 
 /// Whether there are flows of a former layout. [`Error::IncompatibleMap`] if there is a map of a

@@ -23,6 +23,7 @@ mod host;
 mod migrate;
 mod netlink;
 mod pins;
+mod policy;
 mod programs;
 mod proxy;
 mod routes;
@@ -37,6 +38,7 @@ mod verdicts;
 
 pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
+pub use policy::{OTHERWISE, Policy, PolicyId};
 pub use proxy::ProxyDatapath;
 
 /// How to open a host's data path.
@@ -148,6 +150,13 @@ pub struct Attachment {
     pub vni: u32,
     /// Differs from every other attachment of the slot, before and after.
     pub generation: u32,
+}
+
+/// What is in force for a slot; by default, nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Restrictions {
+    /// Which flows it may have; without one, all.
+    pub policy: Option<PolicyId>,
 }
 
 /// How many packets were dropped for a reason, since the maps were made.
@@ -266,6 +275,12 @@ pub enum Error {
         /// What the kernel said.
         source: Box<MapError>,
     },
+    /// The slot is in no VPC.
+    #[error("slot {0} is attached to no VPC: attach it first")]
+    Detached(u32),
+    /// The policy was removed, or is another host's.
+    #[error("the policy of slot {0} is not here: add it first")]
+    UnknownPolicy(u32),
     /// A VPC's routes make no table.
     #[error(transparent)]
     Routes(InvalidTable),

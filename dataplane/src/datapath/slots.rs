@@ -5,7 +5,7 @@ use std::collections::HashMap as StdHashMap;
 
 use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
-use warren_abi::maps::{self, Attachment, names, programs};
+use warren_abi::maps::{self, Attachment, Guard, names, programs};
 use warren_abi::wire;
 
 use super::netlink::{Interface, Netlink};
@@ -48,12 +48,22 @@ impl SlotTable {
         user.map(|entry| entry.number)
     }
 
-    /// The one map write that connects or disconnects a slot.
-    pub fn set(&mut self, slot: u32, attachment: Attachment) -> Result<(), Error> {
-        let entry = maps::Slot { attachment, ..*self.entry(slot)? };
+    /// The one map write that connects or disconnects a slot, or changes what guards it.
+    pub fn set(
+        &mut self,
+        slot: u32,
+        attachment: Attachment,
+        (guard, epoch): (Guard, u32),
+    ) -> Result<(), Error> {
+        let entry = maps::Slot { attachment, guard, epoch, ..*self.entry(slot)? };
         self.write(&entry)?;
         self.entries[slot as usize - 1] = entry;
         Ok(())
+    }
+
+    /// What slots are guarded by, and under which epochs.
+    pub fn guards(&self) -> impl Iterator<Item = (Guard, u32)> {
+        self.entries.iter().map(|entry| (entry.guard, entry.epoch))
     }
 
     fn entry(&self, slot: u32) -> Result<&maps::Slot, Error> {
@@ -94,10 +104,15 @@ impl SlotTable {
     ) -> Result<Slot, Error> {
         let address = wire::slot_address(number).ok_or(Error::NoSlot(number))?;
         let mac = wire::slot_mac(number);
-        let attachment = match known {
-            Some(entry) if entry.number == number && !is_new => entry.attachment,
-            Some(entry) => Attachment::new(0, entry.attachment.generation().wrapping_add(1)),
-            None => Attachment::new(0, 0),
+        let (attachment, guard, epoch) = match known {
+            Some(entry) if entry.number == number && !is_new => {
+                (entry.attachment, entry.guard, entry.epoch)
+            }
+            Some(entry) => {
+                let generation = entry.attachment.generation().wrapping_add(1);
+                (Attachment::new(0, generation), Guard::NONE, 0)
+            }
+            None => (Attachment::new(0, 0), Guard::NONE, 0),
         };
         let entry = maps::Slot {
             attachment,
@@ -105,7 +120,8 @@ impl SlotTable {
             number,
             address: address.into(),
             mac,
-            reserved: [0; 6],
+            guard,
+            epoch,
         };
         if known != Some(&entry) {
             self.write(&entry)?;

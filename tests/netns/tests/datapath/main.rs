@@ -11,6 +11,7 @@ mod hostile;
 mod icmp;
 mod lifecycle;
 mod mss;
+mod policy;
 mod reuse;
 mod routes;
 mod services;

@@ -17,8 +17,8 @@ struct Budget {
 /// A third above what they were when this was last looked at. Raise one with the reason in the
 /// commit's message.
 const BUDGETS: [Budget; 5] = [
-    Budget { program: programs::TAP, verified: 85_000, translated: 51_000, jited: 30_000 },
-    Budget { program: programs::TUNNEL_HOST, verified: 26_000, translated: 16_000, jited: 9_900 },
+    Budget { program: programs::TAP, verified: 85_000, translated: 69_000, jited: 40_000 },
+    Budget { program: programs::TUNNEL_HOST, verified: 51_000, translated: 24_000, jited: 14_000 },
     Budget { program: programs::TUNNEL_PROXY, verified: 1_950, translated: 8_100, jited: 4_700 },
     Budget { program: programs::VPC, verified: 2_800, translated: 14_400, jited: 8_100 },
     Budget { program: programs::SWEEP, verified: 55_000, translated: 7_400, jited: 4_250 },

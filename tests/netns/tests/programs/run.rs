@@ -7,7 +7,7 @@ use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use warren_abi::drop::Drop;
 use warren_abi::maps::{
-    Attachment, BlockKey, Drops, HostVpc, ProxyVpc, Slot, Underlay, names, programs,
+    Attachment, BlockKey, Drops, Guard, HostVpc, ProxyVpc, Slot, Underlay, names, programs,
 };
 use warren_abi::nat::BLOCK_PORTS;
 use warren_abi::wire::{Ipv4, Mac, slot_address, slot_mac};
@@ -95,7 +95,8 @@ impl Programs {
             number: SCOPE,
             address: guest_address_abi(),
             mac: slot_mac(SCOPE),
-            reserved: [0; 6],
+            guard: Guard::NONE,
+            epoch: 0,
         };
         self.insert(names::SLOTS, IFINDEX, slot);
         let shared_address = Ipv4::new(SHARED);
