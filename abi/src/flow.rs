@@ -252,6 +252,23 @@ impl FlowState {
         self.timeout(protocol, timers).saturating_add(lags * timers.grain(protocol))
     }
 
+    /// What stage it is in, for people: of TCP `opening`, `established`, `closing` or `closed`, of
+    /// others `active`.
+    pub const fn stage(self, protocol: u8) -> &'static str {
+        let marks = self.marks();
+        if protocol != TCP {
+            "active"
+        } else if Self::is_closed(marks) {
+            "closed"
+        } else if marks & (Self::BOTH_FIN | Self::PEER_RST) != 0 {
+            "closing"
+        } else if marks & (Self::BOTH_SYN | Self::STANDS) == Self::BOTH_SYN | Self::STANDS {
+            "established"
+        } else {
+            "opening"
+        }
+    }
+
     /// How many ticks it has been idle.
     #[inline]
     pub const fn idle(self, now: u32) -> u32 {

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use warren_proto::endpoint::Endpoint;
 
 use crate::error::EXIT_CODES;
+use crate::flows::Moment;
 use crate::probe::Operation;
 
 /// Runs microVMs that stand in your VPCs.
@@ -50,6 +51,10 @@ pub enum Command {
     Host(HostCommand),
     /// What was dropped, where and why.
     Drops(DropsArguments),
+    /// The flows of microVMs: who talks to whom, as whom.
+    Flows(FlowsArguments),
+    /// Who had a port of a VPC's shared address at some time.
+    NatLog(NatLogArguments),
     /// Where packets go in a VPC.
     #[command(subcommand)]
     Route(RouteCommand),
@@ -105,6 +110,75 @@ pub struct DropsArguments {
     /// each.
     #[arg(long, short)]
     pub follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct FlowsArguments {
+    /// Only of this host.
+    #[arg(long, value_name = "NAME")]
+    pub host: Option<String>,
+    /// Only of this VPC.
+    #[arg(long, value_name = "NAME")]
+    pub vpc: Option<String>,
+    /// Only of this microVM: its id, or the beginning.
+    #[arg(long, value_name = "ID")]
+    pub instance: Option<String>,
+    /// At most so many of each host, the least idle ones.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1000,
+        value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+}
+
+#[derive(Debug, Args)]
+pub struct NatLogArguments {
+    /// VPC.
+    #[arg(long, value_name = "NAME")]
+    pub vpc: String,
+    /// Port of its shared address, or ICMP echo identifier.
+    #[arg(long)]
+    pub port: u16,
+    /// Only of this protocol.
+    #[arg(long, value_enum)]
+    pub protocol: Option<Protocol>,
+    /// In this second: a time such as 2026-11-25T08:00:00Z, or how long ago, such as 5m. Now, if no
+    /// time is given.
+    #[arg(long, value_name = "TIME", conflicts_with_all = ["since", "until"])]
+    pub at: Option<Moment>,
+    /// From this time on.
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<Moment>,
+    /// Up to this time.
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<Moment>,
+    /// Only of this host.
+    #[arg(long, value_name = "NAME")]
+    pub host: Option<String>,
+    /// At most so many of each host, the latest ones.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1000,
+        value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub limit: u32,
+}
+
+/// A protocol that has ports, or something like them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// ICMP echo.
+    Icmp,
+}
+
+impl Protocol {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Icmp => "icmp",
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -5,10 +5,11 @@ use tonic::{Response, Status};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
-    AddRoutesRequest, CallInstanceRequest, CreateVpcRequest, DeleteRoutesRequest, Host, HostDrops,
-    Instance, ListFleetDropsRequest, ListHostsRequest, ListInstancesRequest, ListRoutesRequest,
-    ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route, RunInstanceRequest,
-    RunInstanceResponse, StopInstanceRequest, Vpc,
+    AddRoutesRequest, CallInstanceRequest, CreateVpcRequest, DeleteRoutesRequest,
+    FindFleetMappingsRequest, Host, HostDrops, HostFlows, HostMappings, Instance,
+    ListFleetDropsRequest, ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest,
+    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route,
+    RunInstanceRequest, RunInstanceResponse, StopInstanceRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -65,6 +66,19 @@ impl Client {
     pub async fn drops(&mut self, host: Option<&str>) -> Result<Vec<HostDrops>, Error> {
         let host = host.unwrap_or_default().to_owned();
         let answer = self.service.list_fleet_drops(ListFleetDropsRequest { host }).await;
+        Ok(self.unwrap(answer)?.hosts)
+    }
+
+    pub async fn flows(&mut self, request: ListFleetFlowsRequest) -> Result<Vec<HostFlows>, Error> {
+        let answer = self.service.list_fleet_flows(request).await;
+        Ok(self.unwrap(answer)?.hosts)
+    }
+
+    pub async fn mappings(
+        &mut self,
+        request: FindFleetMappingsRequest,
+    ) -> Result<Vec<HostMappings>, Error> {
+        let answer = self.service.find_fleet_mappings(request).await;
         Ok(self.unwrap(answer)?.hosts)
     }
 

@@ -13,6 +13,7 @@ use crate::args::{
 use crate::client::Client;
 use crate::drops;
 use crate::error::Error;
+use crate::flows;
 use crate::probe::Operation;
 use crate::render::{self, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 use crate::route;
@@ -44,6 +45,8 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Drops(DropsArguments { host, follow: true }) => {
             drops::follow(client, output, host.as_deref()).await
         }
+        Command::Flows(arguments) => flows::show(client, output, arguments).await,
+        Command::NatLog(arguments) => flows::nat_log(client, output, arguments).await,
         Command::Route(command) => route::run(client, output, command).await,
         Command::Vm(VmCommand::Ls) => {
             let rows = instance_rows(client.instances().await?);
@@ -127,7 +130,7 @@ async fn probe(
 }
 
 /// The whole id of the one instance whose id begins with `prefix`.
-fn resolve(instances: &[Instance], prefix: &str) -> Result<String, Error> {
+pub fn resolve(instances: &[Instance], prefix: &str) -> Result<String, Error> {
     let mut ids: Vec<_> = instances
         .iter()
         .map(|instance| &instance.id)

@@ -31,6 +31,9 @@ pub enum Error {
     /// A host or proxy does not tell what it dropped.
     #[error("the drops of {host} are not known: {problem}")]
     DropsUnknown { host: String, problem: String },
+    /// A host does not tell of its flows.
+    #[error("the flows of {host} are not known: {problem}")]
+    FlowsUnknown { host: String, problem: String },
     /// The instance does not run the probe.
     #[error("the instance's answer is not a probe's")]
     NotAProbe,
@@ -66,6 +69,7 @@ impl Error {
             Self::Refused { .. }
             | Self::Usage(_)
             | Self::DropsUnknown { .. }
+            | Self::FlowsUnknown { .. }
             | Self::Probe(_)
             | Self::Output(_) => None,
         }
@@ -76,7 +80,7 @@ impl Error {
         match self {
             Self::Incomplete(_) | Self::NotAProbe | Self::Output(_) => 1,
             Self::Usage(_) | Self::Ambiguous { .. } => 2,
-            Self::Connect(_) | Self::DropsUnknown { .. } => 3,
+            Self::Connect(_) | Self::DropsUnknown { .. } | Self::FlowsUnknown { .. } => 3,
             Self::NoInstance(_) => 4,
             Self::Probe(_) => 6,
             Self::Some { first, .. } => first.exit_code(),

@@ -5,6 +5,7 @@ mod client;
 mod commands;
 mod drops;
 mod error;
+mod flows;
 mod probe;
 mod render;
 mod route;

@@ -1,6 +1,7 @@
 //! Results as text: tables for people, JSON for programs.
 
 mod drops;
+mod flows;
 mod probe;
 mod routes;
 mod rows;
@@ -11,6 +12,7 @@ use serde::Serialize;
 use crate::args::Output;
 
 pub use drops::{DropRow, Scope, drop_rows};
+pub use flows::{FlowRow, MappingRow};
 pub use probe::probe;
 pub use routes::{RouteRow, route_rows};
 pub use rows::{HostRow, StoppedRow, VpcRow, instance_rows, started_rows};

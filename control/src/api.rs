@@ -7,7 +7,8 @@ use warren_proto::v1::control_service_server::ControlService;
 use warren_proto::v1::{
     AddRoutesRequest, AddRoutesResponse, CallInstanceRequest, CallInstanceResponse,
     CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
-    EndInstanceRequest, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
+    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, InvokeInstanceRequest,
+    ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse,
     ListHostsRequest, ListHostsResponse, ListInstancesRequest, ListInstancesResponse,
     ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
     ReplaceRoutesResponse, RunInstanceRequest, RunInstanceResponse, StartInstanceRequest,
@@ -20,7 +21,7 @@ use crate::fleet::Fleet;
 use crate::name::{self, InvalidName};
 use crate::status::of_agent;
 use crate::store::Store;
-use crate::{routes, vpc};
+use crate::{flows, routes, vpc};
 
 /// The service.
 pub struct Api {
@@ -139,9 +140,26 @@ impl ControlService for Api {
         request: Request<ListFleetDropsRequest>,
     ) -> Result<Response<ListFleetDropsResponse>, Status> {
         let ListFleetDropsRequest { host } = request.into_inner();
-        let wanted = (!host.is_empty()).then_some(host.as_str());
-        let hosts = drops::list(&*self.store, &self.fleet, wanted).await?;
+        let hosts = drops::list(&*self.store, &self.fleet, &host).await?;
         Ok(Response::new(ListFleetDropsResponse { hosts }))
+    }
+
+    async fn list_fleet_flows(
+        &self,
+        request: Request<ListFleetFlowsRequest>,
+    ) -> Result<Response<ListFleetFlowsResponse>, Status> {
+        let hosts = flows::list(&*self.store, &self.fleet, request.into_inner()).await?;
+        Ok(Response::new(ListFleetFlowsResponse { hosts }))
+    }
+
+    async fn find_fleet_mappings(
+        &self,
+        request: Request<FindFleetMappingsRequest>,
+    ) -> Result<Response<FindFleetMappingsResponse>, Status> {
+        let FindFleetMappingsRequest { host, query } = request.into_inner();
+        let query = query.ok_or_else(|| Status::invalid_argument("query: is missing"))?;
+        let hosts = flows::find_mappings(&*self.store, &self.fleet, &host, query).await?;
+        Ok(Response::new(FindFleetMappingsResponse { hosts }))
     }
 
     async fn add_routes(

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
 use warren_proto::v1;
 
-use crate::fleet::{Fleet, Peer, Role};
+use crate::ask::{Answer, Unknown, Whom, ask};
+use crate::fleet::{Fleet, Role};
 use crate::store::{Store, StoreError};
 use crate::vpc::{self, Vpc};
 
@@ -17,54 +17,38 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug, thiserror::Error)]
 pub enum DropsError {
     /// No host or proxy has this name.
-    #[error("there is no host or proxy \"{0}\": `warren host ls` lists them")]
-    Unknown(String),
+    #[error(transparent)]
+    Unknown(#[from] Unknown),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Asks all hosts and proxies, or the one that is `wanted`. They come in the order of their names;
+/// Asks all hosts and proxies, or the one that is `wanted`, unless that is empty. They come in the order of their names;
 /// one that does not answer within 2 s comes with its problem.
 pub async fn list(
     store: &dyn Store,
     fleet: &Fleet,
-    wanted: Option<&str>,
+    wanted: &str,
 ) -> Result<Vec<v1::HostDrops>, DropsError> {
-    let mut peers = fleet.peers();
-    if let Some(name) = wanted {
-        peers.retain(|other, _| other == name);
-        if peers.is_empty() {
-            return Err(DropsError::Unknown(name.to_owned()));
-        }
-    }
-    let mut questions = JoinSet::new();
-    for (host, peer) in peers {
-        questions.spawn(async move { (host, peer.role, ask(peer).await) });
-    }
-    let mut answers = questions.join_all().await;
-    answers.sort_by(|(one, ..), (other, ..)| one.cmp(other));
-
+    let whom = Whom { patience: PATIENCE, ..Whom::new(None, wanted) };
+    let answers =
+        ask(
+            fleet,
+            whom,
+            |mut agent| async move { agent.list_drops(v1::ListDropsRequest {}).await },
+        );
+    let answers = answers.await?;
     let names = Names::new(&vpc::list(store).await?, fleet.instances());
-    let told = answers.into_iter().map(|(host, role, answer)| {
+    let told = answers.into_iter().map(|Answer { host, role, answer }| {
         let (counts, problem) = match answer {
-            Ok(counts) => (counts, String::new()),
+            Ok(answer) => (answer.drops, String::new()),
             Err(problem) => (vec![], problem),
         };
         let drops = counts.into_iter().map(|count| names.resolve(&host, role, count)).collect();
         v1::HostDrops { host, role: v1::Role::from(role).into(), drops, problem }
     });
     Ok(told.collect())
-}
-
-/// The counters of one agent, or why they are not known.
-async fn ask(peer: Peer) -> Result<Vec<v1::DropCount>, String> {
-    let (_, mut agent) = peer.open.ok_or("it is not alive: is warrend running there?")?;
-    match tokio::time::timeout(PATIENCE, agent.list_drops(v1::ListDropsRequest {})).await {
-        Ok(Ok(answer)) => Ok(answer.into_inner().drops),
-        Ok(Err(status)) => Err(status.message().to_owned()),
-        Err(_) => Err(format!("its agent did not answer within {} s", PATIENCE.as_secs())),
-    }
 }
 
 /// Who stands behind slots and VNIs.

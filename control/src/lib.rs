@@ -4,14 +4,16 @@
 //! their shared addresses ([`ports`]), their route tables ([`routes`]), who the hosts and proxies are. [`fleet`] knows from
 //! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
 //! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
-//! host of an instance, [`drops`] collects what was dropped.
+//! host of an instance, [`drops`] collects what was dropped, [`flows`] who talks to whom.
 #![deny(missing_docs)]
 
 pub mod api;
+pub mod ask;
 pub mod config;
 pub mod deploy;
 pub mod drops;
 pub mod fleet;
+pub mod flows;
 pub mod heartbeat;
 pub mod instances;
 pub mod name;

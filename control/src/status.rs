@@ -5,6 +5,7 @@ use tonic::{Code, Status};
 use crate::deploy::DeployError;
 use crate::drops::DropsError;
 use crate::fleet::{InstanceError, RegisterError};
+use crate::flows::FlowsError;
 use crate::placement::PlacementError;
 use crate::routes::RoutesError;
 use crate::store::StoreError;
@@ -81,6 +82,16 @@ impl From<DropsError> for Status {
         match error {
             DropsError::Unknown(_) => status(Code::NotFound, &error),
             DropsError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<FlowsError> for Status {
+    fn from(error: FlowsError) -> Self {
+        match error {
+            FlowsError::Host(_) | FlowsError::Vpc(_) => status(Code::NotFound, &error),
+            FlowsError::Instance(error) => error.into(),
+            FlowsError::Store(error) => error.into(),
         }
     }
 }

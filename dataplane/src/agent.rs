@@ -179,11 +179,13 @@ impl From<HostError> for Status {
             }
             HostError::Pool(PoolError::NoSlot) => Self::resource_exhausted(text),
             HostError::NoInstance(_) => Self::not_found(text),
-            HostError::Hostname(_) => Self::invalid_argument(text),
+            HostError::Hostname(_) | HostError::Query(_) => Self::invalid_argument(text),
             HostError::Ended { .. } => Self::aborted(text),
             HostError::Datapath(error) => error.into(),
             HostError::Vmm(ClientError::Timeout(_)) => Self::deadline_exceeded(text),
-            HostError::Pool(_) | HostError::Vmm(_) | HostError::Record(_) => Self::internal(text),
+            HostError::Pool(_) | HostError::Vmm(_) | HostError::Record(_) | HostError::Log(_) => {
+                Self::internal(text)
+            }
         }
     }
 }
@@ -276,6 +278,20 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::LocalInstancesResponse>, Status> {
         let instances = self.host()?.instances();
         Ok(Response::new(v1::LocalInstancesResponse { instances }))
+    }
+
+    async fn list_flows(
+        &self,
+        request: Request<v1::ListFlowsRequest>,
+    ) -> Result<Response<v1::ListFlowsResponse>, Status> {
+        Ok(Response::new(self.host()?.list_flows(&request.into_inner())?))
+    }
+
+    async fn find_mappings(
+        &self,
+        request: Request<v1::FindMappingsRequest>,
+    ) -> Result<Response<v1::FindMappingsResponse>, Status> {
+        Ok(Response::new(self.host()?.find_mappings(request.into_inner()).await?))
     }
 
     async fn list_drops(

@@ -1,7 +1,7 @@
 //! A host: the instances that run, the VPCs they are in.
 
 mod directory;
-mod flowlog;
+mod flows;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
@@ -70,6 +70,12 @@ pub enum HostError {
     /// The VMM failed.
     #[error(transparent)]
     Vmm(#[from] ClientError),
+    /// What was asked about flows makes no sense.
+    #[error("{0}")]
+    Query(String),
+    /// The log of flows cannot be read.
+    #[error("cannot read the log of flows: {0}")]
+    Log(#[from] std::io::Error),
     /// What a restart needs could not be kept.
     #[error("cannot keep {0}")]
     Record(String),

@@ -230,6 +230,7 @@ pub struct Behaviour {
     /// What an invocation is answered with; by default with itself.
     pub reply: Mutex<Option<Vec<u8>>>,
     pub drops: Mutex<Vec<DropCount>>,
+    pub flows: Mutex<Vec<Flow>>,
 }
 
 impl Behaviour {
@@ -287,6 +288,7 @@ impl FakeAgent {
             instances: Mutex::default(),
             reply: Mutex::default(),
             drops: Mutex::default(),
+            flows: Mutex::default(),
         });
         let service = AgentServiceServer::new(Agent(behaviour.clone()));
         let server = Server::start(&endpoint, Services::default().with(service)).await;
@@ -428,6 +430,45 @@ impl AgentService for Agent {
         _: Request<LocalInstancesRequest>,
     ) -> Result<Response<LocalInstancesResponse>, Status> {
         Err(Status::unimplemented("not asked of it in these tests"))
+    }
+
+    async fn list_flows(
+        &self,
+        request: Request<ListFlowsRequest>,
+    ) -> Result<Response<ListFlowsResponse>, Status> {
+        let agent = &self.0;
+        agent.until_open().await;
+        let request = request.into_inner();
+        let mut flows = agent.flows.lock().unwrap().clone();
+        flows.retain(|flow| request.vpc.is_empty() || flow.vpc == request.vpc);
+        flows.retain(|flow| request.instance.is_empty() || flow.instance == request.instance);
+        let total = flows.len() as u64;
+        flows.truncate(request.limit as usize);
+        Ok(Response::new(ListFlowsResponse { flows, total }))
+    }
+
+    async fn find_mappings(
+        &self,
+        request: Request<FindMappingsRequest>,
+    ) -> Result<Response<FindMappingsResponse>, Status> {
+        let agent = &self.0;
+        agent.until_open().await;
+        let request = request.into_inner();
+        if request.port > 65535 {
+            return Err(Status::invalid_argument("port: it is none"));
+        }
+        let flows = agent.flows.lock().unwrap().clone();
+        let mappings = flows.into_iter().filter(|flow| flow.nat_port == request.port);
+        let mappings = mappings.map(|flow| Mapping {
+            instance: flow.instance,
+            vpc: flow.vpc,
+            nat_port: flow.nat_port,
+            live: true,
+            ..Mapping::default()
+        });
+        let mappings: Vec<_> = mappings.collect();
+        let total = mappings.len() as u64;
+        Ok(Response::new(FindMappingsResponse { mappings, total, ..Default::default() }))
     }
 
     async fn list_drops(

@@ -13,6 +13,7 @@ use warren_abi::maps::{self, Guard, layouts, names, programs};
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::flow_events::{FlowCounters, FlowEvents, FlowTotals};
+use super::live::{self, Claims, LiveFlow};
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
@@ -44,6 +45,7 @@ pub struct HostDatapath {
     state: Mutex<State>,
     counters: Counters,
     flows: MapData,
+    claims: Claims,
     flow_counters: FlowCounters,
     flow_events: Mutex<Option<FlowEvents>>,
     /// Apart from the state: a sweep takes long, and attaching must not wait for it.
@@ -132,6 +134,7 @@ impl HostDatapath {
         let mut state = State { slots: table, vpcs, vnis, policies };
         let counters = Counters::new(programs.map(names::DROPS)?);
         let flows = programs.flows()?;
+        let claims = Claims::new(programs.map(names::CT_IN)?);
         let flow_counters = FlowCounters::new(&mut programs)?;
         let flow_events = Mutex::new(Some(FlowEvents::new(&mut programs)?));
 
@@ -158,6 +161,7 @@ impl HostDatapath {
             state,
             counters,
             flows,
+            claims,
             flow_counters,
             flow_events,
             programs,
@@ -337,6 +341,24 @@ impl HostDatapath {
             self.counters.read(scope, scope, &mut found)?;
         }
         Ok(found)
+    }
+
+    /// The flows and mappings in the table that are wanted, in no order.
+    pub fn live_flows(
+        &self,
+        wanted: impl Fn(&maps::OutKey, &maps::Flow) -> bool,
+    ) -> Result<Vec<LiveFlow>, Error> {
+        live::find(&self.flows, wanted)
+    }
+
+    /// What the guest received in a flow; nothing if that is gone.
+    pub fn received(&self, flow: &LiveFlow) -> maps::Traffic {
+        self.claims.received(flow)
+    }
+
+    /// How long flows may be idle.
+    pub fn timers(&self) -> &Timers {
+        &self.timers
     }
 
     /// How many flows began and ended, and events of them that were lost.

@@ -20,6 +20,7 @@ mod counters;
 mod expedited;
 mod flow_events;
 mod host;
+mod live;
 mod migrate;
 mod netlink;
 mod pins;
@@ -38,6 +39,7 @@ mod verdicts;
 
 pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
+pub use live::LiveFlow;
 pub use policy::{OTHERWISE, Policy, PolicyId};
 pub use proxy::ProxyDatapath;
 

@@ -8,6 +8,7 @@
 pub mod file;
 pub mod owners;
 pub mod record;
+pub mod search;
 
 use std::io;
 use std::os::fd::AsFd;

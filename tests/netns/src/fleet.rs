@@ -177,6 +177,18 @@ impl Fleet {
         Ok(AgentServiceClient::new(connect(&endpoint(&self.run, daemon)).await?))
     }
 
+    /// The host's log of flows.
+    pub fn flow_log(&self) -> PathBuf {
+        flow_log(&self.run)
+    }
+
+    /// Adds to a daemon's configuration; it reads it when it starts.
+    pub fn append_config(&self, daemon: Daemon, text: &str) -> Result<()> {
+        let path = config_file(&self.run, daemon);
+        let config = std::fs::read_to_string(&path)?;
+        Ok(std::fs::write(path, config + text)?)
+    }
+
     /// What an agent dropped for a reason, over all slots or VPCs.
     pub async fn drops(&self, daemon: Daemon, reason: &str) -> Result<u64> {
         let drops = self.agent(daemon).await?.list_drops(v1::ListDropsRequest {}).await?;
@@ -420,14 +432,20 @@ fn write_config(
     );
     if daemon == Daemon::Host {
         text += &format!(
-            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n",
+            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n\
+             [host.flow_log]\npath = '{}'\n",
             options.slots,
             options.parked,
             built("warren-vmm")?.display(),
-            template.display()
+            template.display(),
+            flow_log(run).display()
         );
     }
     Ok(std::fs::write(config_file(run, daemon), text)?)
+}
+
+fn flow_log(run: &RunDir) -> PathBuf {
+    run.path().join(Daemon::Host.name()).join("flows.jsonl")
 }
 
 fn command(topology: &Topology, run: &RunDir, daemon: Daemon) -> Result<Command> {

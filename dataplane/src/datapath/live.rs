@@ -1,0 +1,62 @@
+//! The flows in the table, as they are now.
+
+use std::os::fd::AsFd;
+
+use aya::maps::{HashMap, MapData};
+use warren_abi::flow::Timers;
+use warren_abi::maps::{Flow, InFlow, InKey, OutKey, Traffic};
+
+use super::{Error, sweep};
+
+/// A flow or a mapping in the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveFlow {
+    /// Whose, and with whom; see [`OutKey::mapping`].
+    pub key: OutKey,
+    /// What is known of it.
+    pub flow: Flow,
+}
+
+impl LiveFlow {
+    /// Its stage, as [`FlowState::stage`](warren_abi::flow::FlowState::stage) has it; `expired` if
+    /// nothing gets in any more, and its port rests.
+    pub fn stage(&self, timers: &Timers, now: u32) -> &'static str {
+        let protocol = self.key.protocol as u8;
+        if self.flow.state.is_expired(protocol, timers, now) {
+            "expired"
+        } else {
+            self.flow.state.stage(protocol)
+        }
+    }
+}
+
+/// Looks up what flows received, which the table of claims knows.
+pub(super) struct Claims {
+    map: HashMap<MapData, InKey, InFlow>,
+}
+
+impl Claims {
+    pub fn new(map: HashMap<MapData, InKey, InFlow>) -> Self {
+        Self { map }
+    }
+
+    /// What a flow received; nothing if it is gone meanwhile.
+    pub fn received(&self, LiveFlow { key, flow }: &LiveFlow) -> Traffic {
+        let claim = key.claim(flow.vni, flow.port);
+        self.map.get(&claim, 0).map_or(Traffic::NONE, |claim| claim.received)
+    }
+}
+
+/// The flows and mappings that are wanted.
+pub(super) fn find(
+    map: &MapData,
+    wanted: impl Fn(&OutKey, &Flow) -> bool,
+) -> Result<Vec<LiveFlow>, Error> {
+    let mut found = Vec::new();
+    sweep::for_each(map.fd().as_fd(), |key, flow| {
+        if !flow.state.is_ended() && wanted(key, flow) {
+            found.push(LiveFlow { key: *key, flow: *flow });
+        }
+    })?;
+    Ok(found)
+}
