@@ -80,13 +80,16 @@ pub trait Tables: Sized {
         true
     }
 
-    /// Calls `f` on a new search, wherever there is room for it.
+    /// Carries out a search of a purpose by [`search`], wherever there is room for it.
+    ///
+    /// # Errors
+    /// As [`search`].
     #[inline(always)]
-    fn with<R>(&self, wanted: Wanted, f: impl FnOnce(&mut Search) -> R) -> R {
-        f(&mut Search::new(wanted))
+    fn search(&self, wanted: Wanted, purpose: Purpose, port: &mut Be16) -> Result<bool, Drop> {
+        search(self, &mut Search::new(wanted), purpose, port)
     }
 
-    /// Goes on with a search, which [`Tables::with`] gave, until a [`step`] is decisive, for
+    /// Goes on with a search, which [`Tables::search`] gave, until a [`step`] is decisive, for
     /// [`MAX_PROBES`](crate::nat::MAX_PROBES) at most.
     ///
     /// A program has the kernel repeat: a loop of its own would be verified pass by pass.
@@ -236,6 +239,23 @@ pub fn outward<T: Tables>(
     ports: Ports,
     segment: &Segment,
 ) -> Result<Be16, Drop> {
+    let mut port = Be16(0);
+    outward_into(tables, slot, ports, segment, &mut port).map(|()| port)
+}
+
+/// [`outward`], which puts the port into `port`: one that is returned would have no value when there
+/// is none, and the verifier wants one.
+///
+/// # Errors
+/// As [`outward`].
+#[inline(always)]
+pub fn outward_into<T: Tables>(
+    tables: &T,
+    slot: &Slot,
+    ports: Ports,
+    segment: &Segment,
+    port: &mut Be16,
+) -> Result<(), Drop> {
     let key = OutKey {
         ifindex: slot.ifindex,
         generation: slot.attachment.generation(),
@@ -245,9 +265,8 @@ pub fn outward<T: Tables>(
         protocol: segment.protocol as u32,
     };
     let now = tables.now();
-    let mut resumed = Be16(0);
-    if resume(tables, slot, key, segment, now, &mut resumed)? {
-        return Ok(resumed);
+    if resume(tables, slot, key, segment, now, port)? {
+        return Ok(());
     }
     if !FlowState::can_begin(segment.protocol, segment.flags) || !tables.may_begin(key) {
         return Err(Drop::NoFlow);
@@ -257,29 +276,26 @@ pub fn outward<T: Tables>(
     }
     let (vni, random, sent) = (slot.attachment.vni(), tables.random(), segment.traffic);
     let epoch = slot.epoch;
-    let wanted = |key, sent| Wanted { key, vni, ports, sent, now, random, epoch };
     let is_udp = segment.protocol == UDP;
-    let mut port = None;
-    if is_udp {
-        port = mapped(tables, key.mapping(), ports, now)?;
+    let mut has_port = is_udp && mapped(tables, key.mapping(), ports, now, port)?;
+    if !has_port {
+        let (key, sent) = if is_udp { (key.mapping(), Traffic::NONE) } else { (key, sent) };
+        let wanted = Wanted { key, vni, ports, sent, now, random, epoch };
+        has_port = tables.search(wanted, Purpose::Begin, port)?;
     }
-    if port.is_none() {
-        let wanted = if is_udp { wanted(key.mapping(), Traffic::NONE) } else { wanted(key, sent) };
-        port = tables.with(wanted, |search| begin(tables, search))?;
+    if has_port && is_udp {
+        let wanted = Wanted { key, vni, ports, sent, now, random, epoch };
+        has_port = tables.search(wanted, Purpose::Join, port)?;
     }
-    match port {
-        Some(port) if is_udp => tables.with(wanted(key, sent), |search| join(tables, search, port)),
-        Some(port) => Ok(port),
-        // Another CPU was faster.
-        None if resume(tables, slot, key, segment, now, &mut resumed)? => Ok(resumed),
-        None => Err(Drop::Internal),
+    // Otherwise, another CPU was faster.
+    if has_port || resume(tables, slot, key, segment, now, port)? {
+        return Ok(());
     }
+    Err(Drop::Internal)
 }
 
 /// Puts the port of the guest's flow that the packet keeps alive into `resumed`. False: there is no
 /// such flow.
-///
-/// A port that is returned would have no value when there is none; the verifier wants one.
 #[inline(always)]
 fn resume<T: Tables>(
     tables: &T,
@@ -306,7 +322,8 @@ fn resume<T: Tables>(
     Ok(true)
 }
 
-/// The port of a mapping, which a new flow keeps alive; none if there is no mapping yet.
+/// Puts the port of a mapping, which a new flow keeps alive, into `found`. False: there is no
+/// mapping yet.
 ///
 /// A mapping on a port that the host has no more is for its flows, not for new ones: what they
 /// send would go nowhere.
@@ -316,24 +333,53 @@ fn mapped<T: Tables>(
     key: OutKey,
     ports: Ports,
     now: u32,
-) -> Result<Option<Be16>, Drop> {
+    found: &mut Be16,
+) -> Result<bool, Drop> {
     let Some(Entered { flow, state, .. }) = enter(tables, key, Direction::Out, None, now)? else {
-        return Ok(None);
+        return Ok(false);
     };
     let (vni, port) = tables.place(flow);
     if ports.contains(port) {
-        return Ok(Some(port));
+        *found = port;
+        return Ok(true);
     }
     if tables.exchange(flow, state, state.ended()) {
         remove(tables, key, vni, port, What::Withdrawn);
     }
-    Ok(None)
+    Ok(false)
 }
 
-/// Begins a flow or a mapping on a port of the host's. If another CPU did so meanwhile, none; or,
-/// of a mapping, that one's.
+/// What a search is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To begin on a port of the host's.
+    Begin,
+    /// To begin on the port of the mapping.
+    Join,
+}
+
+/// Carries out a search: puts the port into `port`, or leaves it there. False: another CPU was
+/// faster.
+///
+/// # Errors
+/// If there is no port, or no room.
 #[inline(always)]
-fn begin<T: Tables>(tables: &T, search: &mut Search) -> Result<Option<Be16>, Drop> {
+pub fn search<T: Tables>(
+    tables: &T,
+    search: &mut Search,
+    purpose: Purpose,
+    port: &mut Be16,
+) -> Result<bool, Drop> {
+    match purpose {
+        Purpose::Begin => begin(tables, search, port),
+        Purpose::Join => join(tables, search, port),
+    }
+}
+
+/// Begins a flow or a mapping on a port of the host's, and puts that into `port`. If another CPU did
+/// so meanwhile, false; or, of a mapping, that one's.
+#[inline(always)]
+fn begin<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<bool, Drop> {
     let mut round = 0;
     while round <= 2 * ROUNDS {
         search.aim = match (round, search.outcome) {
@@ -344,14 +390,20 @@ fn begin<T: Tables>(tables: &T, search: &mut Search) -> Result<Option<Be16>, Dro
         round += 1;
         tables.probe(search);
         match search.outcome {
-            Outcome::Begun => return Ok(Some(search.port)),
+            Outcome::Begun => {
+                *port = search.port;
+                return Ok(true);
+            }
             Outcome::Lost => {
                 let Wanted { key, now, .. } = search.wanted;
                 if !key.is_mapping() {
-                    return Ok(None);
+                    return Ok(false);
                 }
-                let found = enter(tables, key, Direction::Out, None, now)?;
-                return Ok(found.map(|found| tables.place(found.flow).1));
+                let Some(found) = enter(tables, key, Direction::Out, None, now)? else {
+                    return Ok(false);
+                };
+                *port = tables.place(found.flow).1;
+                return Ok(true);
             }
             Outcome::Full => return Err(Drop::FlowsExhausted),
             Outcome::Nothing => return Err(Drop::PortsExhausted),
@@ -364,14 +416,14 @@ fn begin<T: Tables>(tables: &T, search: &mut Search) -> Result<Option<Be16>, Dro
     Err(Drop::PortsExhausted)
 }
 
-/// Begins a flow on the port of its mapping.
+/// Begins a flow on the port of its mapping, which `port` is: true.
 #[inline(always)]
-fn join<T: Tables>(tables: &T, search: &mut Search, port: Be16) -> Result<Be16, Drop> {
-    (search.aim, search.port) = (Aim::Join, port);
+fn join<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<bool, Drop> {
+    (search.aim, search.port) = (Aim::Join, *port);
     tables.probe(search);
     match search.outcome {
         // If it was lost, then to a packet of the same flow, which has the same port.
-        Outcome::Begun | Outcome::Lost => Ok(port),
+        Outcome::Begun | Outcome::Lost => Ok(true),
         Outcome::Full => Err(Drop::FlowsExhausted),
         _ => Err(Drop::PortsExhausted),
     }

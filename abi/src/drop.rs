@@ -29,9 +29,9 @@ reasons! {
     Internal = "internal",
     /// Shorter than its headers say.
     Truncated = "truncated",
-    /// Neither IPv4 nor ARP, or behind a VLAN tag.
+    /// Neither IPv4, IPv6 nor ARP, or behind a VLAN tag.
     NotIpv4 = "not-ipv4",
-    /// The IPv4 header's version or length is wrong, or it carries options.
+    /// The IP header's version or length is wrong, or IPv4's carries options.
     BadHeader = "bad-header",
     /// A fragment.
     Fragment = "fragment",
@@ -88,6 +88,16 @@ reasons! {
     AnswerRate = "answer-rate",
     /// The slot's security groups do not allow the flow.
     Denied = "denied",
+    /// An IPv6 header that is followed by an extension header other than a fragment's.
+    ExtensionHeader = "extension-header",
+    /// UDP over IPv6 without a checksum.
+    NoChecksum = "no-checksum",
+    /// The VPC has no shared address of the packet's family.
+    NoSharedAddress = "no-shared-address",
+    /// A neighbour discovery message whose sender is not the slot.
+    SpoofedNd = "spoofed-nd",
+    /// A neighbour discovery message that is neither answered nor awaited, or not well-formed.
+    UnexpectedNd = "unexpected-nd",
 }
 
 impl Drop {

@@ -30,6 +30,30 @@ pub const fn is_error(kind: u8) -> bool {
     matches!(kind, UNREACHABLE | TIME_EXCEEDED | PARAMETER_PROBLEM)
 }
 
+/// Types of `ICMPv6` (RFC 4443, RFC 4861).
+pub mod v6 {
+    /// Destination unreachable.
+    pub const UNREACHABLE: u8 = 1;
+    /// Packet too big.
+    pub const TOO_BIG: u8 = 2;
+    /// Time exceeded.
+    pub const TIME_EXCEEDED: u8 = 3;
+    /// Parameter problem.
+    pub const PARAMETER_PROBLEM: u8 = 4;
+    /// Echo request: from here on, messages are no errors.
+    pub const ECHO_REQUEST: u8 = 128;
+    /// Echo reply.
+    pub const ECHO_REPLY: u8 = 129;
+    /// Router solicitation, the first message of neighbour discovery.
+    pub const ROUTER_SOLICITATION: u8 = 133;
+    /// Neighbour solicitation.
+    pub const NEIGHBOUR_SOLICITATION: u8 = 135;
+    /// Neighbour advertisement.
+    pub const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+    /// Redirect, the last message of neighbour discovery.
+    pub const REDIRECT: u8 = 137;
+}
+
 /// An ICMP error, up to the first 8 bytes of the embedded packet's transport.
 #[repr(C, packed(2))]
 #[derive(Clone, Copy)]
@@ -86,14 +110,16 @@ impl Reason {
     /// What the sender of a packet that was dropped is told; `mtu` is the next hop's.
     ///
     /// Too big: the MTU (RFC 1191, section 4; RFC 4443, section 3.2). No time left to live. No
-    /// port or no room for a new flow (RFC 5508, REQ-8), or a rule against it. Of all else, nothing:
-    /// silence is not a leak.
+    /// port or no room for a new flow (RFC 5508, REQ-8), or a rule against it. No address of this
+    /// family, so that a guest takes the other one at once. Of all else, nothing: silence is not a
+    /// leak.
     #[inline(always)]
     pub const fn of<F: Family>(drop: Drop, mtu: u16) -> Option<Self> {
         let (kind, mtu) = match drop {
             Drop::TooBig => (F::TOO_BIG, mtu),
             Drop::TtlExceeded => (F::TIME_EXCEEDED, 0),
             Drop::PortsExhausted | Drop::FlowsExhausted | Drop::Denied => (F::PROHIBITED, 0),
+            Drop::NoSharedAddress => (F::UNREACHABLE, 0),
             _ => return None,
         };
         Some(Self { kind, rest: [Be16(0), Be16::new(mtu)] })

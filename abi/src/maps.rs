@@ -39,6 +39,8 @@ pub mod names {
     /// Host, while migrating: the [`OutKey`](super::OutKey)s of flows that were left to the former
     /// version.
     pub const PASSED: &str = "PASSED";
+    /// Both: one of [`tails`](super::tails) -> that program.
+    pub const TAILS: &str = "TAILS";
     /// Host: number of a slot -> [`ServiceSlot`](super::ServiceSlot).
     pub const SERVICE_SLOTS: &str = "SERVICE_SLOTS";
     /// Both: scope, as of [`DROPS`] -> when its ICMP errors have used up less than their
@@ -60,6 +62,12 @@ pub mod layouts {
     pub const CT_OUT: u32 = 2;
     /// Of `CT_IN`. 2: addresses of either family, traffic.
     pub const CT_IN: u32 = 2;
+    /// Of `HOST_VPCS`. 2: addresses of either family.
+    pub const HOST_VPCS: u32 = 2;
+    /// Of `PROXY_VPCS` and `INTERFACES`. 2: addresses of either family.
+    pub const PROXY_VPCS: u32 = 2;
+    /// Of `BLOCKS`. 2: addresses of either family.
+    pub const BLOCKS: u32 = 2;
     /// Of `DROPS`: as many counters.
     pub const DROPS: u32 = crate::drop::Drop::COUNTERS as u32;
 }
@@ -78,6 +86,20 @@ pub mod migration {
 pub mod programs {
     /// tcx ingress on a slot's TAP.
     pub const TAP: &str = "tap";
+    /// What [`TAP`] ends with, in IPv6.
+    pub const TAP_V6: &str = "tap_v6";
+    /// What [`TUNNEL_HOST`] and [`UNDERLAY_HOST`] end with, in IPv6.
+    pub const TO_GUEST_V6: &str = "to_guest_v6";
+    /// What [`TAP_V6`] and [`VPC`] end with, for an ICMP error of their own.
+    pub const ANSWER_V6: &str = "answer_v6";
+    /// What [`TAP_V6`] ends with, for neighbour discovery.
+    pub const RESOLVE_V6: &str = "resolve_v6";
+    /// What [`TAP_V6`] ends with, for what goes into a VPC.
+    pub const TRANSLATE_V6: &str = "translate_v6";
+    /// What [`TAP`] and [`SERVICES`] end with, for an ICMP error.
+    pub const ERROR_TO_VPC: &str = "error_to_vpc";
+    /// What [`TAP_V6`] ends with, for an ICMP error.
+    pub const ERROR_TO_VPC_V6: &str = "error_to_vpc_v6";
     /// tcx ingress on a host's VXLAN device.
     pub const TUNNEL_HOST: &str = "tunnel_host";
     /// tcx ingress on a proxy's VXLAN device.
@@ -94,6 +116,38 @@ pub mod programs {
     pub const SERVICES: &str = "services";
 }
 
+/// Places of the programs that others end with, in [`names::TAILS`].
+pub mod tails {
+    use super::programs;
+
+    /// [`programs::TAP_V6`].
+    pub const TAP_V6: u32 = 0;
+    /// [`programs::TO_GUEST_V6`].
+    pub const TO_GUEST_V6: u32 = 1;
+    /// [`programs::ERROR_TO_VPC`].
+    pub const ERROR_TO_VPC: u32 = 2;
+    /// [`programs::ERROR_TO_VPC_V6`].
+    pub const ERROR_TO_VPC_V6: u32 = 3;
+    /// [`programs::RESOLVE_V6`].
+    pub const RESOLVE_V6: u32 = 4;
+    /// [`programs::TRANSLATE_V6`].
+    pub const TRANSLATE_V6: u32 = 5;
+    /// [`programs::ANSWER_V6`].
+    pub const ANSWER_V6: u32 = 6;
+    /// All of them.
+    pub const ALL: [(u32, &str); 7] = [
+        (TAP_V6, programs::TAP_V6),
+        (TO_GUEST_V6, programs::TO_GUEST_V6),
+        (ERROR_TO_VPC, programs::ERROR_TO_VPC),
+        (ERROR_TO_VPC_V6, programs::ERROR_TO_VPC_V6),
+        (RESOLVE_V6, programs::RESOLVE_V6),
+        (TRANSLATE_V6, programs::TRANSLATE_V6),
+        (ANSWER_V6, programs::ANSWER_V6),
+    ];
+    /// Room for them, and for those of later versions.
+    pub const COUNT: u32 = 16;
+}
+
 /// The end of a tunnel here: the same for all programs of a host or proxy, in their read-only
 /// data under the name `UNDERLAY`.
 #[repr(C)]
@@ -101,10 +155,10 @@ pub mod programs {
 pub struct Underlay {
     /// Index of the interface.
     pub ifindex: u32,
-    /// Own address.
-    pub address: Ipv4,
-    /// Largest IP packet, in bytes.
-    pub mtu: u32,
+    /// Own address: all tunnels' ends are of its family.
+    pub address: Ip,
+    /// Largest IP packet that the tunnel carries, in bytes.
+    pub inner_mtu: u32,
 }
 
 /// How many packets were dropped, by the reason's discriminant.
@@ -160,14 +214,16 @@ impl Attachment {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostVpc {
-    /// Address in the VPC that guests appear as.
+    /// IPv4 address in the VPC that guests appear as.
     pub shared_address: Ipv4,
-    /// Underlay address of the proxy that owns it.
-    pub proxy_address: Ipv4,
-    /// First port of this host.
+    /// First port of this host, of either family's address.
     pub port_base: u32,
     /// How many ports, at least 1.
     pub port_count: u32,
+    /// Underlay address of the proxy that owns the addresses.
+    pub proxy_address: Ip,
+    /// IPv6 address in the VPC that guests appear as; `::`: none.
+    pub shared_address_v6: Ip,
 }
 
 /// A flow, as its guest sees it.
@@ -344,15 +400,41 @@ pub struct ProxyVpc {
     /// When the VPC's route table was last changed: no other change of any table has the same. 0:
     /// there is none, but the CIDR and the gateway.
     pub table: u64,
+    /// The same in IPv6.
+    pub v6: ProxyVpcV6,
 }
 
-/// A block of ports.
+/// What a proxy knows of a VPC's IPv6; `::` where there is none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProxyVpcV6 {
+    /// Address in the VPC that guests appear as.
+    pub shared_address: Ip,
+    /// The VPC's CIDR: its address.
+    pub network: Ip,
+    /// The VPC's CIDR: its mask.
+    pub mask: Ip,
+    /// Next hop outside the CIDR.
+    pub gateway: Ip,
+}
+
+impl ProxyVpcV6 {
+    /// There is none.
+    pub const NONE: Self = Self {
+        shared_address: Ip::UNSPECIFIED,
+        network: Ip::UNSPECIFIED,
+        mask: Ip::UNSPECIFIED,
+        gateway: Ip::UNSPECIFIED,
+    };
+}
+
+/// A block of ports, on the VPC's addresses of both families: its host is the same on both.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockKey {
     /// The VPC.
     pub vni: u32,
-    /// The shared address.
+    /// The shared IPv4 address.
     pub shared_address: Ipv4,
     /// [`nat::block_of`](crate::nat::block_of) its ports.
     pub block: u32,
@@ -436,6 +518,7 @@ mod pod {
         Underlay,
         Timers,
         Ipv4,
+        Ip,
         RouteKey,
         Route,
         ServiceSlot,
@@ -450,16 +533,16 @@ macro_rules! without_padding {
     };
 }
 without_padding!(
-    Underlay = 12,
+    Underlay = 24,
     Timers = 28,
     Slot = 32,
-    HostVpc = 16,
+    HostVpc = 44,
     OutKey = 32,
     Traffic = 16,
     Flow = 48,
     InKey = 28,
     InFlow = 32,
-    ProxyVpc = 48,
+    ProxyVpc = 112,
     BlockKey = 12,
     Sweep = 566,
     RouteKey = 20,

@@ -65,6 +65,8 @@ impl Route {
         match destination.to_v4() {
             Some(address) if address.is_in(vpc.network, vpc.mask) => Self::new(Self::LOCAL),
             Some(_) if vpc.gateway != Ipv4(0) => Self::via(Ip::v4(vpc.gateway)),
+            None if destination.is_in(vpc.v6.network, vpc.v6.mask) => Self::new(Self::LOCAL),
+            None if !vpc.v6.gateway.is_unspecified() => Self::via(vpc.v6.gateway),
             _ => Self::new(Self::NONE),
         }
     }
@@ -106,12 +108,6 @@ impl CachedRoute {
     /// Whether it is of this destination, in the present state of the VPC's table.
     #[inline(always)]
     pub const fn is_of(&self, vpc: &ProxyVpc, destination: Ip) -> bool {
-        let (ours, theirs) = (self.destination.0, destination.0);
-        // At once, since the compiler would compare word by word and branch.
-        let differences = (ours[0] ^ theirs[0])
-            | (ours[1] ^ theirs[1])
-            | (ours[2] ^ theirs[2])
-            | (ours[3] ^ theirs[3]);
-        self.table == vpc.table && self.vni == vpc.vni && differences == 0
+        self.table == vpc.table && self.vni == vpc.vni && self.destination.is(destination)
     }
 }

@@ -82,6 +82,41 @@ impl Ip {
     }
 }
 
+impl Ip {
+    /// Whether it is the same: at once, since the compiler would compare word by word and branch.
+    #[inline(always)]
+    pub const fn is(self, other: Self) -> bool {
+        let (a, b) = (self.0, other.0);
+        (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) == 0
+    }
+
+    /// Whether it lies in `network`, of which only the bits set in `mask` count.
+    #[inline(always)]
+    pub const fn is_in(self, network: Self, mask: Self) -> bool {
+        let (a, b, m) = (self.0, network.0, mask.0);
+        ((a[0] ^ b[0]) & m[0])
+            | ((a[1] ^ b[1]) & m[1])
+            | ((a[2] ^ b[2]) & m[2])
+            | ((a[3] ^ b[3]) & m[3])
+            == 0
+    }
+
+    /// The link-local address of whoever has this MAC address (RFC 4291, appendix A).
+    #[inline(always)]
+    pub const fn link_local(mac: Mac) -> Self {
+        let mac = mac.octets();
+        let high = u32::from_ne_bytes([mac[0] ^ 2, mac[1], mac[2], 0xff]);
+        let low = u32::from_ne_bytes([0xfe, mac[3], mac[4], mac[5]]);
+        Self([0xfe80_0000u32.to_be(), 0, high, low])
+    }
+
+    /// Whether it is link-local: `fe80::/10`.
+    #[inline(always)]
+    pub const fn is_link_local(&self) -> bool {
+        u32::from_be(self.0[0]) >> 22 == 0xfe80 >> 6
+    }
+}
+
 impl From<Ipv6Addr> for Ip {
     fn from(address: Ipv6Addr) -> Self {
         let octets = address.octets();
@@ -105,14 +140,20 @@ impl From<IpAddr> for Ip {
     }
 }
 
-impl From<Ip> for IpAddr {
-    /// An IPv4-mapped address becomes an IPv4 address.
+impl From<Ip> for Ipv6Addr {
     fn from(address: Ip) -> Self {
         let mut octets = [0; 16];
         for (to, word) in octets.as_chunks_mut::<4>().0.iter_mut().zip(address.0) {
             *to = word.to_ne_bytes();
         }
-        Ipv6Addr::from(octets).to_canonical()
+        octets.into()
+    }
+}
+
+impl From<Ip> for IpAddr {
+    /// An IPv4-mapped address becomes an IPv4 address.
+    fn from(address: Ip) -> Self {
+        Ipv6Addr::from(address).to_canonical()
     }
 }
 
@@ -206,6 +247,20 @@ pub const fn slot_number(address: Ipv4Addr) -> Option<u32> {
     Some(slot)
 }
 
+/// Every slot's gateway, in IPv6.
+pub const GATEWAY_V6: Ip = Ip([0xfe80_0000u32.to_be(), 0, 0, 1u32.to_be()]);
+
+/// The prefix of 64 bits that guests' IPv6 addresses are from: `fdc9:7e4b:52a6::/64`, unique local
+/// (RFC 4193), its global identifier drawn at random. As 169.254.0.0/16, it is on no wire.
+pub const SLOTS_V6: Ip = Ip([0xfdc9_7e4bu32.to_be(), 0x52a6_0000u32.to_be(), 0, 0]);
+
+/// The IPv6 address of a slot's guest: the number behind [`SLOTS_V6`].
+#[inline(always)]
+pub const fn slot_address_v6(slot: u32) -> Ip {
+    let [a, b, c, _] = SLOTS_V6.0;
+    Ip([a, b, c, slot.to_be()])
+}
+
 /// The MAC address of a slot's guest: locally administered, unicast.
 pub const fn slot_mac(slot: u32) -> Mac {
     let [_, high, middle, low] = slot.to_be_bytes();
@@ -214,6 +269,8 @@ pub const fn slot_mac(slot: u32) -> Mac {
 
 /// `EtherType` of IPv4.
 pub const ETHERTYPE_IPV4: Be16 = Be16::new(0x0800);
+/// `EtherType` of IPv6.
+pub const ETHERTYPE_IPV6: Be16 = Be16::new(0x86dd);
 /// `EtherType` of ARP.
 pub const ETHERTYPE_ARP: Be16 = Be16::new(0x0806);
 
@@ -231,6 +288,8 @@ pub const VXLAN_PORT: u16 = 4789;
 
 /// Bytes that encapsulation adds to an IP packet: IPv4, UDP, VXLAN and Ethernet headers.
 pub const VXLAN_OVERHEAD: u16 = 20 + 8 + 8 + 14;
+/// Bytes that encapsulation adds to an IP packet where the underlay is of IPv6.
+pub const VXLAN_OVERHEAD_V6: u16 = VXLAN_OVERHEAD + 20;
 
 /// Ethernet header.
 #[repr(C, packed(2))]
@@ -327,6 +386,78 @@ impl IpHeader {
             + (destination & 0xffff)
             + (destination >> 16)
     }
+}
+
+/// IPv6 header (RFC 8200, section 3).
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Ip6Header {
+    /// Version 6, traffic class and flow label.
+    pub version: [u8; 4],
+    /// Length of what follows.
+    pub payload_length: Be16,
+    /// Protocol, or the first extension header.
+    pub next_header: u8,
+    /// Time to live.
+    pub hop_limit: u8,
+    /// Source.
+    pub source: Ip,
+    /// Destination.
+    pub destination: Ip,
+}
+
+impl Ip6Header {
+    /// Next header: a fragment's.
+    pub const FRAGMENT: u8 = 44;
+
+    /// Whether it is of this version.
+    #[inline(always)]
+    pub const fn is_version_6(&self) -> bool {
+        self.version[0] >> 4 == 6
+    }
+
+    /// DSCP, and ECN in the lower two bits.
+    #[inline(always)]
+    pub const fn traffic_class(&self) -> u8 {
+        self.version[0] << 4 | self.version[1] >> 4
+    }
+}
+
+/// Neighbour solicitation or advertisement (RFC 4861, sections 4.3 and 4.4), with an option for a
+/// link-layer address.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Neighbour {
+    /// Type and code.
+    pub kind: [u8; 2],
+    /// Checksum.
+    pub checksum: u16,
+    /// Of an advertisement: [`Neighbour::ROUTER`], [`Neighbour::SOLICITED`] and
+    /// [`Neighbour::OVERRIDE`].
+    pub flags: [u8; 4],
+    /// Whose link-layer address it is about.
+    pub target: Ip,
+    /// The option's type and length, in 8 bytes.
+    pub option: [u8; 2],
+    /// The link-layer address.
+    pub mac: Mac,
+}
+
+impl Neighbour {
+    /// Flag: the sender is a router.
+    pub const ROUTER: u8 = 0x80;
+    /// Flag: it is the answer to a solicitation.
+    pub const SOLICITED: u8 = 0x40;
+    /// Flag: what is known of the target is to be replaced.
+    pub const OVERRIDE: u8 = 0x20;
+    /// Option: the sender's link-layer address.
+    pub const SOURCE_MAC: [u8; 2] = [1, 1];
+    /// Option: the target's link-layer address.
+    pub const TARGET_MAC: [u8; 2] = [2, 1];
+    /// Length without the option.
+    pub const PLAIN: u32 = 24;
+    /// Hop limit of all neighbour discovery: nothing that was forwarded has it.
+    pub const HOP_LIMIT: u8 = 255;
 }
 
 /// VXLAN header (RFC 7348, section 5).

@@ -40,7 +40,7 @@ pub fn run(rounds: u32) -> Result<Figures> {
         bpffs: run.bpf().join("host"),
         object: std::fs::read(built("warren-ebpf.o")?)?,
         underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: HOST,
+        underlay_address: HOST.into(),
         slots: SLOTS,
         interface_prefix: "wrn".to_owned(),
         flows: DEFAULT_FLOWS,
@@ -85,8 +85,9 @@ fn attaches(
     datapath.apply_vpc(&HostVpc {
         vni: VNI,
         shared_address: SHARED,
+        shared_address_v6: None,
         ports: PortRange { base: 1024, count: 1024 },
-        proxy_address: PROXY,
+        proxy_address: PROXY.into(),
     })?;
     let slot = datapath.slots().first().context("no slot")?.clone();
     let tap = File::from(datapath.open_tap(slot.number)?);

@@ -80,7 +80,7 @@ async fn plug(fleet: &mut Fleet) -> Result<KernelGuest> {
         bpffs: fleet.run.bpf().join(Daemon::Host.name()),
         object: std::fs::read(built(OBJECTS[0])?)?,
         underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: HOST,
+        underlay_address: HOST.into(),
         slots: SLOTS,
         interface_prefix: "wrn".to_owned(),
         flows: DEFAULT_FLOWS,

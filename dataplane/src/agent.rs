@@ -1,6 +1,6 @@
 //! The agent's gRPC service: `warren.v1.AgentService` over a host or a proxy.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -101,6 +101,12 @@ fn address(field: &str, text: &str) -> Result<Ipv4Addr, Status> {
         .map_err(|_| Status::invalid_argument(format!("{field} \"{text}\" is not an IPv4 address")))
 }
 
+/// An address of either family.
+fn ip(field: &str, text: &str) -> Result<IpAddr, Status> {
+    text.parse()
+        .map_err(|_| Status::invalid_argument(format!("{field} \"{text}\" is not an IP address")))
+}
+
 fn vni(value: u32) -> Result<u32, Status> {
     if (1..1 << 24).contains(&value) {
         Ok(value)
@@ -134,8 +140,9 @@ fn host_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::HostVpc) -> Result<HostVpc,
     Ok(HostVpc {
         vni: vni(request.vni)?,
         shared_address: address("shared_address", &request.shared_address)?,
+        shared_address_v6: None,
         ports: ports("host.ports", vpc.ports)?,
-        proxy_address: address("host.proxy_address", &vpc.proxy_address)?,
+        proxy_address: ip("host.proxy_address", &vpc.proxy_address)?,
     })
 }
 
@@ -152,7 +159,7 @@ fn naming(vpc: &v1::HostVpc) -> Result<Naming, Status> {
 fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyVpc, Status> {
     let holders = vpc.holders.iter().map(|holder| {
         let range = ports("proxy.holders.ports", holder.ports)?;
-        Ok((range, address("proxy.holders.host_address", &holder.host_address)?))
+        Ok((range, ip("proxy.holders.host_address", &holder.host_address)?))
     });
     Ok(ProxyVpc {
         vni: vni(request.vni)?,
@@ -165,6 +172,7 @@ fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyV
             "" => None,
             text => Some(address("proxy.gateway", text)?),
         },
+        v6: None,
         holders: holders.collect::<Result<_, Status>>()?,
         routes: routes("proxy.routes", &vpc.routes)?,
     })

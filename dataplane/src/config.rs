@@ -2,7 +2,7 @@
 
 mod nat;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -52,7 +52,7 @@ pub struct Underlay {
     /// Interface.
     pub interface: String,
     /// This machine's address on it: the tunnel's end.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
 }
 
 /// What only hosts have.

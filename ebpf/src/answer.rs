@@ -4,19 +4,21 @@
 //! [`rate::ANSWERS`], so that nobody can be flooded by them but who asks for it. What a guest gets
 //! is made on its own VMM's time, inside the `write` to the TAP.
 
-use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{TC_ACT_SHOT, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_redirect, bpf_skb_change_tail};
+use aya_ebpf::macros::{classifier, map};
+use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::{fold, settled};
 use warren_abi::drop::Drop;
-use warren_abi::family::Family;
+use warren_abi::family::{Family, V6};
 use warren_abi::icmp::Reason;
 use warren_abi::rate;
-use warren_abi::wire::{Be16, Ethernet, ICMP, Mac, TCP, UDP, VXLAN_OVERHEAD};
+use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, Mac, TCP, UDP};
 
-use crate::drops;
-use crate::maps::{ANSWERS, underlay};
+use crate::maps::{ANSWERS, End};
 use crate::parse::{IP, at, l4};
+use crate::{drops, tail};
 
 /// Who answers, and where the answer leaves.
 pub struct Answerer<F: Family> {
@@ -46,8 +48,40 @@ struct Message<F: Family, const N: usize> {
 /// something its sender should know: returns the program's verdict then.
 #[inline(always)]
 pub fn send<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Option<i32> {
-    let mtu = underlay().mtu - VXLAN_OVERHEAD as u32;
-    let why = Reason::of::<F>(reason, mtu as u16)?;
+    if F::ETHERTYPE == ETHERTYPE_IPV4 {
+        return now(ctx, from, reason);
+    }
+    Reason::of::<F>(reason, 0)?;
+    let order = ORDER.get_ptr_mut(0)?;
+    let Answerer { mac, address, ifindex, scope } = *from;
+    // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
+    unsafe {
+        (*order).from = Answerer { mac, address: F::ip(address), ifindex, scope };
+        (*order).reason = reason;
+    }
+    Some(tail::call(ctx, tail::ANSWER_V6))
+}
+
+/// What [`answer_v6`] is to send.
+pub struct Order {
+    from: Answerer<V6>,
+    reason: Drop,
+}
+
+#[map]
+static ORDER: PerCpuArray<Order> = PerCpuArray::with_max_entries(1, 0);
+
+/// The rest of [`send`], in IPv6.
+#[classifier]
+pub fn answer_v6(ctx: TcContext) -> i32 {
+    let answer = ORDER.get(0).and_then(|order| now(&ctx, &order.from, order.reason));
+    answer.unwrap_or(TC_ACT_SHOT)
+}
+
+/// [`send`], on this stack.
+#[inline(always)]
+fn now<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Option<i32> {
+    let why = Reason::of::<F>(reason, End::inner_mtu() as u16)?;
     // SAFETY: `at` checked the bounds; every bit pattern is a value.
     let (ip, [kind, _]) = unsafe { (&*at::<F::Header>(ctx, IP)?, *at::<[u8; 2]>(ctx, l4::<F>())?) };
     // Others may be fragmented on their way.
@@ -92,6 +126,7 @@ fn admits(scope: u32) -> bool {
 }
 
 /// Makes the message of the packet, in whose transport header the checksum is the word at `index`.
+/// What it embeds stays where it is.
 #[inline(always)]
 fn message<F: Family, const N: usize>(
     ctx: &TcContext,
@@ -99,45 +134,41 @@ fn message<F: Family, const N: usize>(
     why: &Reason,
     index: usize,
 ) -> Option<i32> {
-    // SAFETY: `at` checked the bounds; every bit pattern is a value.
-    let (ethernet, about, mut l4) = unsafe {
-        (*at::<Ethernet>(ctx, 0)?, *at::<F::Header>(ctx, IP)?, *at::<[u16; N]>(ctx, l4::<F>())?)
-    };
-    if ethernet.destination.is_multicast() {
-        return None;
-    }
-    // If the packet's checksum was left to the device, it still is, and is filled in on the way
-    // out, where the message's checksum no longer knows of it. So that it makes no difference, it
-    // becomes one that such filling in does not change; nobody may rely on it (RFC 5508, REQ-3c).
-    l4[index] = 0;
-    l4[index] = settled(fold(l4.iter().map(|&word| word as u32).sum()));
-
-    let whole = size_of::<Message<F, N>>();
-    let payload = (whole - IP - F::HEADER) as u16;
-    let ip = F::answer(from.address, F::source(&about), payload);
-    let Reason { kind, rest } = *why;
-    let sum = u16::from_ne_bytes(kind) as u32 + rest[0].0 as u32 + rest[1].0 as u32;
-    let sum = sum + F::pseudo_sum(&ip) + F::sum(&about);
-    let sum = sum + l4.iter().map(|&word| word as u32).sum::<u32>();
-
-    let length = (self::l4::<F>() + size_of::<[u16; N]>()) as u32;
-    let room = (whole - length as usize) as i32;
-    // SAFETY: the context is the kernel's for as long as the program runs.
-    if unsafe { bpf_skb_change_tail(ctx.skb.skb, length, 0) } != 0 {
-        return None;
-    }
-    ctx.adjust_room(room, BPF_ADJ_ROOM_MAC, 0).ok()?;
-    let message = at::<Message<F, N>>(ctx, 0)?;
     // SAFETY: `at` checked the bounds.
+    if unsafe { (*at::<Ethernet>(ctx, 0)?).destination.is_multicast() } {
+        return None;
+    }
+    let whole = size_of::<Message<F, N>>();
+    let length = l4::<F>() + size_of::<[u16; N]>();
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    if unsafe { bpf_skb_change_tail(ctx.skb.skb, length as u32, 0) } != 0 {
+        return None;
+    }
+    ctx.adjust_room((whole - length) as i32, BPF_ADJ_ROOM_MAC, 0).ok()?;
+    let message = at::<Message<F, N>>(ctx, 0)?;
+    // SAFETY: `at` checked the bounds, and headers are 2-byte aligned in packets.
     unsafe {
-        (*message).ethernet =
-            Ethernet { destination: ethernet.source, source: from.mac, ethertype: F::ETHERTYPE };
-        (*message).ip = ip;
+        let about = &*(&raw const (*message).about);
+        let l4 = &mut *(&raw mut (*message).l4);
+        // If the packet's checksum was left to the device, it still is, and is filled in on the way
+        // out, where the message's checksum no longer knows of it. So that it makes no difference,
+        // it becomes one that such filling in does not change; nobody may rely on it (RFC 5508,
+        // REQ-3c).
+        l4[index] = 0;
+        let rest = l4.iter().map(|&word| word as u32).sum();
+        l4[index] = settled(fold(rest));
+
+        let ip = &mut *(&raw mut (*message).ip);
+        *ip = F::answer(from.address, F::source(about), (whole - IP - F::HEADER) as u16);
+        let Reason { kind, rest: words } = *why;
+        let sum = u16::from_ne_bytes(kind) as u32 + words[0].0 as u32 + words[1].0 as u32;
+        let sum = sum + F::pseudo_sum(ip) + F::sum(about) + rest + l4[index] as u32;
         (*message).kind = kind;
         (*message).checksum = !fold(sum);
-        (*message).rest = rest;
-        (*message).about = about;
-        (*message).l4 = l4;
+        (*message).rest = words;
+        let asker = (*message).ethernet.source;
+        (*message).ethernet =
+            Ethernet { destination: asker, source: from.mac, ethertype: F::ETHERTYPE };
         Some(bpf_redirect(from.ifindex, 0) as i32)
     }
 }

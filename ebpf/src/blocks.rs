@@ -2,15 +2,15 @@
 
 use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
-use warren_abi::wire::{Be16, Ipv4};
+use warren_abi::wire::{Be16, Ip};
 
 use crate::maps::BLOCKS;
 
 /// The underlay address of the host that holds a port.
 #[inline(always)]
-pub fn holder(vpc: &ProxyVpc, port: Be16) -> Option<Ipv4> {
+pub fn holder(vpc: &ProxyVpc, port: Be16) -> Option<&'static Ip> {
     let ProxyVpc { vni, shared_address, .. } = *vpc;
     let block = BlockKey { vni, shared_address, block: block_of(port.get()) };
-    // SAFETY: the entry is read once, whole.
-    unsafe { BLOCKS.get(block) }.copied()
+    // SAFETY: one that is replaced meanwhile is a host as well.
+    unsafe { BLOCKS.get(block) }
 }

@@ -8,14 +8,14 @@ use core::ptr::null_mut;
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_loop};
 use warren_abi::conntrack::{
-    self, Ports, Receiver, Refused, Search, Segment, Tables, Wanted, step,
+    self, Ports, Purpose, Receiver, Refused, Search, Segment, Tables, Wanted, step,
 };
 use warren_abi::drop::Drop;
 use warren_abi::family::Family;
 use warren_abi::flow::{Direction, FlowState, Timers, tick};
 use warren_abi::flowlog::What;
 use warren_abi::icmp::Subject;
-use warren_abi::maps::{Flow, FlowEvent, Guard, HostVpc, InFlow, InKey, OutKey, Slot, Traffic};
+use warren_abi::maps::{Flow, FlowEvent, Guard, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip};
 
@@ -28,14 +28,21 @@ const EEXIST: i32 = -17;
 
 /// The port that stands for the guest's in this flow, which the packet begins or keeps alive.
 #[inline(always)]
-pub fn outward<F: Family>(slot: &Slot, vpc: &HostVpc, packet: &Packet<F>) -> Result<Be16, Drop> {
-    let ports = Ports { base: vpc.port_base, count: vpc.port_count };
-    conntrack::outward(&Maps::open()?, slot, ports, &segment(packet, F::ip(packet.destination)))
+pub fn outward<F: Family>(slot: &Slot, ports: Ports, packet: &Packet<F>) -> Result<Be16, Drop> {
+    let maps = Maps::open()?;
+    // SAFETY: it is a map value, and nobody else's at this time.
+    let port = unsafe { &mut (*maps.scratch).port };
+    let segment = segment(packet, F::ip(packet.destination));
+    conntrack::outward_into(&maps, slot, ports, &segment, port)?;
+    Ok(*port)
 }
 
 /// Whom a packet from the VPC is for. A reason comes with the slot that it concerns, or 0.
 #[inline(always)]
 pub fn inward<F: Family>(vni: u32, packet: &Packet<F>) -> Result<Receiver, (u32, Drop)> {
+    if !F::is_peer(packet.source) {
+        return Err((0, Drop::NoFlow));
+    }
     let maps = Maps::open().map_err(|reason| (0, reason))?;
     conntrack::inward(&maps, vni, &segment(packet, F::ip(packet.source)))
 }
@@ -60,6 +67,9 @@ pub fn error_inward<F: Family>(
     vni: u32,
     subject: &Subject<F::Address>,
 ) -> Result<Receiver, (u32, Drop)> {
+    if !F::is_peer(subject.peer) {
+        return Err((0, Drop::IcmpError));
+    }
     let key = InKey {
         vni,
         peer: F::ip(subject.peer),
@@ -91,6 +101,7 @@ pub struct Maps {
 
 /// Where keys and values are put together: a program's stack has no room for so many.
 pub struct Scratch {
+    port: Be16,
     pub flow_key: OutKey,
     pub flow: Flow,
     pub claim_key: InKey,
@@ -236,11 +247,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn with<R>(&self, wanted: Wanted, f: impl FnOnce(&mut Search) -> R) -> R {
+    fn search(&self, wanted: Wanted, purpose: Purpose, port: &mut Be16) -> Result<bool, Drop> {
         // SAFETY: it is a map value, and nobody else's at this time.
         let search = unsafe { &mut (*self.scratch).search };
         *search = Search::new(wanted);
-        f(search)
+        conntrack::search(self, search, purpose, port)
     }
 
     #[inline(always)]

@@ -1,5 +1,7 @@
 //! Counting what is dropped.
 
+use core::hint::black_box;
+
 use aya_ebpf::bindings::TC_ACT_SHOT;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
@@ -27,7 +29,7 @@ pub fn verdict(ctx: &TcContext, scope: u32, result: Result<i32, Drop>) -> i32 {
 pub fn count(scope: u32, reason: Drop) {
     if let Some(counters) = DROPS.get_ptr_mut(scope) {
         // SAFETY: per-CPU, and tc programs do not interrupt one another on a CPU.
-        unsafe { (*counters)[reason as usize % Drop::COUNTERS] += 1 };
+        unsafe { (*counters)[black_box(reason as usize) % Drop::COUNTERS] += 1 };
     }
 }
 

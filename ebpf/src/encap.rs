@@ -12,10 +12,11 @@ use warren_abi::drop::Drop;
 use warren_abi::family::Family;
 use warren_abi::nat::tunnel_port;
 use warren_abi::wire::{
-    Be16, Ethernet, IpHeader, Ipv4, TUNNEL_MAC, Tunnel, UDP, Udp, VXLAN_OVERHEAD, VXLAN_PORT, Vxlan,
+    Be16, Ethernet, Ip, IpHeader, Ipv4, TUNNEL_MAC, Tunnel, UDP, Udp, VXLAN_OVERHEAD, VXLAN_PORT,
+    Vxlan,
 };
 
-use crate::maps::underlay;
+use crate::maps::End;
 use crate::parse::{IP, Packet, at};
 
 /// The lower two bits of DSCP and ECN (RFC 3168).
@@ -28,8 +29,7 @@ pub fn fits<F: Family>(ctx: &TcContext, packet: &Packet<F>) -> Result<(), Drop> 
     // SAFETY: the context is the kernel's for as long as the program runs.
     let segment = unsafe { (*ctx.skb.skb).gso_size };
     let longest = if segment == 0 { inner } else { segment + packet.header_length };
-    let overhead = VXLAN_OVERHEAD as u32;
-    if longest + overhead > underlay().mtu || inner + overhead > u16::MAX as u32 {
+    if longest > End::inner_mtu() || inner + VXLAN_OVERHEAD as u32 > u16::MAX as u32 {
         return Err(Drop::TooBig);
     }
     Ok(())
@@ -43,9 +43,8 @@ pub fn send<F: Family>(
     ctx: &TcContext,
     packet: &Packet<F>,
     vni: u32,
-    remote: Ipv4,
+    remote: &Ip,
 ) -> Result<i32, Drop> {
-    let underlay = underlay();
     let length = (ctx.len() - IP as u32) as u16 + VXLAN_OVERHEAD;
     let flags = BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
         | BPF_F_ADJ_ROOM_ENCAP_L4_UDP
@@ -65,8 +64,8 @@ pub fn send<F: Family>(
         ttl: 64,
         protocol: UDP,
         checksum: 0,
-        source: underlay.address,
-        destination: remote,
+        source: End::address_v4(),
+        destination: Ipv4(remote.0[3]),
     };
     ip.checksum = !fold(ip.sum());
     let ports = (packet.local_port.0 as u32) << 16 | packet.peer_port.0 as u32;
@@ -87,5 +86,5 @@ pub fn send<F: Family>(
     }
     // No next hop given: the kernel's routes say which gateway leads there, as they are now.
     // SAFETY: the helper takes no parameters from a null pointer of size 0.
-    Ok(unsafe { bpf_redirect_neigh(underlay.ifindex, core::ptr::null_mut(), 0, 0) } as i32)
+    Ok(unsafe { bpf_redirect_neigh(End::ifindex(), core::ptr::null_mut(), 0, 0) } as i32)
 }

@@ -13,13 +13,14 @@ use warren_abi::maps::{
     ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
 };
 use warren_abi::services;
-use warren_abi::wire::{Ipv4, Mac};
+use warren_abi::wire::{Ip, Ipv4, Mac};
 
 use crate::conntrack::Scratch;
 
 /// The end of the tunnel here, written by the loader.
 #[unsafe(no_mangle)]
-static UNDERLAY: Global<Underlay> = Global::new(Underlay { ifindex: 0, address: Ipv4(0), mtu: 0 });
+static UNDERLAY: Global<Underlay> =
+    Global::new(Underlay { ifindex: 0, address: Ip::UNSPECIFIED, inner_mtu: 0 });
 
 /// How long flows may be idle, written by the loader.
 #[unsafe(no_mangle)]
@@ -49,7 +50,7 @@ pub static PROXY_VPCS: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static INTERFACES: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 #[map]
-pub static BLOCKS: HashMap<BlockKey, Ipv4> = HashMap::with_max_entries(1, 0);
+pub static BLOCKS: HashMap<BlockKey, Ip> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static DROPS: PerCpuArray<Drops> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -76,10 +77,34 @@ pub static MIGRATION: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static PASSED: HashMap<OutKey, u32> = HashMap::with_max_entries(1, 0);
 
-/// The end of the tunnel here.
-#[inline(always)]
-pub fn underlay() -> Underlay {
-    UNDERLAY.load()
+/// The end of the tunnel here. The verifier knows what is in it, and what cannot happen then.
+pub struct End;
+
+impl End {
+    /// Its fields are read one by one: no program needs all.
+    const FIELDS: *const Underlay = (&raw const UNDERLAY).cast();
+
+    /// Index of the interface.
+    #[inline(always)]
+    pub fn ifindex() -> u32 {
+        // SAFETY: a `Global` is what it holds, and nobody writes it; so below. Volatile, for the
+        // compiler must not know what stands there before the loader has been.
+        unsafe { (&raw const (*Self::FIELDS).ifindex).read_volatile() }
+    }
+
+    /// Largest IP packet that the tunnel carries, in bytes.
+    #[inline(always)]
+    pub fn inner_mtu() -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*Self::FIELDS).inner_mtu).read_volatile() }
+    }
+
+    /// Own address, where that is of IPv4.
+    #[inline(always)]
+    pub fn address_v4() -> Ipv4 {
+        // SAFETY: as above.
+        Ipv4(unsafe { (&raw const (*Self::FIELDS).address.0[3]).read_volatile() })
+    }
 }
 
 /// How long flows may be idle.

@@ -10,9 +10,9 @@ use warren_abi::drop::Drop;
 use warren_abi::family::Family;
 use warren_abi::flow::tcp;
 use warren_abi::mss::{Mss, OPTIONS_ROOM, find, of_mtu};
-use warren_abi::wire::{Be16, VXLAN_OVERHEAD};
+use warren_abi::wire::Be16;
 
-use crate::maps::underlay;
+use crate::maps::End;
 use crate::parse::{IP, Packet, l4};
 
 /// Length of a TCP header without options.
@@ -53,7 +53,7 @@ pub extern "C" fn warren_clamp(skb: *mut __sk_buff, header: u32, length: u32) ->
     if loaded != 0 {
         return 1;
     }
-    let mtu = (underlay().mtu - VXLAN_OVERHEAD as u32) as u16;
+    let mtu = End::inner_mtu() as u16;
     let new = Be16::new(of_mtu(mtu, (header - IP as u32) as u16));
     let Some(Mss { at, value: old }) = find(&bytes, length as usize) else {
         return 0;

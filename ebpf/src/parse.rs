@@ -2,7 +2,7 @@
 
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
-use warren_abi::family::{Family, Fields, V4};
+use warren_abi::family::{Family, Fields};
 use warren_abi::flow::{Direction, tcp};
 use warren_abi::maps::Traffic;
 use warren_abi::wire::{Be16, Ethernet, ICMP, TCP, UDP};
@@ -15,9 +15,6 @@ pub const IP: usize = size_of::<Ethernet>();
 pub const fn l4<F: Family>() -> usize {
     IP + F::HEADER
 }
-
-/// What programs look at: Ethernet, IP and TCP headers.
-const HEADERS: u32 = l4::<V4>() as u32 + 20;
 
 /// A pointer into the packet, if all of `T` is there. Any helper that changes the packet makes it
 /// invalid, and the verifier rejects its use from then on.
@@ -32,12 +29,13 @@ pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
 /// Refuses a frame with a VLAN tag: the kernel took the tag out of sight, and would put it back in
 /// front of whatever leaves.
 #[inline(always)]
-pub fn prepare(ctx: &TcContext) -> Result<(), Drop> {
+pub fn prepare<F: Family>(ctx: &TcContext) -> Result<(), Drop> {
     // SAFETY: the context is the kernel's for as long as the program runs.
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Err(Drop::NotIpv4);
     }
-    pull(ctx, HEADERS);
+    // Ethernet, IP and TCP headers.
+    pull(ctx, l4::<F>() as u32 + 20);
     Ok(())
 }
 
@@ -48,6 +46,13 @@ pub fn pull(ctx: &TcContext, length: u32) {
         // A failure is met again as a missing header.
         let _ = ctx.pull_data(if ctx.len() < length { ctx.len() } else { length });
     }
+}
+
+/// What the Ethernet header says of what follows it.
+#[inline(always)]
+pub fn ethertype(ctx: &TcContext) -> Be16 {
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    Be16(unsafe { (*ctx.skb.skb).protocol } as u16)
 }
 
 /// The Ethernet header.
@@ -145,6 +150,8 @@ pub fn packet<F: Family>(ctx: &TcContext, direction: Direction) -> Result<Packet
                 return Err(Drop::BadHeader);
             }
         }
+        // RFC 8200, section 8.1.
+        UDP if F::UDP_NEEDS_CHECKSUM && l4[3].0 == 0 => return Err(Drop::NoChecksum),
         UDP => packet.unchecked = l4[3].0 == 0,
         ICMP => {
             let [kind, _] = l4[0].0.to_ne_bytes();

@@ -12,17 +12,18 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::conntrack::Receiver;
 use warren_abi::drop::Drop;
-use warren_abi::family::{Family, V4};
+use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
-use warren_abi::maps::ProxyVpc;
-use warren_abi::wire::{Ethernet, GATEWAY_MAC, ICMP, Ipv4};
+use warren_abi::maps::{HostVpc, ProxyVpc};
+use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ipv4};
 
 use crate::maps::{HOST_VPCS, PROXY_VPCS};
 use crate::parse::{Packet, at};
-use crate::{blocks, conntrack, drops, encap, icmp, migration, mss, nat, parse, route};
+use crate::{blocks, conntrack, drops, encap, icmp, migration, mss, nat, parse, route, tail};
 
-/// Address family of IPv4.
+/// Address families (`linux/socket.h`).
 const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
 
 /// On a host: translates back, and hands to the guest's TAP.
 #[classifier]
@@ -37,22 +38,46 @@ pub fn tunnel_host(ctx: TcContext) -> i32 {
 /// headers.
 #[inline(always)]
 pub fn host(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
-    match migration::or_former(to_guest::<V4>(ctx, vni, remote)) {
+    // SAFETY: one that is replaced meanwhile is a VPC as well.
+    let Some(vpc) = (unsafe { HOST_VPCS.get(vni) }) else {
+        return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
+    };
+    if remote.0 != vpc.proxy_address.0[3] {
+        return drops::verdict(ctx, 0, Err(Drop::NotFromProxy));
+    }
+    match parse::ethertype(ctx) {
+        ETHERTYPE_IPV6 => {
+            // SAFETY: the context is the kernel's for as long as the program runs.
+            unsafe { (*ctx.skb.skb).cb[0] = vni };
+            tail::call(ctx, tail::TO_GUEST_V6)
+        }
+        _ => finish(ctx, to_guest::<V4>(ctx, vni, vpc)),
+    }
+}
+
+/// The rest of [`host`], of IPv6.
+#[classifier]
+pub fn to_guest_v6(ctx: TcContext) -> i32 {
+    // SAFETY: as above.
+    let vni = unsafe { (*ctx.skb.skb).cb[0] };
+    // SAFETY: as above.
+    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or((0, Drop::UnknownVpc));
+    finish(&ctx, vpc.and_then(|vpc| to_guest::<V6>(&ctx, vni, vpc)))
+}
+
+#[inline(always)]
+fn finish(ctx: &TcContext, result: Result<i32, (u32, Drop)>) -> i32 {
+    match migration::or_former(result) {
         Ok(action) => drops::verdict(ctx, 0, Ok(action)),
         Err((scope, reason)) => drops::verdict(ctx, scope, Err(reason)),
     }
 }
 
 #[inline(always)]
-fn to_guest<F: Family>(ctx: &TcContext, vni: u32, remote: Ipv4) -> Result<i32, (u32, Drop)> {
+fn to_guest<F: Family>(ctx: &TcContext, vni: u32, vpc: &HostVpc) -> Result<i32, (u32, Drop)> {
     let nobody = |reason| (0, reason);
-    // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
-    let vpc = *unsafe { HOST_VPCS.get(vni) }.ok_or((0, Drop::UnknownVpc))?;
-    if remote != vpc.proxy_address {
-        return Err((0, Drop::NotFromProxy));
-    }
-    let shared = F::shared(&vpc).map_err(nobody)?;
-    parse::prepare(ctx).map_err(nobody)?;
+    let shared = F::shared(vpc).map_err(nobody)?;
+    parse::prepare::<F>(ctx).map_err(nobody)?;
     if parse::ethernet(ctx).map_err(nobody)?.ethertype != F::ETHERTYPE {
         return Err((0, Drop::NotIpv4));
     }
@@ -97,16 +122,20 @@ pub fn tunnel_proxy(ctx: TcContext) -> i32 {
 /// As [`host`].
 #[inline(always)]
 pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
-    // SAFETY: the entry is copied at once; one that is replaced meanwhile is a VPC as well.
-    match unsafe { PROXY_VPCS.get(vni) }.copied() {
-        Some(vpc) => drops::verdict(ctx, vpc.scope, to_vpc::<V4>(ctx, &vpc, remote)),
-        None => drops::verdict(ctx, 0, Err(Drop::UnknownVpc)),
-    }
+    // SAFETY: one that is replaced meanwhile is a VPC as well.
+    let Some(vpc) = (unsafe { PROXY_VPCS.get(vni) }) else {
+        return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
+    };
+    let result = match parse::ethertype(ctx) {
+        ETHERTYPE_IPV6 => to_vpc::<V6>(ctx, vpc, remote),
+        _ => to_vpc::<V4>(ctx, vpc, remote),
+    };
+    drops::verdict(ctx, vpc.scope, result)
 }
 
 #[inline(always)]
 fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
-    parse::prepare(ctx)?;
+    parse::prepare::<F>(ctx)?;
     if parse::ethernet(ctx)?.ethertype != F::ETHERTYPE {
         return Err(Drop::NotIpv4);
     }
@@ -121,18 +150,25 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i3
             return Err(Drop::IcmpError);
         }
     }
-    if blocks::holder(vpc, packet.local_port) != Some(remote) {
+    let holder = blocks::holder(vpc, packet.local_port).ok_or(Drop::NotBlockHolder)?;
+    if holder.0[3] != remote.0 {
         return Err(Drop::NotBlockHolder);
     }
     if F::same(packet.destination, shared) {
         return hairpin(ctx, vpc, &packet);
     }
-    let next_hop = route::next_hop(vpc, F::ip(packet.destination))?.to_v4().ok_or(Drop::NoRoute)?;
+    let next_hop = route::next_hop(vpc, F::ip(packet.destination))?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.
-    let mut to = bpf_redir_neigh {
-        nh_family: AF_INET,
-        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: [next_hop.0, 0, 0, 0] },
+    let (nh_family, ipv6_nh) = match next_hop.to_v4() {
+        Some(address) => (AF_INET, [address.0, 0, 0, 0]),
+        None => (AF_INET6, next_hop.0),
     };
+    let is_v6 = F::ETHERTYPE == ETHERTYPE_IPV6;
+    if is_v6 != (nh_family == AF_INET6) {
+        return Err(Drop::NoRoute);
+    }
+    let mut to =
+        bpf_redir_neigh { nh_family, __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh } };
     // SAFETY: the parameters are on the stack while the helper reads them.
     unsafe { Ok(bpf_redirect_neigh(vpc.ifindex, &raw mut to, size_of_val(&to) as i32, 0) as i32) }
 }

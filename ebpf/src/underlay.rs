@@ -8,19 +8,22 @@
 //! and sends anew. While a flow's large packets may still be on the longer way, its small ones
 //! follow them.
 
-use aya_ebpf::bindings::{BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
+use aya_ebpf::bindings::{
+    BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+};
 use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::TcContext;
 use warren_abi::nat::{TUNNEL_PORTS, tunnel_port_index};
 use warren_abi::wire::{
-    Be16, ETHERTYPE_IPV4, Ethernet, IpHeader, Ipv4, TCP, Tunnel, UDP, VXLAN_PORT, Vxlan,
+    Be16, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ip6Header, IpHeader, Ipv4, TCP, Tunnel, UDP,
+    VXLAN_PORT, Vxlan,
 };
 
 use crate::encap::ECN;
-use crate::maps::underlay;
-use crate::parse::{at, pull};
+use crate::maps::End;
+use crate::parse::{IP, at, pull};
 use crate::{migration, tunnel};
 
 /// Left to the next program, or to the kernel.
@@ -70,13 +73,20 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
     struct Headers {
         ethernet: Ethernet,
         tunnel: Tunnel,
-        ip: IpHeader,
+        /// The beginning of the inner IP header, of either family.
+        inner: [u8; 12],
+        /// The addresses, of IPv4.
+        addresses: [Ipv4; 2],
     }
 
-    pull(ctx, size_of::<Headers>() as u32);
+    pull(ctx, (size_of::<Headers>() + size_of::<Ip6Header>()) as u32);
     // SAFETY: `at` checked the bounds; every bit pattern is a value.
-    let Headers { ethernet, tunnel: Tunnel { ip, udp, vxlan, ethernet: inner }, ip: packet } =
-        unsafe { at::<Headers>(ctx, 0)?.read_unaligned() };
+    let Headers {
+        ethernet,
+        tunnel: Tunnel { ip, udp, vxlan, ethernet: inner },
+        inner: packet,
+        addresses,
+    } = unsafe { at::<Headers>(ctx, 0)?.read_unaligned() };
     // SAFETY: the context is the kernel's for as long as the program runs.
     let (segment, is_tagged, is_ours) = unsafe {
         let skb = ctx.skb.skb;
@@ -86,7 +96,7 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
         && ethernet.ethertype == ETHERTYPE_IPV4
         && ip.version_length == IpHeader::PLAIN
         && ip.protocol == UDP
-        && { ip.destination } == underlay().address
+        && { ip.destination } == End::address_v4()
         && ip.fragment.0 & IpHeader::FRAGMENT.0 == 0
         && udp.destination == Be16::new(VXLAN_PORT);
     if !is_tunnel {
@@ -100,24 +110,37 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
         unsafe { last.write_volatile(now) };
         return None;
     }
+    let is_v6 = inner.ethertype == ETHERTYPE_IPV6;
+    let (tos, protocol) = if is_v6 { (packet[1] >> 4, packet[6]) } else { (packet[1], packet[9]) };
+    let is_hairpin = if is_v6 {
+        // SAFETY: `at` checked the bounds; every bit pattern is a value.
+        let header = unsafe { &*at::<Ip6Header>(ctx, IP + size_of::<Tunnel>())? };
+        { header.source }.is(header.destination)
+    } else {
+        addresses[0] == addresses[1]
+    };
     let is_plain = !is_tagged
         // Reserved bits are ignored.
         && { vxlan.flags } & Vxlan::FLAGS == Vxlan::FLAGS
         && udp.checksum == 0
-        && inner.ethertype == ETHERTYPE_IPV4
+        && (is_v6 || inner.ethertype == ETHERTYPE_IPV4)
         // What the underlay tells of congestion is the kernel's to pass on (RFC 6040).
-        && ip.tos & ECN == packet.tos & ECN
+        && ip.tos & ECN == tos & ECN
         // What goes back into the tunnel must not count as a packet that is in one already, which
         // where both ends are on one machine only the kernel can undo.
-        && { packet.source } != { packet.destination }
+        && !is_hairpin
         && ip.total_length.get() as u32 + size_of::<Ethernet>() as u32 == ctx.len();
     // SAFETY: as above.
-    let is_behind =
-        packet.protocol == TCP && now.wrapping_sub(unsafe { last.read_volatile() }) < WINDOW;
+    let is_behind = protocol == TCP && now.wrapping_sub(unsafe { last.read_volatile() }) < WINDOW;
     if !is_plain || is_behind {
         return None;
     }
-    let flags = BPF_F_ADJ_ROOM_FIXED_GSO as u64;
+    let family = if is_v6 { BPF_F_ADJ_ROOM_DECAP_L3_IPV6 } else { 0 };
+    let flags = (BPF_F_ADJ_ROOM_FIXED_GSO | family) as u64;
     ctx.adjust_room(-(size_of::<Tunnel>() as i32), BPF_ADJ_ROOM_MAC, flags).ok()?;
+    if is_v6 {
+        // SAFETY: `at` checked the bounds.
+        unsafe { (*at::<Ethernet>(ctx, 0)?).ethertype = ETHERTYPE_IPV6 };
+    }
     Some((u32::from_be(vxlan.vni) >> 8, ip.source))
 }

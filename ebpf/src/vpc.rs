@@ -1,44 +1,64 @@
 //! What comes from a VPC: tcx ingress on the proxy's interface in it.
 
+use core::marker::PhantomData;
+
 use aya_ebpf::bindings::TC_ACT_OK;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
-use warren_abi::family::{Family, V4};
+use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
+use warren_abi::icmp::v6::{NEIGHBOUR_ADVERTISEMENT, NEIGHBOUR_SOLICITATION};
 use warren_abi::maps::ProxyVpc;
-use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4};
+use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ip};
 
 use crate::answer::Answerer;
 use crate::maps::INTERFACES;
-use crate::{answer, arp, blocks, drops, encap, icmp, parse};
+use crate::{answer, arp, blocks, drops, encap, icmp, nd, parse};
 
-/// Answers ARP for the shared address; sends what is for it to the host that holds the port.
+/// Answers ARP and neighbour discovery for the shared addresses; sends what is for them to the host
+/// that holds the port.
 #[classifier]
 pub fn vpc(ctx: TcContext) -> i32 {
-    // SAFETY: the context is the kernel's for as long as the program runs; the entry is copied at
-    // once, and one that is replaced meanwhile is a VPC as well.
-    let vpc = unsafe { INTERFACES.get((*ctx.skb.skb).ifindex) }.copied();
-    match vpc {
-        Some(vpc) => {
-            let result = ingress(&ctx, &vpc);
-            let action = drops::verdict(&ctx, vpc.scope, result);
-            let ProxyVpc { mac, shared_address: address, ifindex, scope, .. } = vpc;
-            let proxy = Answerer::<V4> { mac, address, ifindex, scope };
-            result.err().and_then(|reason| answer::send(&ctx, &proxy, reason)).unwrap_or(action)
-        }
-        None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
+    match parse::ethertype(&ctx) {
+        ETHERTYPE_IPV6 => ingress(&ctx, |vpc| vpc.v6.shared_address, ingress_v6),
+        _ => ingress(&ctx, |vpc| vpc.shared_address, ingress_v4),
     }
 }
 
+/// Takes a packet from a VPC, and answers for its shared address.
 #[inline(always)]
-fn ingress(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
-    parse::prepare(ctx)?;
+fn ingress<F: Family>(
+    ctx: &TcContext,
+    address: impl FnOnce(&ProxyVpc) -> F::Address,
+    take: impl FnOnce(&TcContext, &ProxyVpc, PhantomData<F>) -> Result<i32, Drop>,
+) -> i32 {
+    // SAFETY: the context is the kernel's for as long as the program runs; a VPC that is replaced
+    // meanwhile is one as well.
+    let Some(vpc) = (unsafe { INTERFACES.get((*ctx.skb.skb).ifindex) }) else {
+        return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
+    };
+    let result = take(ctx, vpc, PhantomData);
+    let ProxyVpc { mac, ifindex, scope, .. } = *vpc;
+    let action = drops::verdict(ctx, scope, result);
+    let proxy = Answerer::<F> { mac, address: address(vpc), ifindex, scope };
+    result.err().and_then(|reason| answer::send(ctx, &proxy, reason)).unwrap_or(action)
+}
+
+#[inline(always)]
+fn ingress_v4(ctx: &TcContext, vpc: &ProxyVpc, _: PhantomData<V4>) -> Result<i32, Drop> {
+    parse::prepare::<V4>(ctx)?;
     match parse::ethernet(ctx)?.ethertype {
         ETHERTYPE_IPV4 => to_host::<V4>(ctx, vpc),
         ETHERTYPE_ARP => resolve(ctx, vpc),
         _ => Err(Drop::NotIpv4),
     }
+}
+
+#[inline(always)]
+fn ingress_v6(ctx: &TcContext, vpc: &ProxyVpc, _: PhantomData<V6>) -> Result<i32, Drop> {
+    parse::prepare::<V6>(ctx)?;
+    if nd::is_message(ctx) { resolve_v6(ctx, vpc) } else { to_host::<V6>(ctx, vpc) }
 }
 
 /// Sends what is for the shared address to the host that holds the port.
@@ -72,5 +92,21 @@ fn resolve(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
         Arp::REQUEST => arp::reply(ctx, &message, vpc.mac, vpc.ifindex),
         Arp::REPLY => Ok(TC_ACT_OK),
         _ => Err(Drop::UnexpectedArp),
+    }
+}
+
+/// As [`resolve`]. The kernel asks from the shared address, or from the link-local one that the
+/// daemon gave the interface.
+#[inline(always)]
+fn resolve_v6(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
+    let shared = V6::shared_on_proxy(vpc)?;
+    let message = nd::message(ctx)?;
+    let own = |address: Ip| address.is(shared) || address.is(Ip::link_local(vpc.mac));
+    match message.kind {
+        NEIGHBOUR_SOLICITATION if own(message.target) => {
+            nd::reply(ctx, &message, vpc.mac, 0, vpc.ifindex)
+        }
+        NEIGHBOUR_ADVERTISEMENT if own(message.destination) => Ok(TC_ACT_OK),
+        _ => Err(Drop::UnexpectedNd),
     }
 }

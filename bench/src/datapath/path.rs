@@ -140,7 +140,7 @@ impl Warren {
             bpffs: run.bpf().join("host"),
             object: object.clone(),
             underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: HOST,
+            underlay_address: HOST.into(),
             slots: MICROVM,
             interface_prefix: PREFIX.to_owned(),
             flows: warren_dataplane::datapath::DEFAULT_FLOWS,
@@ -151,7 +151,7 @@ impl Warren {
             bpffs: run.bpf().join("proxy"),
             object,
             underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: PROXY,
+            underlay_address: PROXY.into(),
             interface_prefix: PREFIX.to_owned(),
         };
         let datapath = topology.host.run(|| HostDatapath::open(&host))?;
@@ -164,8 +164,9 @@ impl Warren {
         this.datapath.apply_vpc(&HostVpc {
             vni: VNI,
             shared_address: SHARED,
+            shared_address_v6: None,
             ports: PORTS,
-            proxy_address: PROXY,
+            proxy_address: PROXY.into(),
         })?;
         topology.proxy.run(|| -> Result<()> {
             let vpc = ProxyVpc {
@@ -174,7 +175,8 @@ impl Warren {
                 shared_address: SHARED,
                 cidr: CIDR.parse()?,
                 gateway: None,
-                holders: vec![(PORTS, HOST)],
+                v6: None,
+                holders: vec![(PORTS, HOST.into())],
                 routes: Vec::new(),
             };
             Ok(ProxyDatapath::open(&this.proxy.0)?.apply_vpc(&vpc)?)

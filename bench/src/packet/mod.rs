@@ -76,7 +76,7 @@ pub fn run(rounds: u32) -> Result<(Figures, Table)> {
         bpffs: run.bpf().join("host"),
         object: object.clone(),
         underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: HOST,
+        underlay_address: HOST.into(),
         slots: SLOTS,
         interface_prefix: PREFIX.to_owned(),
         flows: CASES.iter().map(|case| case.flows).max().unwrap_or(1) + MAPPINGS + 4096,
@@ -87,7 +87,7 @@ pub fn run(rounds: u32) -> Result<(Figures, Table)> {
         bpffs: run.bpf().join("proxy"),
         object,
         underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: PROXY,
+        underlay_address: PROXY.into(),
         interface_prefix: PREFIX.to_owned(),
     };
     let figures = Bed::open(&topology, &host, &proxy).and_then(|mut bed| bed.measure(rounds));
@@ -114,8 +114,9 @@ impl Bed {
         datapath.apply_vpc(&HostVpc {
             vni: VNI,
             shared_address: SHARED,
+            shared_address_v6: None,
             ports: PORTS,
-            proxy_address: PROXY,
+            proxy_address: PROXY.into(),
         })?;
         let proxy = topology.proxy.run(|| ProxyDatapath::open(proxy))?;
         let router = Router { proxy, namespace: topology.proxy.clone() };
@@ -230,7 +231,8 @@ impl Router {
             cidr: CIDR.parse()?,
             // The peers are behind it: one neighbour, however many they are.
             gateway: Some(SERVER),
-            holders: vec![(PORTS, HOST)],
+            v6: None,
+            holders: vec![(PORTS, HOST.into())],
             routes: (0..routes).map(route).collect(),
         };
         Ok(self.namespace.run(|| self.proxy.apply_vpc(&vpc))?)

@@ -144,6 +144,8 @@ fn turn(frame: &mut [u8]) {
 mod tests {
     use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     #[test]
@@ -153,6 +155,7 @@ mod tests {
             ifname: String::new(),
             ifindex: 1,
             address: Ipv4Addr::new(169, 254, 2, 1),
+            address_v6: Ipv6Addr::LOCALHOST,
             mac: [2, 0, 0, 0, 0, 1],
         };
         let mut frame = Vec::new();

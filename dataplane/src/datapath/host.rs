@@ -8,7 +8,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
-use warren_abi::maps::{self, Guard, layouts, names, programs};
+use warren_abi::maps::{self, Guard, Underlay, layouts, names, programs};
+use warren_abi::wire::Ip;
 
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
@@ -40,7 +41,7 @@ pub struct HostDatapath {
     /// Indices in `slots`, by the TAP's.
     by_ifindex: StdHashMap<u32, usize>,
     services: Interface,
-    mtu: u16,
+    underlay: Underlay,
     timers: Timers,
     state: Mutex<State>,
     counters: Counters,
@@ -64,7 +65,7 @@ impl Debug for HostDatapath {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.debug_struct("HostDatapath")
             .field("slots", &self.slots.len())
-            .field("mtu", &self.mtu)
+            .field("mtu", &self.mtu())
             .finish_non_exhaustive()
     }
 }
@@ -102,7 +103,8 @@ impl HostDatapath {
             Pins::open(&options.bpffs)?,
             &[
                 MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
-                MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS),
+                MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS)
+                    .layout(layouts::HOST_VPCS),
                 MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count)
                     .layout(layouts::CT_OUT),
                 MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count)
@@ -120,6 +122,13 @@ impl HostDatapath {
             ],
             &[
                 programs::TAP,
+                programs::TAP_V6,
+                programs::TO_GUEST_V6,
+                programs::ERROR_TO_VPC,
+                programs::ERROR_TO_VPC_V6,
+                programs::RESOLVE_V6,
+                programs::TRANSLATE_V6,
+                programs::ANSWER_V6,
                 programs::TUNNEL_HOST,
                 programs::UNDERLAY_HOST,
                 programs::SWEEP,
@@ -156,7 +165,7 @@ impl HostDatapath {
             slots,
             by_ifindex,
             services,
-            mtu,
+            underlay,
             timers,
             state,
             counters,
@@ -192,9 +201,9 @@ impl HostDatapath {
         Ok(tap)
     }
 
-    /// Largest IP packet of a guest, in bytes: the underlay's MTU less 50.
+    /// Largest IP packet of a guest, in bytes: the underlay's MTU less 50, or 70 where it is IPv6.
     pub fn mtu(&self) -> u16 {
-        self.mtu
+        underlay::inner_mtu(&self.underlay)
     }
 
     /// Name of the TUN device of the link-local services: see [`crate::services`].
@@ -207,13 +216,18 @@ impl HostDatapath {
     pub fn apply_vpc(&self, vpc: &HostVpc) -> Result<(), Error> {
         check_vni(vpc.vni)?;
         check_address("shared address", vpc.shared_address)?;
-        check_address("proxy address", vpc.proxy_address)?;
+        if let Some(address) = vpc.shared_address_v6 {
+            check_address("shared IPv6 address", address)?;
+            underlay::check_mtu_v6(&self.underlay)?;
+        }
+        underlay::check_remote(&self.underlay, "proxy address", vpc.proxy_address)?;
         vpc.ports.check()?;
         let value = maps::HostVpc {
             shared_address: vpc.shared_address.into(),
-            proxy_address: vpc.proxy_address.into(),
             port_base: u32::from(vpc.ports.base),
             port_count: vpc.ports.count,
+            proxy_address: vpc.proxy_address.into(),
+            shared_address_v6: vpc.shared_address_v6.map_or(Ip::UNSPECIFIED, Ip::from),
         };
         let mut state = self.lock();
         state.vpcs.insert(vpc.vni, value, 0).map_err(|e| Error::map(names::HOST_VPCS, e))?;
@@ -245,6 +259,9 @@ impl HostDatapath {
                 Ok(HostVpc {
                     vni,
                     shared_address: vpc.shared_address.into(),
+                    shared_address_v6: Some(vpc.shared_address_v6)
+                        .filter(|address| !address.is_unspecified())
+                        .map(Into::into),
                     ports: PortRange { base: vpc.port_base as u16, count: vpc.port_count },
                     proxy_address: vpc.proxy_address.into(),
                 })

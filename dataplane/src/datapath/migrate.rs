@@ -128,9 +128,9 @@ pub(super) fn is_needed(pins: &Pins, specs: &[MapSpec]) -> Result<bool, Error> {
     Ok(is_host && pinned.iter().any(|name| name == OUT_V1))
 }
 
-/// How many flows were carried over, and how many could not be, since another had their port.
+/// How many entries were carried over, and how many could not be, since there was another.
 #[derive(Clone, Copy, Debug, Default)]
-struct Carried {
+pub(super) struct Carried {
     flows: u32,
     conflicts: u32,
 }
@@ -210,7 +210,7 @@ fn carry_over(directory: &Path) -> Result<Carried, Error> {
 
 /// Copies the entries of a map, converted, that the other does not have. One that it has and is
 /// not the `same` is a conflict.
-fn carry<K: Pod, V: Pod, NewK: Pod, NewV: Pod>(
+pub(super) fn carry<K: Pod, V: Pod, NewK: Pod, NewV: Pod>(
     (name, from): (&'static str, &Path),
     to: &Path,
     convert: impl Fn(&K, &V) -> (NewK, NewV),

@@ -6,14 +6,16 @@
 
 use std::fmt::Display;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use aya::maps::MapError;
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 pub use warren_abi::drop::Drop as DropReason;
+use warren_abi::family::{Family, V4, V6};
 pub use warren_abi::flow::Timers;
 use warren_abi::nat::BLOCK_PORTS;
+use warren_abi::wire::Ip;
 use warren_proto::route::{InvalidTable, Route};
 
 mod counters;
@@ -32,6 +34,7 @@ mod services;
 mod slots;
 mod sweep;
 mod sysctl;
+mod tables;
 mod tap;
 mod underlay;
 mod undo;
@@ -53,7 +56,7 @@ pub struct HostOptions {
     /// Interface that leads to the proxies.
     pub underlay_interface: String,
     /// This host's address on the underlay: the tunnel's source.
-    pub underlay_address: Ipv4Addr,
+    pub underlay_address: IpAddr,
     /// How many slots to have, 1 to [`MAX_SLOTS`]. Slots that exist beyond it are left alone.
     pub slots: u32,
     /// Beginning of the names of interfaces: `wrn` makes `wrn1`, `wrn2` and so on, and
@@ -84,7 +87,7 @@ pub struct ProxyOptions {
     /// Interface that leads to the hosts.
     pub underlay_interface: String,
     /// This proxy's address on the underlay: the tunnel's source.
-    pub underlay_address: Ipv4Addr,
+    pub underlay_address: IpAddr,
     /// Beginning of the name of the VXLAN device, `wrn-vxlan` for `wrn`. 1 to 8 bytes.
     pub interface_prefix: String,
 }
@@ -100,6 +103,8 @@ pub struct Slot {
     pub ifindex: u32,
     /// The guest's address, a /32; its gateway is [`warren_abi::wire::GATEWAY`].
     pub address: Ipv4Addr,
+    /// The guest's IPv6 address, a /128; its gateway is [`warren_abi::wire::GATEWAY_V6`].
+    pub address_v6: Ipv6Addr,
     /// The guest's MAC address.
     pub mac: [u8; 6],
 }
@@ -118,12 +123,14 @@ pub struct PortRange {
 pub struct HostVpc {
     /// VXLAN network identifier, 1 to 2^24-1.
     pub vni: u32,
-    /// Address in the VPC that guests appear as.
+    /// IPv4 address in the VPC that guests appear as.
     pub shared_address: Ipv4Addr,
-    /// This host's ports of it.
+    /// IPv6 address in the VPC that guests appear as: without one, they have no IPv6 there.
+    pub shared_address_v6: Option<Ipv6Addr>,
+    /// This host's ports of both addresses.
     pub ports: PortRange,
-    /// Underlay address of the proxy that owns the shared address.
-    pub proxy_address: Ipv4Addr,
+    /// Underlay address of the proxy that owns the shared addresses.
+    pub proxy_address: IpAddr,
 }
 
 /// A VPC, as a proxy knows it.
@@ -133,16 +140,29 @@ pub struct ProxyVpc {
     pub vni: u32,
     /// Interface of the proxy that stands in the VPC.
     pub interface: String,
-    /// Address in the VPC that guests appear as.
+    /// IPv4 address in the VPC that guests appear as.
     pub shared_address: Ipv4Addr,
     /// What is on-link on the interface.
     pub cidr: Ipv4Network,
     /// Next hop for what is not in the CIDR.
     pub gateway: Option<Ipv4Addr>,
-    /// Who holds which ports: the underlay addresses of hosts.
-    pub holders: Vec<(PortRange, Ipv4Addr)>,
+    /// Its IPv6, if it has any.
+    pub v6: Option<ProxyVpcV6>,
+    /// Who holds which ports, of the addresses of both families: the underlay addresses of hosts.
+    pub holders: Vec<(PortRange, IpAddr)>,
     /// Its own routes, which come before those of CIDR and gateway; the longest prefix wins.
     pub routes: Vec<Route>,
+}
+
+/// The IPv6 of a VPC, as a proxy knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProxyVpcV6 {
+    /// IPv6 address in the VPC that guests appear as.
+    pub shared_address: Ipv6Addr,
+    /// What is on-link on the interface.
+    pub cidr: Ipv6Network,
+    /// Next hop for what is not in the CIDR.
+    pub gateway: Option<Ipv6Addr>,
 }
 
 /// That a slot is connected to a VPC.
@@ -340,13 +360,22 @@ fn check_vni(vni: u32) -> Result<(), Error> {
 }
 
 /// Checks the address of a host: what the programs take as a destination.
-fn check_address(what: &'static str, address: Ipv4Addr) -> Result<(), Error> {
-    let first = address.octets()[0];
-    if first == 0 || first >= 224 || address.is_loopback() || address.is_link_local() {
-        Err(Error::invalid(what, address, "give the unicast address of an interface"))
-    } else {
+fn check_address(what: &'static str, address: impl Into<IpAddr>) -> Result<(), Error> {
+    let address = address.into();
+    let is_valid = match address {
+        IpAddr::V4(address) => V4::is_destination(address.into()),
+        IpAddr::V6(address) => V6::is_destination(address.into()),
+    };
+    if is_valid {
         Ok(())
+    } else {
+        Err(Error::invalid(what, address, "give the unicast address of an interface"))
     }
+}
+
+/// Checks the address of a VPC's gateway, which may also be link-local.
+fn check_gateway_v6(address: Ipv6Addr) -> Result<(), Error> {
+    if Ip::from(address).is_link_local() { Ok(()) } else { check_address("gateway", address) }
 }
 
 /// Whether a map lacks the key.

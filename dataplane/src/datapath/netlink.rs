@@ -4,7 +4,7 @@
 //! there is a runtime, in the network namespace of the calling thread.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
@@ -99,7 +99,8 @@ impl Netlink {
     /// It ignores reserved bits (RFC 7348, section 5), where the kernel can (Linux 6.14).
     pub fn create_vxlan(&mut self, name: &str) -> Result<(), Error> {
         let link = LinkVxlan::new(name, 0).collect_metadata(true).learning(false).port(VXLAN_PORT);
-        let link = link.reserved_bits(0).build();
+        // In IPv6, a checksum of zero is what the programs send (RFC 6935, section 5).
+        let link = link.udp_zero_csum6_rx(true).reserved_bits(0).build();
         self.request(RouteNetlinkMessage::NewLink(link), NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK)
             .map(drop)
             .map_err(|source| Error::system("create VXLAN device", name, source))
@@ -130,9 +131,9 @@ impl Netlink {
         })
     }
 
-    /// The IPv4 addresses of an interface.
-    pub fn addresses(&mut self, interface: &Interface) -> Result<Vec<Ipv4Addr>, Error> {
-        let request = AddressMessageBuilder::<Ipv4Addr>::new().build();
+    /// The addresses of an interface.
+    pub fn addresses(&mut self, interface: &Interface) -> Result<Vec<IpAddr>, Error> {
+        let request = AddressMessage::default();
         let answers = self
             .request(RouteNetlinkMessage::GetAddress(request), NLM_F_DUMP)
             .map_err(|source| Error::system("list addresses of", &interface.name, source))?;
@@ -142,19 +143,26 @@ impl Netlink {
             if answer.header.index != interface.index {
                 continue;
             }
-            for attribute in answer.attributes {
-                if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
-                    addresses.push(address);
-                }
-            }
+            // IPv4 has both, and this is the own one; IPv6 has the other one alone.
+            let local = answer.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) => Some(*address),
+                _ => None,
+            });
+            let address = answer.attributes.iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(*address),
+                _ => None,
+            });
+            addresses.extend(local.or(address));
         }
         Ok(addresses)
     }
 
-    /// Gives an interface an address, without a route to it.
-    pub fn add_address(&mut self, interface: &Interface, address: Ipv4Addr) -> Result<(), Error> {
+    /// Gives an interface an address at once, without a route to it.
+    pub fn add_address(&mut self, interface: &Interface, address: IpAddr) -> Result<(), Error> {
         let mut request = host_address(interface, address);
-        request.attributes.push(AddressAttribute::Flags(AddressFlags::Noprefixroute));
+        let flags = AddressFlags::Noprefixroute
+            | if address.is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() };
+        request.attributes.push(AddressAttribute::Flags(flags));
         let flags = NLM_F_CREATE | NLM_F_REPLACE | NLM_F_ACK;
         self.request(RouteNetlinkMessage::NewAddress(request), flags)
             .map(drop)
@@ -162,11 +170,7 @@ impl Netlink {
     }
 
     /// Takes an address from an interface; no error if it has it not.
-    pub fn remove_address(
-        &mut self,
-        interface: &Interface,
-        address: Ipv4Addr,
-    ) -> Result<(), Error> {
+    pub fn remove_address(&mut self, interface: &Interface, address: IpAddr) -> Result<(), Error> {
         let request = RouteNetlinkMessage::DelAddress(host_address(interface, address));
         match self.request(request, NLM_F_ACK) {
             Err(source) if source.raw_os_error() != Some(libc::EADDRNOTAVAIL) => {
@@ -258,8 +262,16 @@ impl Netlink {
     }
 }
 
-fn host_address(interface: &Interface, address: Ipv4Addr) -> AddressMessage {
-    AddressMessageBuilder::<Ipv4Addr>::new().index(interface.index).address(address, 32).build()
+fn host_address(interface: &Interface, address: IpAddr) -> AddressMessage {
+    let index = interface.index;
+    match address {
+        IpAddr::V4(address) => {
+            AddressMessageBuilder::<Ipv4Addr>::new().index(index).address(address, 32).build()
+        }
+        IpAddr::V6(address) => {
+            AddressMessageBuilder::<Ipv6Addr>::new().index(index).address(address, 128).build()
+        }
+    }
 }
 
 fn interface(link: LinkMessage) -> Interface {

@@ -5,17 +5,18 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Map, MapData, MapError, MapInfo};
+use aya::maps::{Map, MapData, MapError, MapInfo, ProgramArray};
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
 use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use warren_abi::flow::Timers;
-use warren_abi::maps::{Underlay, names};
+use warren_abi::maps::{Underlay, names, tails};
 
 use super::pins::{self, Pins};
 use super::undo::Undo;
-use super::{Error, migrate, verdicts};
+use super::{Error, migrate, tables, verdicts};
+use crate::clock::monotonic_ns;
 
 /// A link whose pin was removed is detached by the kernel some time later; until then its program
 /// cannot be attached to the same interface again.
@@ -54,7 +55,7 @@ impl MapSpec {
 
     /// The name of its pin, which tells its layout: `CT_OUT-v2`; without a number, it is 1. A BPF
     /// file system takes no dots.
-    fn pin(&self) -> String {
+    pub fn pin(&self) -> String {
         match self.layout {
             1 => self.name.to_owned(),
             layout => format!("{}-v{layout}", self.name),
@@ -109,6 +110,11 @@ impl Programs {
         if migrating {
             loader.map_max_entries(names::PASSED, migrate::PASSED);
         }
+        // Of its own for each version: programs at their hooks go on with those that they know.
+        let tails = format!("{}-{:x}", names::TAILS, monotonic_ns());
+        let path = pins.maps().join(&tails);
+        undo.pin(path.clone());
+        loader.map_pin_path(names::TAILS, path);
         for spec in maps {
             let path = pins.maps().join(spec.pin());
             if !check(&path, spec)? {
@@ -117,14 +123,29 @@ impl Programs {
             loader.map_max_entries(spec.name, spec.entries).map_pin_path(spec.name, path);
         }
         let mut ebpf = loader.load(object).map_err(|source| Error::Load(Box::new(source)))?;
+        tables::carry_over(&pins.maps(), maps)?;
         let reader = verdicts::Reader::start(&mut ebpf)?;
-        let maps = maps.iter().map(MapSpec::pin).collect();
+        let maps = maps.iter().map(MapSpec::pin).chain([tails]).collect();
         let mut programs = Self { ebpf, pins, undo, migrating, maps, _reader: reader };
         for name in wanted {
             let program = programs.program(name)?;
             program.load().map_err(|source| Error::program("load program", *name, source))?;
         }
+        programs.enter_tails(wanted)?;
         Ok(programs)
+    }
+
+    /// Enters the programs that others end with, those that are wanted.
+    fn enter_tails(&mut self, wanted: &[&'static str]) -> Result<(), Error> {
+        let mut tails: ProgramArray<MapData> = self.map(names::TAILS)?;
+        for (place, name) in tails::ALL {
+            if wanted.contains(&name) {
+                let program = self.program(name)?.fd();
+                let program = program.map_err(|source| Error::program("open", name, source))?;
+                tails.set(place, program, 0).map_err(|source| Error::map(names::TAILS, source))?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether flows of a former layout are to be carried over: then, a hook's former program

@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Debug, Formatter};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{HashMap, MapData};
-use ipnetwork::Ipv4Network;
+use ipnetwork::{Ipv4Network, Ipv6Network};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
-use warren_abi::maps::{self, BlockKey, layouts, names, programs};
+use warren_abi::maps::{self, BlockKey, Underlay, layouts, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
-use warren_abi::wire::{Ipv4, Mac};
+use warren_abi::wire::{Ip, Ipv4, Mac};
 
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
@@ -20,8 +20,8 @@ use super::pins::Pins;
 use super::programs::{Globals, MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
 use super::{
-    DropCount, Error, PortRange, ProxyOptions, ProxyVpc, check_address, check_vni, is_missing,
-    sysctl, underlay,
+    DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
+    check_gateway_v6, check_vni, is_missing, sysctl, underlay,
 };
 use crate::clock::monotonic_ns;
 
@@ -35,6 +35,7 @@ const MAX_BLOCKS: u32 = 1 << 18;
 ///
 /// Dropping it changes nothing: packets flow on.
 pub struct ProxyDatapath {
+    underlay: Underlay,
     state: Mutex<State>,
 }
 
@@ -43,7 +44,7 @@ struct State {
     programs: Programs,
     vpcs: HashMap<MapData, u32, maps::ProxyVpc>,
     interfaces: HashMap<MapData, u32, maps::ProxyVpc>,
-    blocks: HashMap<MapData, BlockKey, Ipv4>,
+    blocks: HashMap<MapData, BlockKey, Ip>,
     counters: Counters,
     routes: Routes,
 }
@@ -74,13 +75,14 @@ impl ProxyDatapath {
             &[
                 routes,
                 cache,
-                MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS),
-                MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS),
-                MapSpec::new::<BlockKey, Ipv4>(names::BLOCKS, MAX_BLOCKS),
+                vpcs_spec(),
+                MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS)
+                    .layout(layouts::PROXY_VPCS),
+                MapSpec::new::<BlockKey, Ip>(names::BLOCKS, MAX_BLOCKS).layout(layouts::BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
             ],
-            &[programs::TUNNEL_PROXY, programs::UNDERLAY_PROXY, programs::VPC],
+            &[programs::TUNNEL_PROXY, programs::UNDERLAY_PROXY, programs::VPC, programs::ANSWER_V6],
         )?;
         let _expedited = ExpeditedRcu::new();
         underlay::open_device(
@@ -108,7 +110,7 @@ impl ProxyDatapath {
             routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
         };
-        Ok(Self { state: Mutex::new(state) })
+        Ok(Self { underlay, state: Mutex::new(state) })
     }
 
     /// Makes a VPC known, or replaces what was known: blocks and routes that are not listed any
@@ -118,6 +120,14 @@ impl ProxyDatapath {
         check_address("shared address", vpc.shared_address)?;
         if let Some(gateway) = vpc.gateway {
             check_address("gateway", gateway)?;
+        }
+        if let Some(v6) = &vpc.v6 {
+            check_address("shared IPv6 address", v6.shared_address)?;
+            v6.gateway.map_or(Ok(()), check_gateway_v6)?;
+            underlay::check_mtu_v6(&self.underlay)?;
+        }
+        for (_, holder) in &vpc.holders {
+            underlay::check_remote(&self.underlay, "holder of ports", *holder)?;
         }
         let blocks = blocks(vpc)?;
         let routes = routes::entries(vpc)?;
@@ -160,6 +170,12 @@ impl ProxyDatapath {
             reserved: [0; 6],
             // After the table changed: what programs found in it until now is not used any more.
             table: if has_table { monotonic_ns() } else { 0 },
+            v6: vpc.v6.as_ref().map_or(maps::ProxyVpcV6::NONE, |v6| maps::ProxyVpcV6 {
+                shared_address: v6.shared_address.into(),
+                network: v6.cidr.network().into(),
+                mask: v6.cidr.mask().into(),
+                gateway: v6.gateway.map_or(Ip::UNSPECIFIED, Ip::from),
+            }),
         };
         state
             .interfaces
@@ -173,7 +189,7 @@ impl ProxyDatapath {
             // Nobody looks there any more.
             state.routes.set(vpc.vni, &Entries::new())?;
         }
-        state.enter_interface(vpc, &interface, before.map(|before| before.shared_address.into()))
+        state.enter_interface(vpc, &interface, before.as_ref())
     }
 
     /// Forgets a VPC; nothing if unknown. Its interface is left up, without the shared address.
@@ -208,6 +224,7 @@ impl ProxyDatapath {
                 })?,
                 gateway: Some(vpc.gateway.into())
                     .filter(|gateway: &Ipv4Addr| !gateway.is_unspecified()),
+                v6: v6_of(&vpc.v6)?,
                 holders: holders.remove(&vpc.vni).unwrap_or_default(),
                 routes: Vec::new(),
             };
@@ -241,7 +258,9 @@ impl ProxyDatapath {
         for vpc in pinned_vpcs(&options.bpffs)? {
             let found = interfaces.iter().find(|interface| interface.index == vpc.ifindex);
             if let Some(interface) = found {
-                netlink.remove_address(interface, vpc.shared_address.into())?;
+                for address in addresses(&vpc) {
+                    netlink.remove_address(interface, address)?;
+                }
             }
         }
         Pins::remove_all(&options.bpffs)?;
@@ -285,21 +304,37 @@ impl State {
     }
 
     /// Prepares an interface in a VPC: program first, so that the kernel's own stack behind the
-    /// shared address is out of reach; then the address, from which the kernel sends ARP.
+    /// shared addresses is out of reach; then those, from which the kernel asks for neighbours. For
+    /// those that it probes, it wants a link-local address (RFC 4861, section 7.2.2).
     fn enter_interface(
         &mut self,
         vpc: &ProxyVpc,
         interface: &Interface,
-        before: Option<Ipv4Addr>,
+        before: Option<&maps::ProxyVpc>,
     ) -> Result<(), Error> {
         let _expedited = ExpeditedRcu::new();
-        sysctl::disable_ipv6(&interface.name)?;
+        if vpc.v6.is_none() {
+            sysctl::disable_ipv6(&interface.name)?;
+        }
         let link = format!("{LINK_PREFIX}{}", vpc.vni);
         self.programs.attach(programs::VPC, &link, &interface.name)?;
-        if let Some(before) = before.filter(|before| *before != vpc.shared_address) {
-            self.netlink.remove_address(interface, before)?;
+        let mut wanted = vec![IpAddr::from(vpc.shared_address)];
+        if let (Some(v6), Some(mac)) = (&vpc.v6, interface.mac) {
+            wanted.push(v6.shared_address.into());
+            wanted.push(Ip::link_local(Mac::new(mac)).into());
         }
-        self.netlink.add_address(interface, vpc.shared_address)?;
+        for address in before.map_or_else(Vec::new, addresses) {
+            if !wanted.contains(&address) {
+                self.netlink.remove_address(interface, address)?;
+            }
+        }
+        let present = self.netlink.addresses(interface)?;
+        if vpc.v6.is_some() && !wanted.iter().all(|address| present.contains(address)) {
+            sysctl::reset_ipv6(&interface.name)?;
+        }
+        for address in wanted {
+            self.netlink.add_address(interface, address)?;
+        }
         self.netlink.set_up(&[interface], interface.mtu)
     }
 
@@ -307,7 +342,9 @@ impl State {
         let _expedited = ExpeditedRcu::new();
         let interfaces = self.netlink.interfaces()?;
         if let Some(interface) = interfaces.iter().find(|found| found.index == vpc.ifindex) {
-            self.netlink.remove_address(interface, vpc.shared_address.into())?;
+            for address in addresses(vpc) {
+                self.netlink.remove_address(interface, address)?;
+            }
         }
         self.programs.pins().remove_link(&format!("{LINK_PREFIX}{}", vpc.vni))?;
         // Missing if an earlier call got as far as this and no further.
@@ -319,7 +356,7 @@ impl State {
 
     /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away
     /// with the others.
-    fn set_blocks(&mut self, vni: u32, wanted: &BTreeMap<(u32, u32), Ipv4>) -> Result<(), Error> {
+    fn set_blocks(&mut self, vni: u32, wanted: &BTreeMap<(u32, u32), Ip>) -> Result<(), Error> {
         let error = |source| Error::map(names::BLOCKS, source);
         let mut unwanted = Vec::new();
         let mut present = BTreeMap::new();
@@ -347,13 +384,13 @@ impl State {
     }
 
     /// Who holds which ports, by VNI, adjacent blocks joined.
-    fn holders(&self) -> Result<std::collections::HashMap<u32, Vec<(PortRange, Ipv4Addr)>>, Error> {
+    fn holders(&self) -> Result<std::collections::HashMap<u32, Vec<(PortRange, IpAddr)>>, Error> {
         let mut blocks = BTreeMap::new();
         for entry in &self.blocks {
             let (key, holder) = entry.map_err(|source| Error::map(names::BLOCKS, source))?;
-            blocks.insert((key.vni, key.block), Ipv4Addr::from(holder));
+            blocks.insert((key.vni, key.block), IpAddr::from(holder));
         }
-        let mut holders = std::collections::HashMap::<u32, Vec<(PortRange, Ipv4Addr)>>::new();
+        let mut holders = std::collections::HashMap::<u32, Vec<(PortRange, IpAddr)>>::new();
         for ((vni, block), holder) in blocks {
             let base = block * BLOCK_PORTS;
             let ranges = holders.entry(vni).or_default();
@@ -375,9 +412,33 @@ fn all_vpcs(map: &HashMap<MapData, u32, maps::ProxyVpc>) -> Result<Vec<maps::Pro
         .map_err(|source| Error::map(names::PROXY_VPCS, source))
 }
 
+fn vpcs_spec() -> MapSpec {
+    MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS).layout(layouts::PROXY_VPCS)
+}
+
+/// The addresses that a VPC's interface was given.
+fn addresses(vpc: &maps::ProxyVpc) -> Vec<IpAddr> {
+    let mut addresses = vec![Ipv4Addr::from(vpc.shared_address).into()];
+    if !vpc.v6.shared_address.is_unspecified() {
+        addresses.push(vpc.v6.shared_address.into());
+        addresses.push(Ip::link_local(vpc.mac).into());
+    }
+    addresses
+}
+
+fn v6_of(vpc: &maps::ProxyVpcV6) -> Result<Option<ProxyVpcV6>, Error> {
+    let address = |address: Ip| Some(address).filter(|it| !it.is_unspecified()).map(Ipv6Addr::from);
+    let Some(shared_address) = address(vpc.shared_address) else { return Ok(None) };
+    let mask = Ipv6Addr::from(vpc.mask);
+    let cidr = Ipv6Network::with_netmask(vpc.network.into(), mask).map_err(|_| {
+        Error::invalid("mask in the map", mask, "remove the VPC and apply it again")
+    })?;
+    Ok(Some(ProxyVpcV6 { shared_address, cidr, gateway: address(vpc.gateway) }))
+}
+
 /// The VPCs in a pinned map; none if there is no such map.
 fn pinned_vpcs(directory: &std::path::Path) -> Result<Vec<maps::ProxyVpc>, Error> {
-    let path = directory.join("maps").join(names::PROXY_VPCS);
+    let path = directory.join("maps").join(vpcs_spec().pin());
     if !path.exists() {
         return Ok(Vec::new());
     }
@@ -387,12 +448,11 @@ fn pinned_vpcs(directory: &std::path::Path) -> Result<Vec<maps::ProxyVpc>, Error
 }
 
 /// The blocks of a VPC and who holds them, by shared address and block.
-fn blocks(vpc: &ProxyVpc) -> Result<BTreeMap<(u32, u32), Ipv4>, Error> {
+fn blocks(vpc: &ProxyVpc) -> Result<BTreeMap<(u32, u32), Ip>, Error> {
     let shared = Ipv4::from(vpc.shared_address).0;
     let mut blocks = BTreeMap::new();
     for &(range, holder) in &vpc.holders {
         range.check()?;
-        check_address("holder of ports", holder)?;
         for block in block_of(range.base)..range.end() / BLOCK_PORTS {
             if blocks.insert((shared, block), holder.into()).is_some() {
                 let ports = format!("{} ports from {}", range.count, range.base);

@@ -144,6 +144,7 @@ mod tests {
             shared_address: [10, 1, 0, 9].into(),
             cidr: "10.1.0.0/16".parse().unwrap(),
             gateway: Some([10, 1, 0, 1].into()),
+            v6: None,
             holders: vec![],
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
         }

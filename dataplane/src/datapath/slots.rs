@@ -132,6 +132,7 @@ impl SlotTable {
             ifname: interface.name.clone(),
             ifindex: interface.index,
             address,
+            address_v6: wire::slot_address_v6(number).into(),
             mac: mac.octets(),
         })
     }

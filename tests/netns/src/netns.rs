@@ -125,6 +125,14 @@ impl Namespace {
     }
 }
 
+/// Gives an interface, which is without, IPv6: a link-local address at once, and no heed of routers.
+pub fn enable_v6(namespace: &Namespace, interface: &str) -> Result<()> {
+    for (name, value) in [("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")] {
+        namespace.sysctl(&format!("ipv6/conf/{interface}/{name}"), value)?;
+    }
+    Ok(())
+}
+
 /// Connects two namespaces by a veth pair and brings both ends up, without IPv6 on them.
 pub fn veth(a: &Namespace, a_name: &str, b: &Namespace, b_name: &str) -> Result<()> {
     a.ip(&format!("link add {a_name} type veth peer name {b_name} netns {}", b.path()))?;

@@ -1,6 +1,6 @@
 //! Real servers from Debian, and a few small ones, inside a tenant's VPC.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -150,8 +150,14 @@ pub const TICK: Duration = Duration::from_millis(50);
 
 /// A UDP socket of the namespace, with a read time-out of 50 ms.
 pub fn udp(namespace: &Namespace, port: u16) -> Result<UdpSocket> {
+    udp_at(namespace, (Ipv4Addr::UNSPECIFIED, port))
+}
+
+/// The same at an address.
+pub fn udp_at(namespace: &Namespace, at: impl Into<SocketAddr>) -> Result<UdpSocket> {
+    let at = at.into();
     namespace.run(|| {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
+        let socket = UdpSocket::bind(at)?;
         socket.set_read_timeout(Some(TICK))?;
         Ok(socket)
     })
@@ -159,7 +165,12 @@ pub fn udp(namespace: &Namespace, port: u16) -> Result<UdpSocket> {
 
 /// Sends each datagram back to where it came from; counts them.
 pub fn udp_echo(namespace: &Namespace, port: u16) -> Result<Server> {
-    let socket = udp(namespace, port)?;
+    udp_echo_at(namespace, (Ipv4Addr::UNSPECIFIED, port))
+}
+
+/// The same at an address.
+pub fn udp_echo_at(namespace: &Namespace, at: impl Into<SocketAddr>) -> Result<Server> {
+    let socket = udp_at(namespace, at)?;
     Ok(Server::start(namespace, move |stop, count| {
         let mut buffer = vec![0; 65536];
         while !stop.load(Ordering::SeqCst) {
@@ -196,9 +207,9 @@ fn accept_loop(
     }
 }
 
-fn listener(namespace: &Namespace, port: u16) -> Result<TcpListener> {
+fn listener(namespace: &Namespace, at: SocketAddr) -> Result<TcpListener> {
     namespace.run(|| {
-        let listener = TcpListener::bind(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
+        let listener = TcpListener::bind(at)?;
         listener.set_nonblocking(true)?;
         Ok(listener)
     })
@@ -212,7 +223,17 @@ pub fn bulk_source(
     bytes: u64,
     bytes_per_second: u64,
 ) -> Result<Server> {
-    let listener = listener(namespace, port)?;
+    bulk_source_at(namespace, (Ipv4Addr::UNSPECIFIED, port), bytes, bytes_per_second)
+}
+
+/// The same at an address.
+pub fn bulk_source_at(
+    namespace: &Namespace,
+    at: impl Into<SocketAddr>,
+    bytes: u64,
+    bytes_per_second: u64,
+) -> Result<Server> {
+    let listener = listener(namespace, at.into())?;
     Ok(Server::start(namespace, move |stop, count| {
         accept_loop(&listener, stop, |mut stream| {
             let started = std::time::Instant::now();
@@ -237,7 +258,12 @@ pub fn bulk_source(
 /// Reads what clients send until they close, one at a time; counts the bytes that match the
 /// pattern, and stops counting at the first that does not.
 pub fn bulk_sink(namespace: &Namespace, port: u16) -> Result<Server> {
-    let listener = listener(namespace, port)?;
+    bulk_sink_at(namespace, (Ipv4Addr::UNSPECIFIED, port))
+}
+
+/// The same at an address.
+pub fn bulk_sink_at(namespace: &Namespace, at: impl Into<SocketAddr>) -> Result<Server> {
+    let listener = listener(namespace, at.into())?;
     Ok(Server::start(namespace, move |stop, count| {
         accept_loop(&listener, stop, |mut stream| {
             stream.set_read_timeout(Some(TICK))?;

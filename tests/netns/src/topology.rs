@@ -7,11 +7,11 @@
 //!   rogue .9   ──┘
 //! ```
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use anyhow::Result;
 
-use crate::netns::{Namespace, veth};
+use crate::netns::{Namespace, enable_v6, veth};
 
 /// Underlay interface of the host, the proxy and the rogue.
 pub const UNDERLAY: &str = "under0";
@@ -25,6 +25,12 @@ pub const CONTROL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
 pub const ROGUE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
 /// CIDR of both VPCs.
 pub const CIDR: &str = "10.0.0.0/24";
+/// IPv6 CIDR of both VPCs.
+pub const CIDR_V6: &str = "2001:db8:1::/64";
+/// Shared IPv6 address, in both VPCs.
+pub const SHARED_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x100);
+/// The server that both VPCs have, at the same IPv6 address.
+pub const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x10);
 /// Shared address, in both VPCs.
 pub const SHARED: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 100);
 /// The server that both VPCs have, at the same address.
@@ -78,5 +84,14 @@ impl Topology {
         }
         vpcs[1].ip(&format!("addr add {ONLY_IN_B}/24 dev eth0"))?;
         Ok(Self { host, proxy, control, rogue, vpcs, _fabric: fabric })
+    }
+
+    /// Gives the tenants' servers their IPv6 address.
+    pub fn enable_v6(&self) -> Result<()> {
+        for vpc in &self.vpcs {
+            enable_v6(vpc, "eth0")?;
+            vpc.ip(&format!("addr add {SERVER_V6}/64 dev eth0 nodad"))?;
+        }
+        Ok(())
     }
 }

@@ -1,15 +1,17 @@
 //! A host's and a proxy's data path, open, on the harness's topology.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use warren_dataplane::datapath::{
     DEFAULT_FLOWS, DropCount, DropReason, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions,
-    HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc, Timers,
+    HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc, ProxyVpcV6, Timers,
 };
 use warren_netns::fleet::built;
 use warren_netns::rundir::RunDir;
-use warren_netns::topology::{CIDR, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
+use warren_netns::topology::{
+    CIDR, CIDR_V6, HOST, PROXY, SHARED, SHARED_V6, Topology, UNDERLAY, VPC_INTERFACES,
+};
 
 /// VNI of the first VPC.
 pub const VNI_A: u32 = 100;
@@ -24,6 +26,8 @@ pub const SLOTS: u32 = 4;
 pub struct Bed {
     pub topology: Topology,
     pub run: RunDir,
+    /// Whether the VPCs have IPv6.
+    pub v6: bool,
     /// What the host's data path is opened with.
     pub timers: Timers,
     pub host: Option<HostDatapath>,
@@ -37,11 +41,26 @@ impl Bed {
     pub fn new() -> Self {
         let mut bed = Self::closed();
         bed.open();
-        for vni in [VNI_A, VNI_B] {
-            bed.apply_host(vni, PORTS);
-            bed.apply_proxy(vni, vec![(PORTS, HOST)]);
-        }
+        bed.apply();
         bed
+    }
+
+    /// The same, with IPv6 in both VPCs.
+    pub fn dual() -> Self {
+        let mut bed = Self::closed();
+        bed.topology.enable_v6().expect("the kernel has IPv6");
+        bed.v6 = true;
+        bed.open();
+        bed.apply();
+        bed
+    }
+
+    /// Makes both VPCs known to both.
+    pub fn apply(&self) {
+        for vni in [VNI_A, VNI_B] {
+            self.apply_host(vni, PORTS);
+            self.apply_proxy(vni, vec![(PORTS, HOST)]);
+        }
     }
 
     /// The topology alone.
@@ -49,7 +68,15 @@ impl Bed {
         let topology = Topology::new().expect("the topology can be made");
         let run = RunDir::new().expect("a BPF file system can be mounted");
         let flow_log = FlowLogOptions { events: FlowLogLevel::All, ..FlowLogOptions::default() };
-        Self { topology, run, timers: Timers::DEFAULT, host: None, proxy: None, flow_log }
+        Self {
+            topology,
+            run,
+            v6: false,
+            timers: Timers::DEFAULT,
+            host: None,
+            proxy: None,
+            flow_log,
+        }
     }
 
     /// Opens both data paths, as they would be by a process that starts.
@@ -79,7 +106,7 @@ impl Bed {
             bpffs: self.run.bpf().join("host"),
             object: object(),
             underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: HOST,
+            underlay_address: HOST.into(),
             slots: SLOTS,
             interface_prefix: "wrn".to_owned(),
             flows: DEFAULT_FLOWS,
@@ -93,7 +120,7 @@ impl Bed {
             bpffs: self.run.bpf().join("proxy"),
             object: object(),
             underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: PROXY,
+            underlay_address: PROXY.into(),
             interface_prefix: "wrn".to_owned(),
         }
     }
@@ -107,12 +134,23 @@ impl Bed {
     }
 
     pub fn apply_host(&self, vni: u32, ports: PortRange) {
-        let vpc = HostVpc { vni, shared_address: SHARED, ports, proxy_address: PROXY };
+        let vpc = HostVpc {
+            vni,
+            shared_address: SHARED,
+            shared_address_v6: self.v6.then_some(SHARED_V6),
+            ports,
+            proxy_address: PROXY.into(),
+        };
         self.host().apply_vpc(&vpc).expect("the host takes the VPC");
     }
 
-    pub fn apply_proxy(&self, vni: u32, holders: Vec<(PortRange, Ipv4Addr)>) {
-        let vpc = proxy_vpc(vni, holders);
+    pub fn apply_proxy<A: Into<IpAddr>>(&self, vni: u32, holders: Vec<(PortRange, A)>) {
+        let v6 = self.v6.then(|| ProxyVpcV6 {
+            shared_address: SHARED_V6,
+            cidr: CIDR_V6.parse().expect("it is a CIDR"),
+            gateway: None,
+        });
+        let vpc = ProxyVpc { v6, ..proxy_vpc(vni, holders) };
         let apply = || self.proxy().apply_vpc(&vpc);
         self.topology.proxy.run(apply).expect("the proxy takes the VPC");
     }
@@ -129,14 +167,15 @@ impl Bed {
 }
 
 /// A VPC as the proxy of the topology knows it.
-pub fn proxy_vpc(vni: u32, holders: Vec<(PortRange, Ipv4Addr)>) -> ProxyVpc {
+pub fn proxy_vpc<A: Into<IpAddr>>(vni: u32, holders: Vec<(PortRange, A)>) -> ProxyVpc {
     ProxyVpc {
         vni,
         interface: VPC_INTERFACES[usize::from(vni == VNI_B)].to_owned(),
         shared_address: SHARED,
         cidr: CIDR.parse().expect("it is a CIDR"),
         gateway: None,
-        holders,
+        v6: None,
+        holders: holders.into_iter().map(|(ports, host)| (ports, host.into())).collect(),
         routes: Vec::new(),
     }
 }

@@ -92,12 +92,18 @@ fn guests_of_two_hosts_reach_each_other_by_their_shared_ports() {
     bed.apply_proxy(VNI_A, vec![(PORTS, HOST), (theirs, ROGUE)]);
     let options = HostOptions {
         bpffs: bed.run.bpf().join("second"),
-        underlay_address: ROGUE,
+        underlay_address: ROGUE.into(),
         ..bed.host_options()
     };
     let second = bed.topology.rogue.run(|| HostDatapath::open(&options));
     let second = second.expect("the second host's data path opens");
-    let vpc = HostVpc { vni: VNI_A, shared_address: SHARED, ports: theirs, proxy_address: PROXY };
+    let vpc = HostVpc {
+        vni: VNI_A,
+        shared_address: SHARED,
+        shared_address_v6: None,
+        ports: theirs,
+        proxy_address: PROXY.into(),
+    };
     second.apply_vpc(&vpc).expect("the host takes the VPC");
     bed.host().attach(1, VNI_A).expect("the slot is free");
     second.attach(1, VNI_A).expect("the slot is free");

@@ -1,6 +1,6 @@
 //! What must not get through, and under which reason it is counted.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
 use etherparse::{PacketBuilder, SlicedPacket};
@@ -127,7 +127,7 @@ fn what_is_not_understood_is_dropped_and_named() {
         bytes
     };
     let cases: Vec<(DropReason, Vec<u8>)> = vec![
-        (DropReason::NotIpv4, changed(&|bytes| bytes[12..14].copy_from_slice(&[0x86, 0xdd]))),
+        (DropReason::NotIpv4, changed(&|bytes| bytes[12..14].copy_from_slice(&[0x81, 0x37]))),
         (
             DropReason::NotIpv4,
             changed(&|bytes| {
@@ -187,7 +187,7 @@ fn what_is_not_understood_is_dropped_and_named() {
 fn only_the_holder_of_a_port_block_speaks_for_it() {
     let bed = Bed::new();
     // The host holds ports in the first VPC; in the second, nobody does.
-    bed.apply_proxy(VNI_B, vec![]);
+    bed.apply_proxy::<IpAddr>(VNI_B, vec![]);
     let in_a = udp_echo(&bed.topology.vpcs[0], PORT).expect("the server starts");
     let in_b = udp_echo(&bed.topology.vpcs[1], PORT).expect("the server starts");
     let (host, rogue) = (&bed.topology.host, &bed.topology.rogue);

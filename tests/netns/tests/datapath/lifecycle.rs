@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use warren_dataplane::datapath::{
@@ -142,8 +142,9 @@ fn what_was_known_is_known_after_a_restart() {
     let expected = [VNI_A, VNI_B].map(|vni| HostVpc {
         vni,
         shared_address: SHARED,
+        shared_address_v6: None,
         ports: PORTS,
-        proxy_address: PROXY,
+        proxy_address: PROXY.into(),
     });
     assert_eq!(known, expected);
     let known = bed.topology.proxy.run(|| bed.proxy().vpcs()).expect("VPCs can be read");
@@ -249,7 +250,7 @@ fn mistakes_in_options_are_named() {
         Error::NoInterface { name } if name == "none0"
     ));
     let changes: [&dyn Fn(&mut HostOptions); 5] = [
-        &|options| options.underlay_address = ROGUE,
+        &|options| options.underlay_address = ROGUE.into(),
         &|options| options.slots = 0,
         &|options| options.slots = 65278,
         &|options| options.flows = 0,
@@ -264,7 +265,13 @@ fn mistakes_in_options_are_named() {
 #[test]
 fn mistakes_in_vpcs_are_named() {
     let bed = Bed::new();
-    let good = HostVpc { vni: 1, shared_address: SHARED, ports: PORTS, proxy_address: PROXY };
+    let good = HostVpc {
+        vni: 1,
+        shared_address: SHARED,
+        shared_address_v6: None,
+        ports: PORTS,
+        proxy_address: PROXY.into(),
+    };
     for wrong in [
         HostVpc { vni: 0, ..good },
         HostVpc { vni: 1 << 24, ..good },
@@ -274,7 +281,7 @@ fn mistakes_in_vpcs_are_named() {
         HostVpc { ports: PortRange { base: 1024, count: 0 }, ..good },
         HostVpc { ports: PortRange { base: 65472, count: 128 }, ..good },
         HostVpc { shared_address: [224, 0, 0, 1].into(), ..good },
-        HostVpc { proxy_address: [0, 0, 0, 0].into(), ..good },
+        HostVpc { proxy_address: Ipv4Addr::UNSPECIFIED.into(), ..good },
     ] {
         let result = bed.host().apply_vpc(&wrong);
         assert!(matches!(result, Err(Error::Invalid { .. })), "{wrong:?}: {result:?}");

@@ -18,4 +18,5 @@ mod services;
 mod timers;
 mod traffic;
 mod upgrade;
+mod v6;
 mod vxlan;

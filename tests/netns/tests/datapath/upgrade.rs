@@ -12,7 +12,7 @@ use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use nix::net::if_::if_nametoindex;
-use warren_abi::maps::{Underlay, names, programs};
+use warren_abi::maps::{names, programs};
 use warren_dataplane::datapath::{Error, HostDatapath, HostOptions};
 use warren_netns::netns::Namespace;
 use warren_netns::servers::{bulk_source, udp, udp_echo};
@@ -40,7 +40,8 @@ fn install_first_release(bed: &mut Bed) {
         }
     }
     let ifindex = bed.topology.host.run(|| if_nametoindex(UNDERLAY)).expect("it is there");
-    let underlay = Underlay { ifindex, address: HOST.into(), mtu: MTU };
+    // The layout of that release: index, address, MTU of the underlay.
+    let underlay = [ifindex, u32::from_ne_bytes(HOST.octets()), MTU];
     let entries = [
         (names::SLOTS, 4096),
         (names::HOST_VPCS, 4096),

@@ -6,3 +6,4 @@ mod frames;
 mod host;
 mod proxy;
 mod run;
+mod v6;

@@ -1,16 +1,18 @@
 //! The programs, loaded, with maps of their own.
 
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::maps::{HashMap, MapData, PerCpuArray, ProgramArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use warren_abi::drop::Drop;
 use warren_abi::maps::{
-    Attachment, BlockKey, Drops, Guard, HostVpc, ProxyVpc, Slot, Underlay, names, programs,
+    Attachment, BlockKey, Drops, Guard, HostVpc, ProxyVpc, ProxyVpcV6, Slot, Underlay, names,
+    programs, tails,
 };
 use warren_abi::nat::BLOCK_PORTS;
-use warren_abi::wire::{Ipv4, Mac, slot_address, slot_mac};
+use warren_abi::wire::{Ip, Ipv4, Mac, slot_address, slot_mac};
 use warren_netns::fleet::built;
 
 /// Verdicts (`TC_ACT_*` of `linux/pkt_cls.h`).
@@ -26,6 +28,9 @@ pub const VNI: u32 = 100;
 pub const MTU: u16 = 1450;
 pub const SHARED: [u8; 4] = [10, 0, 0, 100];
 pub const PEER: [u8; 4] = [10, 0, 0, 10];
+const NETWORK_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0);
+pub const SHARED_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x100);
+pub const PEER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
 pub const HOST: [u8; 4] = [192, 0, 2, 1];
 pub const PROXY: [u8; 4] = [192, 0, 2, 2];
 /// MAC address of the proxy's interface in the VPC.
@@ -47,6 +52,8 @@ pub fn guest_address() -> [u8; 4] {
 pub struct Programs {
     ebpf: Ebpf,
     drops: PerCpuArray<MapData, Drops>,
+    /// Its entries go when nobody has it open.
+    _tails: ProgramArray<MapData>,
     counted: [Vec<u64>; 2],
 }
 
@@ -64,7 +71,7 @@ pub struct Run {
 impl Programs {
     pub fn load() -> Self {
         let underlay =
-            Underlay { ifindex: IFINDEX, address: HOST_ADDRESS, mtu: u32::from(MTU) + 50 };
+            Underlay { ifindex: IFINDEX, address: HOST_ADDRESS, inner_mtu: u32::from(MTU) };
         let path: PathBuf = built("warren-ebpf.o").expect("the programs are built");
         let object = std::fs::read(path).expect("the programs can be read");
         let mut loader = EbpfLoader::new();
@@ -80,9 +87,15 @@ impl Programs {
             let program = program(&mut ebpf, name);
             program.load().unwrap_or_else(|error| panic!("{name}: {error}"));
         }
+        let map = ebpf.take_map(names::TAILS).expect("the map is there");
+        let mut map = ProgramArray::try_from(map).expect("it is of programs");
+        for (place, name) in tails::ALL {
+            let program = program(&mut ebpf, name).fd().expect("it is loaded");
+            map.set(place, program, 0).expect("it has room");
+        }
         let drops = ebpf.take_map(names::DROPS).expect("the map is there");
         let drops = PerCpuArray::try_from(drops).expect("it is per CPU");
-        let mut all = Self { ebpf, drops, counted: [const { Vec::new() }; 2] };
+        let mut all = Self { ebpf, drops, _tails: map, counted: [const { Vec::new() }; 2] };
         all.fill();
         all.counted = [0, SCOPE].map(|scope| all.read(scope));
         all
@@ -102,9 +115,10 @@ impl Programs {
         let shared_address = Ipv4::new(SHARED);
         let vpc = HostVpc {
             shared_address,
-            proxy_address: Ipv4::new(PROXY),
             port_base: u32::from(PORT),
             port_count: 1024,
+            proxy_address: Ip::v4(Ipv4::new(PROXY)),
+            shared_address_v6: SHARED_V6.into(),
         };
         self.insert(names::HOST_VPCS, VNI, vpc);
         let vpc = ProxyVpc {
@@ -118,13 +132,19 @@ impl Programs {
             mac: Mac::new(VPC_MAC),
             reserved: [0; 6],
             table: 0,
+            v6: ProxyVpcV6 {
+                shared_address: SHARED_V6.into(),
+                network: NETWORK_V6.into(),
+                mask: Ip([!0, !0, 0, 0]),
+                gateway: Ip::UNSPECIFIED,
+            },
         };
         self.insert(names::INTERFACES, IFINDEX, vpc);
         self.insert(names::PROXY_VPCS, VNI, vpc);
         let first = u32::from(PORT) / BLOCK_PORTS;
         for block in first..first + 1024 / BLOCK_PORTS {
             let key = BlockKey { vni: VNI, shared_address, block };
-            self.insert(names::BLOCKS, key, Ipv4::new(HOST));
+            self.insert(names::BLOCKS, key, HOST_ADDRESS);
         }
     }
 
@@ -174,10 +194,22 @@ impl Programs {
     }
 }
 
-const PROGRAMS: [&str; 5] =
-    [programs::TAP, programs::TUNNEL_HOST, programs::TUNNEL_PROXY, programs::VPC, programs::SWEEP];
+const PROGRAMS: [&str; 12] = [
+    programs::TAP,
+    programs::TAP_V6,
+    programs::TO_GUEST_V6,
+    programs::ERROR_TO_VPC,
+    programs::ERROR_TO_VPC_V6,
+    programs::RESOLVE_V6,
+    programs::TRANSLATE_V6,
+    programs::ANSWER_V6,
+    programs::TUNNEL_HOST,
+    programs::TUNNEL_PROXY,
+    programs::VPC,
+    programs::SWEEP,
+];
 
-const HOST_ADDRESS: Ipv4 = Ipv4::new(HOST);
+const HOST_ADDRESS: Ip = Ip::v4(Ipv4::new(HOST));
 
 fn guest_address_abi() -> Ipv4 {
     Ipv4::new(guest_address())
