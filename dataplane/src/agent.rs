@@ -13,6 +13,7 @@ use warren_vmm::client::ClientError;
 
 use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc};
 use crate::host::{Host, HostError, Started};
+use crate::metrics::flows::Flows;
 use crate::metrics::{self, Snapshot};
 use crate::pool::PoolError;
 use crate::proxy::Proxy;
@@ -80,6 +81,8 @@ impl Agent {
             Self::Host(host) => {
                 let mut registry = metrics::registry("host", snapshot);
                 host.starts().register(&mut registry);
+                let host = host.clone();
+                registry.register_collector(Box::new(Flows(move || host.flow_metrics())));
                 registry
             }
             Self::Proxy(_) => metrics::registry("proxy", snapshot),

@@ -3,6 +3,7 @@
 //! Starts are counted as they happen. Everything else is read at the moment of a scrape, where it
 //! is kept anyway. [`http`] serves it.
 
+pub mod flows;
 pub mod http;
 
 use std::collections::BTreeMap;

@@ -14,7 +14,7 @@ use warren_abi::wire::Ip;
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::flow_events::{FlowCounters, FlowEvents, FlowTotals};
-use super::live::{self, Claims, LiveFlow};
+use super::live::{self, Claims, LiveFlow, PortUse};
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
@@ -371,6 +371,11 @@ impl HostDatapath {
     /// What the guest received in a flow; nothing if that is gone.
     pub fn received(&self, flow: &LiveFlow) -> maps::Traffic {
         self.claims.received(flow)
+    }
+
+    /// How many ports are in use, by VPC and protocol: a pass through the whole table.
+    pub fn port_use(&self) -> Result<Vec<PortUse>, Error> {
+        live::port_use(&self.flows)
     }
 
     /// How long flows may be idle.

@@ -1,10 +1,12 @@
 //! The flows in the table, as they are now.
 
+use std::collections::{BTreeMap, HashMap as StdHashMap};
 use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, MapData};
 use warren_abi::flow::Timers;
 use warren_abi::maps::{Flow, InFlow, InKey, OutKey, Traffic};
+use warren_abi::wire::UDP;
 
 use super::{Error, sweep};
 
@@ -59,4 +61,35 @@ pub(super) fn find(
         }
     })?;
     Ok(found)
+}
+
+/// How many ports of a VPC's shared address are in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortUse {
+    /// The VPC.
+    pub vni: u32,
+    /// IP protocol.
+    pub protocol: u8,
+    /// UDP: ports that are mapped. Others, whose ports serve several destinations at a time: flows
+    /// towards the destination that most go to.
+    pub ports: u32,
+}
+
+/// The ports in use, by VPC and protocol.
+pub(super) fn port_use(map: &MapData) -> Result<Vec<PortUse>, Error> {
+    let mut by_destination = StdHashMap::<_, u32>::new();
+    sweep::for_each(map.fd().as_fd(), |key, flow| {
+        // A UDP flow has its mapping's port; all mappings are towards `::`.
+        if key.protocol != u32::from(UDP) || key.is_mapping() {
+            let destination = (flow.vni, key.protocol as u8, key.peer.0, key.peer_port.0);
+            *by_destination.entry(destination).or_default() += 1;
+        }
+    })?;
+    let mut most = BTreeMap::<_, u32>::new();
+    for ((vni, protocol, ..), ports) in by_destination {
+        let most = most.entry((vni, protocol)).or_default();
+        *most = ports.max(*most);
+    }
+    let one = |((vni, protocol), ports)| PortUse { vni, protocol, ports };
+    Ok(most.into_iter().map(one).collect())
 }

@@ -42,7 +42,7 @@ mod verdicts;
 
 pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
-pub use live::LiveFlow;
+pub use live::{LiveFlow, PortUse};
 pub use policy::{OTHERWISE, Policy, PolicyId};
 pub use proxy::ProxyDatapath;
 

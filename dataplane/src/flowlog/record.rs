@@ -195,7 +195,8 @@ impl Record {
         let (is_mapping, is_start) = (key.is_mapping(), what == What::Begun);
         let end = End {
             end: time,
-            last: clock.at_tick(last),
+            // One that rules forbade meanwhile is set back, to before it began perhaps.
+            last: clock.at_tick(if (last.wrapping_sub(began) as i32) < 0 { began } else { last }),
             reason: what.name().to_owned(),
             traffic: (!is_mapping).then_some(Totals {
                 packets_out: sent.packets,

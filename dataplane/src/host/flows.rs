@@ -13,11 +13,12 @@ use warren_proto::v1;
 
 use super::{Host, HostError};
 use crate::clock::monotonic_ns;
-use crate::datapath::{FlowTotals, LiveFlow};
+use crate::datapath::{self, FlowTotals, LiveFlow};
 use crate::flowlog::owners::{NamedVpc, Names, Owner};
 use crate::flowlog::record::{End, Record, WallClock, protocol_name};
 use crate::flowlog::search::{self, Found, Query};
-use crate::flowlog::{Counts, FlowLog, Source};
+use crate::flowlog::{FlowLog, Source};
+use crate::metrics::flows::Snapshot;
 
 /// What is told at most, if nobody says.
 const LIMIT: usize = 1000;
@@ -47,14 +48,22 @@ impl Host {
         drop(self.log.set(log));
     }
 
-    /// What became of the events of flows, if they are logged.
-    pub fn log_counts(&self) -> Option<&Counts> {
-        self.log.get().map(FlowLog::counts)
-    }
-
     /// How many flows began and ended; none if that cannot be read.
     pub fn flow_totals(&self) -> Option<FlowTotals> {
         self.datapath.flow_totals().inspect_err(|error| tracing::error!("{error}")).ok()
+    }
+
+    /// What is told of flows when metrics are scraped.
+    pub fn flow_metrics(&self) -> Snapshot {
+        let told = |error: &datapath::Error| tracing::error!("metrics lack ports: {error}");
+        let vpcs = self.datapath.vpcs().inspect_err(told).unwrap_or_default();
+        let counts = self.log.get().map(FlowLog::counts);
+        Snapshot {
+            totals: self.flow_totals(),
+            logged: counts.map(|counts| (counts.written(), counts.unwritten())),
+            ports: vpcs.into_iter().map(|vpc| (vpc.vni, vpc.ports.count)).collect(),
+            used: self.datapath.port_use().inspect_err(told).unwrap_or_default(),
+        }
     }
 
     /// The flows in the table, the least idle first: of a VPC, of an instance, or all.

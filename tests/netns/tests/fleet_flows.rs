@@ -76,6 +76,17 @@ async fn a_flow_is_listed_while_it_lives_and_its_port_is_known_afterwards() {
     assert_eq!((&had["instance"], &had["live"]), (&ids[0].as_str().into(), &true.into()));
     assert_eq!(json(&fleet, &["nat-log", "--vpc", VPCS[1], "--port", &port]), Vec::<Value>::new());
 
+    let metrics = fleet.scrape(Daemon::Host).unwrap();
+    let vni = flow["vni"].as_u64().unwrap();
+    for line in [
+        format!(r#"warren_ports_used{{vni="{vni}",protocol="tcp"}} 1"#),
+        format!(r#"warren_ports{{vni="{vni}"}} 1024"#),
+        r#"warren_flow_log_events_total{outcome="lost"} 0"#.to_owned(),
+        r#"warren_flows_ended_total{reason="detached"} 0"#.to_owned(),
+    ] {
+        assert!(metrics.lines().any(|other| other == line), "no `{line}` in\n{metrics}");
+    }
+
     // A daemon that is killed forgets nothing of it.
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     assert!(warren(&fleet, &["vm", "stop", &ids[0]]).status.success());
