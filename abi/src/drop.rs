@@ -33,7 +33,7 @@ reasons! {
     NotIpv4 = "not-ipv4",
     /// The IP header's version or length is wrong, or IPv4's carries options.
     BadHeader = "bad-header",
-    /// A fragment.
+    /// A fragment whose datagram's first one did not come in time, or was itself dropped.
     Fragment = "fragment",
     /// Neither TCP, UDP nor an ICMP echo message or error.
     UnsupportedProtocol = "unsupported-protocol",
@@ -98,6 +98,11 @@ reasons! {
     SpoofedNd = "spoofed-nd",
     /// A neighbour discovery message that is neither answered nor awaited, or not well-formed.
     UnexpectedNd = "unexpected-nd",
+    /// A fragment that is empty, too short, beyond the largest packet, or over the first one.
+    BadFragment = "bad-fragment",
+    /// A datagram of which fragments may still come gave way to another one of the same slot or VPC:
+    /// there were too many. This counts datagrams; those fragments are dropped for `fragment`.
+    FragmentsExhausted = "fragments-exhausted",
 }
 
 impl Drop {

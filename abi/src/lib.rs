@@ -18,6 +18,7 @@ pub mod drop;
 pub mod family;
 pub mod flow;
 pub mod flowlog;
+pub mod fragment;
 pub mod icmp;
 pub mod maps;
 pub mod microvm;

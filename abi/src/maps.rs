@@ -6,6 +6,7 @@
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
 pub use crate::flowlog::{FlowCounts, FlowEvent};
+use crate::fragment::{Cell, Datagram};
 pub use crate::policy::{Guard, Policy, Rule};
 pub use crate::route::{CachedRoute, Route, RouteKey};
 use crate::wire::{Be16, Ip, Ipv4, Mac};
@@ -54,6 +55,9 @@ pub mod names {
     pub const POLICIES: &str = "POLICIES";
     /// Host, per CPU: [`Rule::counter`](super::Rule::counter) -> how often it decided.
     pub const RULE_HITS: &str = "RULE_HITS";
+    /// Both: [`Cell`](crate::fragment::Cell) -> [`Datagram`](crate::fragment::Datagram). The oldest
+    /// go, if there are too many.
+    pub const DATAGRAMS: &str = "DATAGRAMS";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
@@ -114,6 +118,12 @@ pub mod programs {
     pub const SWEEP: &str = "sweep";
     /// tcx ingress on the link-local services' TUN device.
     pub const SERVICES: &str = "services";
+    /// tcx ingress on a host's device for fragments: first ones of guests.
+    pub const FRAGMENTS_FIRST: &str = "fragments_first";
+    /// tcx ingress on a host's device for fragments, behind the other: all others.
+    pub const FRAGMENTS_REST: &str = "fragments_rest";
+    /// tcx ingress on a proxy's device for fragments.
+    pub const FRAGMENTS_PROXY: &str = "fragments_proxy";
 }
 
 /// Places of the programs that others end with, in [`names::TAILS`].
@@ -517,6 +527,8 @@ mod pod {
         BlockKey,
         Underlay,
         Timers,
+        Cell,
+        Datagram,
         Ipv4,
         Ip,
         RouteKey,
@@ -535,6 +547,8 @@ macro_rules! without_padding {
 without_padding!(
     Underlay = 24,
     Timers = 28,
+    Cell = 8,
+    Datagram = 64,
     Slot = 32,
     HostVpc = 44,
     OutKey = 32,

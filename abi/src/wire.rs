@@ -367,6 +367,8 @@ impl IpHeader {
     pub const DF: Be16 = Be16::new(0x4000);
     /// In a fragment, one of these bits is set: more fragments follow, or the offset.
     pub const FRAGMENT: Be16 = Be16::new(0x3fff);
+    /// Flag: more fragments follow.
+    pub const MORE: Be16 = Be16::new(0x2000);
     /// The fragment's offset: 0 in the first one.
     pub const OFFSET: Be16 = Be16::new(0x1fff);
 

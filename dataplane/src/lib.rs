@@ -11,6 +11,7 @@ pub mod clock;
 pub mod config;
 pub mod datapath;
 pub mod flowlog;
+pub mod fragments;
 pub mod heartbeat;
 pub mod host;
 pub mod metrics;

@@ -16,6 +16,7 @@ use warren_dataplane::datapath::{
     DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
     ProxyOptions,
 };
+use warren_dataplane::fragments::Fragments;
 use warren_dataplane::host::{Host, HostOptions as RoleOptions};
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
@@ -156,6 +157,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     }
     let datapath = HostDatapath::open(&options)?;
     let events = datapath.flow_events();
+    tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
     let zygote = ZygoteConfig {
         binary: section.vmm.clone(),
         template: section.template.clone(),
@@ -193,6 +195,7 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         return Ok(None);
     }
     let datapath = ProxyDatapath::open(&options)?;
+    tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
     Ok(Some(Agent::Proxy(Arc::new(Proxy::new(datapath)))))
 }
 

@@ -8,6 +8,9 @@ use warren_abi::drop::Drop;
 
 use crate::maps::DROPS;
 
+/// A verdict: left to the next program, or to the kernel.
+pub const TCX_NEXT: i32 = -1;
+
 /// The verdict of a program; a reason is counted under `scope` (0: nobody's).
 #[inline(always)]
 pub fn verdict(ctx: &TcContext, scope: u32, result: Result<i32, Drop>) -> i32 {

@@ -5,9 +5,10 @@ use core::hint::black_box;
 use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use warren_abi::flow::Timers;
 use warren_abi::flowlog::level;
+use warren_abi::fragment::{Cell, Datagram};
 use warren_abi::maps::{
     BlockKey, CachedRoute, Drops, Flow, FlowCounts, Guard, HostVpc, InFlow, InKey, OutKey, Policy,
     ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
@@ -31,6 +32,9 @@ static FLOW_LOG: Global<u32> = Global::new(level::ENDS | level::STARTS);
 /// Index of the link-local services' TUN device, written by the loader.
 #[unsafe(no_mangle)]
 static SERVICES: Global<u32> = Global::new(0);
+/// Index of the device for fragments, written by the loader.
+#[unsafe(no_mangle)]
+static FRAGMENTS: Global<u32> = Global::new(0);
 
 #[map]
 pub static SLOTS: HashMap<u32, Slot> = HashMap::with_max_entries(1, 0);
@@ -69,6 +73,8 @@ pub static FLOW_COUNTS: PerCpuArray<FlowCounts> = PerCpuArray::with_max_entries(
 pub static POLICIES: Array<Policy> = Array::with_max_entries(1, 0);
 #[map]
 pub static RULE_HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+pub static DATAGRAMS: LruHashMap<Cell, Datagram> = LruHashMap::with_max_entries(1, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]
@@ -140,6 +146,12 @@ pub fn flow_log() -> u32 {
 #[inline(always)]
 pub fn services_ifindex() -> u32 {
     SERVICES.load()
+}
+
+/// Index of the device for fragments.
+#[inline(always)]
+pub fn fragments_ifindex() -> u32 {
+    FRAGMENTS.load()
 }
 
 /// Whose flows in a VPC are those of an interface: a slot's, or the daemon's.

@@ -109,7 +109,7 @@ pub fn packet<F: Family>(ctx: &TcContext, direction: Direction) -> Result<Packet
     }
 
     // SAFETY: `at` checked the bounds; every bit pattern is a value.
-    let headers = unsafe { &*at::<Headers<F>>(ctx, IP).ok_or(Drop::Truncated)? };
+    let headers = unsafe { &*at::<Headers<F>>(ctx, IP).ok_or_else(|| short::<F>(ctx))? };
     // SAFETY: headers are 2-byte aligned in packets.
     let ip = unsafe { &*(&raw const headers.ip) };
     let Fields { tos, ttl, protocol, length, source, destination } = F::fields(ip)?;
@@ -179,6 +179,38 @@ pub fn packet<F: Family>(ctx: &TcContext, direction: Direction) -> Result<Packet
     }
     packet.traffic = traffic(ctx, length, packet.header_length);
     Ok(packet)
+}
+
+/// What a packet is without a whole header of any transport: the last fragment may be that short.
+#[inline(always)]
+fn short<F: Family>(ctx: &TcContext) -> Drop {
+    // SAFETY: `at` checked the bounds.
+    match at::<F::Header>(ctx, IP).map(|header| F::fields(unsafe { &*header })) {
+        Some(Err(Drop::Fragment)) => Drop::Fragment,
+        _ => Drop::Truncated,
+    }
+}
+
+/// A later fragment, as the packet of its datagram's ports.
+#[inline(always)]
+pub fn rest<F: Family>(fields: &Fields<F>, local_port: Be16, peer_port: Be16) -> Packet<F> {
+    let Fields { tos, ttl, protocol, source, destination, .. } = *fields;
+    Packet {
+        tos,
+        ttl,
+        protocol,
+        flags: 0,
+        next: 0,
+        acknowledged: 0,
+        source,
+        destination,
+        local_port,
+        peer_port,
+        unchecked: false,
+        is_error: false,
+        header_length: F::HEADER as u32,
+        traffic: Traffic::NONE,
+    }
 }
 
 /// What a packet of this length amounts to on the wire, where each segment has all headers.

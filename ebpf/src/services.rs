@@ -61,9 +61,9 @@ fn from_daemon(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
     }
     write_header(ctx, Mac([0; 3])).map_err(nobody)?;
     parse::prepare::<V4>(ctx).map_err(nobody)?;
-    let packet = parse::packet::<V4>(ctx, Direction::Out).map_err(nobody)?;
+    let mut packet = parse::packet::<V4>(ctx, Direction::Out).map_err(nobody)?;
     if let Some(vni) = services::vpc_of(packet.source) {
-        return tap::to_vpc(ctx, &daemon_in(vni), packet).map_err(nobody);
+        return tap::to_vpc(ctx, &daemon_in(vni), &mut packet).map_err(nobody);
     }
     to_guest(ctx, &packet)
 }

@@ -8,6 +8,7 @@ use warren_abi::conntrack::Ports;
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
+use warren_abi::fragment::{Tag, origin};
 use warren_abi::icmp::v6::NEIGHBOUR_SOLICITATION;
 use warren_abi::maps::{HostVpc, Slot};
 use warren_abi::wire::{
@@ -19,7 +20,8 @@ use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, daemon_in, services_ifindex, slot};
 use crate::parse::Packet;
 use crate::{
-    answer, arp, conntrack, drops, encap, icmp, migration, mss, nat, nd, parse, services, tail,
+    answer, arp, conntrack, drops, encap, fragment, icmp, migration, mss, nat, nd, parse, services,
+    tail,
 };
 
 /// Answers ARP and neighbour discovery; translates and sends everything else to the proxy of the
@@ -49,7 +51,9 @@ fn ingress<F: Family>(
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     match slot(ifindex) {
         Some(slot) => {
-            let result = take(ctx, &slot, PhantomData).map_err(|reason| ((), reason));
+            let tag = Tag::new(origin::SLOT, ifindex, slot.attachment.generation());
+            let result = fragment::or_divert::<F>(ctx, take(ctx, &slot, PhantomData), tag);
+            let result = result.map_err(|reason| ((), reason));
             let result = migration::or_former(result).map_err(|((), reason)| reason);
             let scope = slot.number;
             let action = drops::verdict(ctx, scope, result);
@@ -73,14 +77,14 @@ fn ingress_v4(ctx: &TcContext, slot: &Slot, _: PhantomData<V4>) -> Result<i32, D
     if ethernet.ethertype != ETHERTYPE_IPV4 {
         return Err(Drop::NotIpv4);
     }
-    let packet = parse::packet::<V4>(ctx, Direction::Out)?;
+    let mut packet = parse::packet::<V4>(ctx, Direction::Out)?;
     if packet.source != slot.address {
         return Err(Drop::SpoofedAddress);
     }
     if warren_abi::services::is_address(packet.destination) {
         return services::to_daemon(ctx, slot, &packet);
     }
-    to_vpc(ctx, slot, packet)
+    to_vpc(ctx, slot, &mut packet)
 }
 
 #[inline(always)]
@@ -93,16 +97,21 @@ fn ingress_v6(ctx: &TcContext, slot: &Slot, _: PhantomData<V6>) -> Result<i32, D
     if ethernet.source != slot.mac {
         return Err(Drop::SpoofedMac);
     }
-    let packet = parse::packet::<V6>(ctx, Direction::Out)?;
+    let mut packet = parse::packet::<V6>(ctx, Direction::Out)?;
     if !packet.source.is(V6::guest(slot)) {
         return Err(Drop::SpoofedAddress);
     }
-    to_vpc(ctx, slot, packet)
+    to_vpc(ctx, slot, &mut packet)
 }
 
-/// Translates a packet and sends it to the proxy of the slot's VPC.
+/// Translates a packet and sends it to the proxy of the slot's VPC. `packet` becomes what it is
+/// outside.
 #[inline(always)]
-pub fn to_vpc<F: Family>(ctx: &TcContext, slot: &Slot, packet: Packet<F>) -> Result<i32, Drop> {
+pub fn to_vpc<F: Family>(
+    ctx: &TcContext,
+    slot: &Slot,
+    packet: &mut Packet<F>,
+) -> Result<i32, Drop> {
     if !F::is_destination(packet.destination) {
         return Err(Drop::BadDestination);
     }
@@ -118,12 +127,12 @@ pub fn to_vpc<F: Family>(ctx: &TcContext, slot: &Slot, packet: Packet<F>) -> Res
     F::shared(vpc)?;
     let ports = Ports { base: vpc.port_base, count: vpc.port_count };
 
-    encap::fits(ctx, &packet)?;
+    encap::fits(ctx, packet)?;
     if packet.is_error {
         let is_v4 = F::ETHERTYPE == ETHERTYPE_IPV4;
         return Ok(tail::call(ctx, if is_v4 { tail::ERROR_TO_VPC } else { tail::ERROR_TO_VPC_V6 }));
     }
-    let port = conntrack::outward(slot, ports, &packet)?;
+    let port = conntrack::outward(slot, ports, packet)?;
     if F::ETHERTYPE == ETHERTYPE_IPV6 {
         // SAFETY: the context is the kernel's for as long as the program runs.
         unsafe {
@@ -139,18 +148,18 @@ pub fn to_vpc<F: Family>(ctx: &TcContext, slot: &Slot, packet: Packet<F>) -> Res
 #[inline(always)]
 fn translate<F: Family>(
     ctx: &TcContext,
-    mut packet: Packet<F>,
+    packet: &mut Packet<F>,
     vni: u32,
     vpc: &HostVpc,
     port: Be16,
 ) -> Result<i32, Drop> {
     let shared = F::shared(vpc)?;
-    mss::clamp(ctx, &packet)?;
-    nat::translate(ctx, &packet, Direction::Out, shared, port)?;
+    mss::clamp(ctx, packet)?;
+    nat::translate(ctx, packet, Direction::Out, shared, port)?;
     // What the proxy sees, so that both choose the same tunnel port for a flow's two directions.
     packet.source = shared;
     packet.local_port = port;
-    encap::send(ctx, &packet, vni, &vpc.proxy_address)
+    encap::send(ctx, packet, vni, &vpc.proxy_address)
 }
 
 /// [`translate`], in IPv6.
@@ -161,8 +170,8 @@ pub fn translate_v6(ctx: TcContext) -> i32 {
     // SAFETY: one that is replaced meanwhile is a VPC as well.
     let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc);
     let result = vpc.and_then(|vpc| {
-        let packet = parse::packet::<V6>(&ctx, Direction::Out)?;
-        translate(&ctx, packet, vni, vpc, Be16(port as u16))
+        let mut packet = parse::packet::<V6>(&ctx, Direction::Out)?;
+        translate(&ctx, &mut packet, vni, vpc, Be16(port as u16))
     });
     if result.is_ok() {
         return drops::verdict(&ctx, 0, result);

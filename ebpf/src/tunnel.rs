@@ -14,12 +14,15 @@ use warren_abi::conntrack::Receiver;
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
-use warren_abi::maps::{HostVpc, ProxyVpc};
+use warren_abi::fragment::{Tag, origin};
+use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
 use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ipv4};
 
 use crate::maps::{HOST_VPCS, PROXY_VPCS};
 use crate::parse::{Packet, at};
-use crate::{blocks, conntrack, drops, encap, icmp, migration, mss, nat, parse, route, tail};
+use crate::{
+    blocks, conntrack, drops, encap, fragment, icmp, migration, mss, nat, parse, route, tail,
+};
 
 /// Address families (`linux/socket.h`).
 const AF_INET: u32 = 2;
@@ -51,7 +54,16 @@ pub fn host(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
             unsafe { (*ctx.skb.skb).cb[0] = vni };
             tail::call(ctx, tail::TO_GUEST_V6)
         }
-        _ => finish(ctx, to_guest::<V4>(ctx, vni, vpc)),
+        _ => {
+            let result = match to_guest::<V4>(ctx, vni, vpc) {
+                Err((0, Drop::Fragment)) => {
+                    let tag = Tag::new(origin::PROXY, vni, 0);
+                    fragment::to_program(ctx, tag).map_err(|reason| (0, reason))
+                }
+                result => result,
+            };
+            finish(ctx, result)
+        }
     }
 }
 
@@ -100,8 +112,13 @@ fn to_guest<F: Family>(ctx: &TcContext, vni: u32, vpc: &HostVpc) -> Result<i32, 
         let translate = |()| nat::translate(ctx, &packet, Direction::In, address, port);
         (slot, clamped.and_then(translate))
     };
-    translated.map_err(|reason| (slot.number, reason))?;
-    let ethernet = at::<Ethernet>(ctx, 0).ok_or((slot.number, Drop::Internal))?;
+    translated.and_then(|()| deliver::<F>(ctx, &slot)).map_err(|reason| (slot.number, reason))
+}
+
+/// Hands a packet that was translated to the guest.
+#[inline(always)]
+pub fn deliver<F: Family>(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
+    let ethernet = at::<Ethernet>(ctx, 0).ok_or(Drop::Internal)?;
     // SAFETY: `at` checked the bounds.
     unsafe {
         *ethernet =
@@ -128,7 +145,10 @@ pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
     };
     let result = match parse::ethertype(ctx) {
         ETHERTYPE_IPV6 => to_vpc::<V6>(ctx, vpc, remote),
-        _ => to_vpc::<V4>(ctx, vpc, remote),
+        _ => match to_vpc::<V4>(ctx, vpc, remote) {
+            Err(Drop::Fragment) => fragment::to_program(ctx, Tag::new(origin::HOST, vni, remote.0)),
+            result => result,
+        },
     };
     drops::verdict(ctx, vpc.scope, result)
 }
@@ -139,13 +159,23 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i3
     if parse::ethernet(ctx)?.ethertype != F::ETHERTYPE {
         return Err(Drop::NotIpv4);
     }
+    forward(ctx, vpc, remote, &mut parse::packet::<F>(ctx, Direction::Out)?)
+}
+
+/// Sends a packet into the VPC, or back to a host, if the one that sent it may do so.
+#[inline(always)]
+pub fn forward<F: Family>(
+    ctx: &TcContext,
+    vpc: &ProxyVpc,
+    remote: Ipv4,
+    packet: &mut Packet<F>,
+) -> Result<i32, Drop> {
     let shared = F::shared_on_proxy(vpc)?;
-    let mut packet = parse::packet::<F>(ctx, Direction::Out)?;
     if !F::same(packet.source, shared) {
         return Err(Drop::SpoofedAddress);
     }
     if packet.is_error {
-        let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
+        let subject = icmp::subject(ctx, packet, Direction::Out)?;
         if !F::same(subject.local, shared) || !F::same(subject.peer, packet.destination) {
             return Err(Drop::IcmpError);
         }
@@ -154,8 +184,14 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i3
     if holder.0[3] != remote.0 {
         return Err(Drop::NotBlockHolder);
     }
-    if F::same(packet.destination, shared) {
-        return hairpin(ctx, vpc, &packet);
+    leave(ctx, vpc, packet)
+}
+
+/// Sends a packet of the shared address's on.
+#[inline(always)]
+pub fn leave<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> Result<i32, Drop> {
+    if F::same(packet.destination, packet.source) {
+        return hairpin(ctx, vpc, packet);
     }
     let next_hop = route::next_hop(vpc, F::ip(packet.destination))?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.

@@ -21,13 +21,11 @@ use warren_abi::wire::{
     VXLAN_PORT, Vxlan,
 };
 
+use crate::drops::TCX_NEXT;
 use crate::encap::ECN;
 use crate::maps::End;
 use crate::parse::{IP, at, pull};
 use crate::{migration, tunnel};
-
-/// Left to the next program, or to the kernel.
-const TCX_NEXT: i32 = -1;
 
 /// Addressed to this machine (`linux/if_packet.h`).
 const PACKET_HOST: u32 = 0;

@@ -8,13 +8,14 @@ use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
+use warren_abi::fragment::{Tag, origin};
 use warren_abi::icmp::v6::{NEIGHBOUR_ADVERTISEMENT, NEIGHBOUR_SOLICITATION};
 use warren_abi::maps::ProxyVpc;
 use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ip};
 
 use crate::answer::Answerer;
 use crate::maps::INTERFACES;
-use crate::{answer, arp, blocks, drops, encap, icmp, nd, parse};
+use crate::{answer, arp, blocks, drops, encap, fragment, icmp, nd, parse};
 
 /// Answers ARP and neighbour discovery for the shared addresses; sends what is for them to the host
 /// that holds the port.
@@ -38,7 +39,8 @@ fn ingress<F: Family>(
     let Some(vpc) = (unsafe { INTERFACES.get((*ctx.skb.skb).ifindex) }) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
-    let result = take(ctx, vpc, PhantomData);
+    let tag = Tag::new(origin::VPC, vpc.ifindex, 0);
+    let result = fragment::or_divert::<F>(ctx, take(ctx, vpc, PhantomData), tag);
     let ProxyVpc { mac, ifindex, scope, .. } = *vpc;
     let action = drops::verdict(ctx, scope, result);
     let proxy = Answerer::<F> { mac, address: address(vpc), ifindex, scope };

@@ -36,7 +36,7 @@ impl V4 {
     }
 
     #[inline(always)]
-    fn read(ip: &IpHeader) -> Fields<Self> {
+    pub(crate) fn read(ip: &IpHeader) -> Fields<Self> {
         Fields {
             tos: ip.tos,
             ttl: ip.ttl,

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
+use warren_abi::fragment::{Cell, DATAGRAMS, Datagram};
 use warren_abi::maps::{self, Guard, Underlay, layouts, names, programs};
 use warren_abi::wire::Ip;
 
@@ -23,8 +24,8 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId, PortRange,
-    Restrictions, Slot, SweepReport, check_address, check_vni, is_missing, services, sweep, tap,
-    underlay,
+    Restrictions, Slot, SweepReport, check_address, check_vni, fragments, is_missing, services,
+    sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -41,6 +42,7 @@ pub struct HostDatapath {
     /// Indices in `slots`, by the TAP's.
     by_ifindex: StdHashMap<u32, usize>,
     services: Interface,
+    fragments: String,
     underlay: Underlay,
     timers: Timers,
     state: Mutex<State>,
@@ -89,6 +91,9 @@ impl HostDatapath {
         let services = services::device_name(&options.interface_prefix)?;
         let services = services::open_device(&mut netlink, &services)?;
 
+        let fragments = fragments::device_name(&options.interface_prefix)?;
+        let fragments = fragments::open_device(&mut netlink, &fragments)?;
+
         let room = options.slots.max(ROOM_FOR_SLOTS);
         let (slots, count) = (options.slots, options.flows);
         let [policies, rule_hits] = policy::map_specs();
@@ -97,6 +102,7 @@ impl HostDatapath {
             &Globals {
                 underlay: &underlay,
                 services: services.index,
+                fragments: fragments.index,
                 timers: options.timers,
                 flow_log: options.flow_log.events.bits(),
             },
@@ -119,6 +125,7 @@ impl HostDatapath {
                 MapSpec::new::<u32, maps::FlowCounts>(names::FLOW_COUNTS, 1),
                 policies,
                 rule_hits,
+                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
             ],
             &[
                 programs::TAP,
@@ -133,6 +140,8 @@ impl HostDatapath {
                 programs::UNDERLAY_HOST,
                 programs::SWEEP,
                 programs::SERVICES,
+                programs::FRAGMENTS_FIRST,
+                programs::FRAGMENTS_REST,
             ],
         )?;
         let table = SlotTable::new(programs.map(names::SLOTS)?);
@@ -153,6 +162,8 @@ impl HostDatapath {
         let slots = slots::open(options, &mut netlink, &mut programs, &mut state.slots, mtu)?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_HOST, underlay::SHORT_CUT, interface)?;
+        let both = [programs::FRAGMENTS_FIRST, programs::FRAGMENTS_REST];
+        fragments::connect(&mut netlink, &mut programs, &both, &fragments)?;
         services::connect(&mut netlink, &mut programs, &services, &slots, mtu)?;
         if let Some(migration) = migration {
             migration.complete(&programs)?;
@@ -165,6 +176,7 @@ impl HostDatapath {
             slots,
             by_ifindex,
             services,
+            fragments: fragments.name,
             underlay,
             timers,
             state,
@@ -209,6 +221,11 @@ impl HostDatapath {
     /// Name of the TUN device of the link-local services: see [`crate::services`].
     pub fn services_device(&self) -> &str {
         &self.services.name
+    }
+
+    /// Name of the device for fragments: see [`crate::fragments`].
+    pub fn fragments_device(&self) -> &str {
+        &self.fragments
     }
 
     /// Makes a VPC known, or replaces what was known. Flows that began in a former port range go
@@ -427,6 +444,7 @@ impl HostDatapath {
     pub fn uninstall(options: &HostOptions) -> Result<(), Error> {
         let device = underlay::device_name(&options.interface_prefix)?;
         let services = services::device_name(&options.interface_prefix)?;
+        let fragments = fragments::device_name(&options.interface_prefix)?;
         let _expedited = ExpeditedRcu::new();
         Pins::remove_all(&options.bpffs)?;
         let mut netlink = Netlink::open()?;
@@ -434,6 +452,7 @@ impl HostDatapath {
         interfaces.retain(|interface| match interface.kind {
             Some(InfoKind::Tun) => {
                 interface.name == services
+                    || interface.name == fragments
                     || slots::number_of(&options.interface_prefix, &interface.name).is_some()
             }
             Some(InfoKind::Vxlan) => interface.name == device,

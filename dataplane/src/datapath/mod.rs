@@ -21,6 +21,7 @@ use warren_proto::route::{InvalidTable, Route};
 mod counters;
 mod expedited;
 mod flow_events;
+mod fragments;
 mod host;
 mod live;
 mod migrate;

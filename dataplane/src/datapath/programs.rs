@@ -69,6 +69,8 @@ pub(super) struct Globals<'a> {
     pub underlay: &'a Underlay,
     /// Index of the link-local services' device; 0 on a proxy.
     pub services: u32,
+    /// Index of the device for fragments.
+    pub fragments: u32,
     /// How long flows may be idle.
     pub timers: Timers,
     /// Which events of flows are told, of [`level`](warren_abi::flowlog::level); none on a proxy.
@@ -105,6 +107,7 @@ impl Programs {
             .btf(None)
             .override_global("UNDERLAY", globals.underlay, true)
             .override_global("SERVICES", &globals.services, true)
+            .override_global("FRAGMENTS", &globals.fragments, true)
             .override_global("TIMERS", &globals.timers, true)
             .override_global("FLOW_LOG", &globals.flow_log, true);
         if migrating {

@@ -9,6 +9,7 @@ use aya::maps::{HashMap, MapData};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
+use warren_abi::fragment::{Cell, DATAGRAMS, Datagram};
 use warren_abi::maps::{self, BlockKey, Underlay, layouts, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_abi::wire::{Ip, Ipv4, Mac};
@@ -21,7 +22,7 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
-    check_gateway_v6, check_vni, is_missing, sysctl, underlay,
+    check_gateway_v6, check_vni, fragments, is_missing, sysctl, underlay,
 };
 use crate::clock::monotonic_ns;
 
@@ -35,6 +36,7 @@ const MAX_BLOCKS: u32 = 1 << 18;
 ///
 /// Dropping it changes nothing: packets flow on.
 pub struct ProxyDatapath {
+    fragments: String,
     underlay: Underlay,
     state: Mutex<State>,
 }
@@ -67,10 +69,18 @@ impl ProxyDatapath {
         let mut netlink = Netlink::open()?;
         let underlay =
             underlay::find(&mut netlink, &options.underlay_interface, options.underlay_address)?;
+        let fragments = fragments::device_name(&options.interface_prefix)?;
+        let fragments = fragments::open_device(&mut netlink, &fragments)?;
         let [routes, cache] = routes::map_specs();
         let mut programs = Programs::load(
             &options.object,
-            &Globals { underlay: &underlay, services: 0, timers: Timers::DEFAULT, flow_log: 0 },
+            &Globals {
+                underlay: &underlay,
+                services: 0,
+                fragments: fragments.index,
+                timers: Timers::DEFAULT,
+                flow_log: 0,
+            },
             Pins::open(&options.bpffs)?,
             &[
                 routes,
@@ -81,8 +91,15 @@ impl ProxyDatapath {
                 MapSpec::new::<BlockKey, Ip>(names::BLOCKS, MAX_BLOCKS).layout(layouts::BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
+                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
             ],
-            &[programs::TUNNEL_PROXY, programs::UNDERLAY_PROXY, programs::VPC, programs::ANSWER_V6],
+            &[
+                programs::TUNNEL_PROXY,
+                programs::UNDERLAY_PROXY,
+                programs::VPC,
+                programs::ANSWER_V6,
+                programs::FRAGMENTS_PROXY,
+            ],
         )?;
         let _expedited = ExpeditedRcu::new();
         underlay::open_device(
@@ -94,6 +111,7 @@ impl ProxyDatapath {
         )?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_PROXY, underlay::SHORT_CUT, interface)?;
+        fragments::connect(&mut netlink, &mut programs, &[programs::FRAGMENTS_PROXY], &fragments)?;
         for link in programs.pins().link_names()? {
             if link.starts_with(LINK_PREFIX) {
                 // Where the interface is gone, the VPC waits to be applied again.
@@ -110,7 +128,17 @@ impl ProxyDatapath {
             routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
         };
-        Ok(Self { underlay, state: Mutex::new(state) })
+        Ok(Self { fragments: fragments.name, underlay, state: Mutex::new(state) })
+    }
+
+    /// Name of the device for fragments: see [`crate::fragments`].
+    pub fn fragments_device(&self) -> &str {
+        &self.fragments
+    }
+
+    /// Largest IP packet that the tunnel carries, in bytes.
+    pub fn mtu(&self) -> u16 {
+        underlay::inner_mtu(&self.underlay)
     }
 
     /// Makes a VPC known, or replaces what was known: blocks and routes that are not listed any
@@ -252,6 +280,7 @@ impl ProxyDatapath {
     /// or not: pins, shared addresses, the VXLAN device. No error if nothing is there.
     pub fn uninstall(options: &ProxyOptions) -> Result<(), Error> {
         let device = underlay::device_name(&options.interface_prefix)?;
+        let fragments = fragments::device_name(&options.interface_prefix)?;
         let _expedited = ExpeditedRcu::new();
         let mut netlink = Netlink::open()?;
         let mut interfaces = netlink.interfaces()?;
@@ -264,8 +293,10 @@ impl ProxyDatapath {
             }
         }
         Pins::remove_all(&options.bpffs)?;
-        interfaces.retain(|interface| {
-            interface.kind == Some(InfoKind::Vxlan) && interface.name == device
+        interfaces.retain(|interface| match interface.kind {
+            Some(InfoKind::Vxlan) => interface.name == device,
+            Some(InfoKind::Tun) => interface.name == fragments,
+            _ => false,
         });
         netlink.delete(&interfaces)
     }

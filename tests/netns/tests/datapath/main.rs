@@ -5,6 +5,7 @@ mod answers;
 mod bed;
 mod flowlog;
 mod flows;
+mod fragments;
 mod guest;
 mod hairpin;
 mod hostile;

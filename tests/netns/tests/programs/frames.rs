@@ -3,6 +3,8 @@
 use etherparse::{IcmpEchoHeader, Icmpv4Type, PacketBuilder, icmpv4};
 use proptest::prelude::*;
 
+use crate::run::MTU;
+
 /// The shortest frame that the kernel runs a program on: an Ethernet header, and a byte behind it.
 pub const SHORTEST: usize = 15;
 
@@ -223,4 +225,13 @@ impl<'a> Packet<'a> {
     pub fn destination_port(&self) -> u16 {
         u16::from_be_bytes([self.0[36], self.0[37]])
     }
+}
+
+/// Whether it is what a program leaves to those of fragments: a fragment, or too long for the
+/// tunnel and without DF; unchanged, but for its tag.
+pub fn is_left(frame: &[u8], left: &[u8]) -> bool {
+    let fragment = u16::from_be_bytes([frame[20], frame[21]]);
+    let is_fragment = fragment & 0x3fff != 0;
+    let is_divisible = frame.len() > 14 + usize::from(MTU) && fragment & 0x4000 == 0;
+    frame[12..15] == [8, 0, 0x45] && (is_fragment || is_divisible) && frame[12..] == left[12..]
 }

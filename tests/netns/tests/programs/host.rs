@@ -3,12 +3,14 @@
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use warren_abi::drop::Drop;
+use warren_abi::fragment::{Tag, origin};
 use warren_abi::maps::{Flow, InFlow, InKey, OutKey, Sweep, names, programs};
 use warren_abi::wire::GATEWAY_MAC;
 
-use crate::frames::{Packet, SHORTEST, Way, exhaustive, malformed};
+use crate::frames::{Packet, SHORTEST, Way, exhaustive, is_left, malformed};
 use crate::run::{
-    HOST, MTU, OK, PEER, PROXY, Programs, REDIRECT, Run, SCOPE, SHOT, guest_address, guest_mac,
+    HOST, IFINDEX, MTU, OK, PEER, PROXY, Programs, REDIRECT, Run, SCOPE, SHOT, guest_address,
+    guest_mac,
 };
 
 fn way() -> Way {
@@ -47,6 +49,11 @@ fn check_tap(frame: &[u8], run: &Run) -> Result<(), TestCaseError> {
             prop_assert_eq!(&run.frame[..6], &frame[6..12]);
             prop_assert_eq!(answer.destination(), &guest_address()[..]);
             prop_assert!(answer.icmp().is_some_and(warren_abi::icmp::is_error));
+        }
+        None if Tag::of_frame(&run.frame).is_some() => {
+            prop_assert_eq!(Tag::of_frame(&run.frame), Some(Tag::new(origin::SLOT, IFINDEX, 1)));
+            prop_assert!(is_left(frame, &run.frame), "{frame:02x?}");
+            prop_assert_eq!(&frame[6..12], &guest_mac()[..]);
         }
         None if frame[12..14] == [8, 6] => {
             prop_assert_eq!(&run.frame[..6], &guest_mac()[..]);

@@ -2,6 +2,7 @@
 //! traffic. What they do with whatever a guest, a VPC or a tunnel may send.
 
 mod budget;
+mod fragments;
 mod frames;
 mod host;
 mod proxy;

@@ -3,10 +3,13 @@
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use warren_abi::drop::Drop;
+use warren_abi::fragment::{Tag, origin};
 use warren_abi::maps::programs;
 
-use crate::frames::{Packet, Way, exhaustive, malformed};
-use crate::run::{HOST, OK, PEER, PORT, Programs, REDIRECT, Run, SCOPE, SHARED, SHOT, VPC_MAC};
+use crate::frames::{Packet, Way, exhaustive, is_left, malformed};
+use crate::run::{
+    HOST, IFINDEX, OK, PEER, PORT, Programs, REDIRECT, Run, SCOPE, SHARED, SHOT, VPC_MAC,
+};
 
 fn way() -> Way {
     Way {
@@ -39,6 +42,10 @@ fn check(frame: &[u8], run: &Run) -> Result<(), TestCaseError> {
             let answer = Packet::new(&run.frame).expect("it is a packet");
             prop_assert_eq!(&run.frame[..6], &frame[6..12]);
             prop_assert!(answer.icmp().is_some_and(warren_abi::icmp::is_error));
+        }
+        (REDIRECT, None) if Tag::of_frame(&run.frame).is_some() => {
+            prop_assert_eq!(Tag::of_frame(&run.frame), Some(Tag::new(origin::VPC, IFINDEX, 0)));
+            prop_assert!(is_left(frame, &run.frame), "{frame:02x?}");
         }
         (REDIRECT, None) if frame[12..14] == [8, 6] => {
             prop_assert_eq!(&run.frame[20..22], &[0, 2], "a reply");

@@ -7,6 +7,7 @@ use aya::maps::{HashMap, MapData, PerCpuArray, ProgramArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use warren_abi::drop::Drop;
+use warren_abi::fragment::DATAGRAMS;
 use warren_abi::maps::{
     Attachment, BlockKey, Drops, Guard, HostVpc, ProxyVpc, ProxyVpcV6, Slot, Underlay, names,
     programs, tails,
@@ -21,7 +22,7 @@ pub const SHOT: i32 = 2;
 pub const REDIRECT: i32 = 7;
 
 /// Frames come from the loopback device, which stands for a TAP and for the interface in a VPC.
-const IFINDEX: u32 = 1;
+pub const IFINDEX: u32 = 1;
 /// Number of the slot, and scope of the VPC on the proxy.
 pub const SCOPE: u32 = 1;
 pub const VNI: u32 = 100;
@@ -82,6 +83,7 @@ impl Programs {
         for name in [names::DROPS, names::ANSWERS] {
             loader.map_max_entries(name, SCOPE + 1);
         }
+        loader.map_max_entries(names::DATAGRAMS, DATAGRAMS);
         let mut ebpf = loader.load(&object).expect("the object can be loaded");
         for name in PROGRAMS {
             let program = program(&mut ebpf, name);
@@ -194,7 +196,7 @@ impl Programs {
     }
 }
 
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 15] = [
     programs::TAP,
     programs::TAP_V6,
     programs::TO_GUEST_V6,
@@ -207,6 +209,9 @@ const PROGRAMS: [&str; 12] = [
     programs::TUNNEL_PROXY,
     programs::VPC,
     programs::SWEEP,
+    programs::FRAGMENTS_FIRST,
+    programs::FRAGMENTS_REST,
+    programs::FRAGMENTS_PROXY,
 ];
 
 const HOST_ADDRESS: Ip = Ip::v4(Ipv4::new(HOST));

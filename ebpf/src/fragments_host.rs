@@ -1,0 +1,137 @@
+//! A host's fragments: tcx ingress on their device.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use warren_abi::conntrack::Receiver;
+use warren_abi::drop::Drop;
+use warren_abi::family::{Fields, V4};
+use warren_abi::flow::Direction;
+use warren_abi::fragment::{First, Fragmented, Piece, Tag, origin};
+use warren_abi::maps::{Attachment, Slot};
+
+use crate::drops::TCX_NEXT;
+use crate::fragment::{
+    begin, direct, find, identify, identify_first, is_translated, look_for, piece, tag, to_daemon,
+    wait,
+};
+use crate::maps::{End, HOST_VPCS, slot};
+use crate::{conntrack, drops, encap, nat, parse, tap, tunnel};
+
+/// First fragments of guests, as whole packets. All others are left to [`fragments_rest`]: together,
+/// they need more stack than there is.
+#[classifier]
+pub fn fragments_first(ctx: TcContext) -> i32 {
+    let Some(tag @ Tag { origin: origin::SLOT, .. }) = tag(&ctx) else { return TCX_NEXT };
+    let Some(slot) = slot(tag.owner) else { return TCX_NEXT };
+    match first::<V4>(&ctx, &slot, tag) {
+        Ok(None) => TCX_NEXT,
+        Ok(Some(action)) => drops::verdict(&ctx, slot.number, Ok(action)),
+        Err(reason) => drops::verdict(&ctx, slot.number, Err(reason)),
+    }
+}
+
+/// All others: as their datagram's first one was dealt with.
+#[classifier]
+pub fn fragments_rest(ctx: TcContext) -> i32 {
+    match tag(&ctx) {
+        Some(tag @ Tag { origin: origin::SLOT, .. }) => match slot(tag.owner) {
+            Some(slot) => drops::verdict(&ctx, slot.number, rest::<V4>(&ctx, &slot, tag)),
+            None => drops::verdict(&ctx, 0, Err(Drop::Detached)),
+        },
+        Some(tag @ Tag { origin: origin::PROXY, .. }) => match to_guest::<V4>(&ctx, tag) {
+            Ok(action) => drops::verdict(&ctx, 0, Ok(action)),
+            Err((scope, reason)) => drops::verdict(&ctx, scope, Err(reason)),
+        },
+        _ => drops::verdict(&ctx, 0, Err(Drop::Internal)),
+    }
+}
+
+/// What a guest's fragment says of itself.
+#[inline(always)]
+fn of_guest<F: Fragmented>(
+    ctx: &TcContext,
+    slot: &Slot,
+    tag: Tag,
+) -> Result<(Piece, Fields<F>), Drop> {
+    let vni = slot.attachment.vni();
+    if slot.attachment != Attachment::new(vni, tag.mark) || vni == 0 {
+        return Err(Drop::StaleFlow);
+    }
+    let (piece, fields) = piece::<F>(ctx)?;
+    if F::same(fields.source, F::guest(slot)) {
+        Ok((piece, fields))
+    } else {
+        Err(Drop::SpoofedAddress)
+    }
+}
+
+/// Of a guest's: to the proxy. None: it is no first one.
+#[inline(always)]
+fn first<F: Fragmented>(ctx: &TcContext, slot: &Slot, tag: Tag) -> Result<Option<i32>, Drop> {
+    let (piece, fields) = of_guest::<F>(ctx, slot, tag)?;
+    if piece.offset != 0 {
+        return Ok(None);
+    }
+    if fields.length > End::inner_mtu() {
+        return to_daemon(ctx, tag).map(Some);
+    }
+    look_for(tag, F::ip(fields.destination), &piece, fields.protocol)?;
+    let mut packet = parse::packet::<First<F>>(ctx, Direction::Out)?;
+    is_translated(&packet)?;
+    identify_first::<F>(ctx)?;
+    let action = tap::to_vpc(ctx, slot, &mut packet)?;
+    begin(slot.number, &packet)?;
+    Ok(Some(action))
+}
+
+/// Of a guest's: to the proxy, or it waits.
+#[inline(always)]
+fn rest<F: Fragmented>(ctx: &TcContext, slot: &Slot, tag: Tag) -> Result<i32, Drop> {
+    let (piece, fields) = of_guest::<F>(ctx, slot, tag)?;
+    let Fields { protocol, length, destination, .. } = fields;
+    if length > End::inner_mtu() {
+        return to_daemon(ctx, tag);
+    }
+    look_for(tag, F::ip(destination), &piece, protocol)?;
+    let Some(datagram) = find(&piece)? else { return wait(ctx, tag) };
+    let vni = slot.attachment.vni();
+    // SAFETY: one that is replaced meanwhile is a VPC as well.
+    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
+    let mut packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
+    packet.source = F::shared(vpc)?;
+    identify::<F>(ctx, datagram.id)?;
+    nat::readdress(ctx, &packet, Direction::Out, packet.source)?;
+    encap::send(ctx, &packet, vni, &vpc.proxy_address)
+}
+
+/// From the proxy: to the guest. They come in order, as the proxy sent them.
+#[inline(always)]
+fn to_guest<F: Fragmented>(ctx: &TcContext, tag: Tag) -> Result<i32, (u32, Drop)> {
+    let nobody = |reason| (0, reason);
+    // SAFETY: one that is replaced meanwhile is a VPC as well.
+    let vpc = unsafe { HOST_VPCS.get(tag.owner) }.ok_or((0, Drop::UnknownVpc))?;
+    let (piece, fields) = piece::<F>(ctx).map_err(nobody)?;
+    if !F::same(fields.destination, F::shared(vpc).map_err(nobody)?) {
+        return Err((0, Drop::NotSharedAddress));
+    }
+    look_for(tag, F::ip(fields.source), &piece, fields.protocol).map_err(nobody)?;
+    if piece.offset == 0 {
+        let packet = parse::packet::<First<F>>(ctx, Direction::In).map_err(nobody)?;
+        is_translated(&packet).map_err(nobody)?;
+        let Receiver { slot, port } = conntrack::inward(tag.owner, &packet)?;
+        let dropped = |reason| (slot.number, reason);
+        nat::translate(ctx, &packet, Direction::In, F::guest(&slot), port).map_err(dropped)?;
+        direct(slot.ifindex, slot.attachment.generation()).map_err(dropped)?;
+        begin(slot.number, &packet).map_err(dropped)?;
+        return tunnel::deliver::<F>(ctx, &slot).map_err(dropped);
+    }
+    let datagram = find(&piece).map_err(nobody)?.ok_or((0, Drop::Fragment))?;
+    let slot = slot(datagram.to).ok_or((0, Drop::StaleFlow))?;
+    let dropped = |reason| (slot.number, reason);
+    if slot.attachment != Attachment::new(tag.owner, datagram.generation) {
+        return Err(dropped(Drop::StaleFlow));
+    }
+    let packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
+    nat::readdress(ctx, &packet, Direction::In, F::guest(&slot)).map_err(dropped)?;
+    tunnel::deliver::<F>(ctx, &slot).map_err(dropped)
+}

@@ -1,0 +1,87 @@
+//! A proxy's fragments: tcx ingress on their device.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use warren_abi::drop::Drop;
+use warren_abi::family::{Fields, V4};
+use warren_abi::flow::Direction;
+use warren_abi::fragment::{First, Fragmented, Tag, origin};
+use warren_abi::maps::ProxyVpc;
+use warren_abi::wire::{Ip, Ipv4};
+
+use crate::fragment::{
+    begin, direct, find, identify, identify_first, is_translated, look_for, piece, tag, to_daemon,
+    wait,
+};
+use crate::maps::{End, INTERFACES, PROXY_VPCS};
+use crate::{blocks, drops, encap, parse, tunnel};
+
+/// Deals with a fragment as its first one was dealt with.
+#[classifier]
+pub fn fragments_proxy(ctx: TcContext) -> i32 {
+    let Some(tag) = tag(&ctx) else {
+        return drops::verdict(&ctx, 0, Err(Drop::Internal));
+    };
+    // SAFETY: one that is replaced meanwhile is a VPC as well.
+    let vpc = match tag.origin {
+        origin::VPC => unsafe { INTERFACES.get(tag.owner) },
+        // SAFETY: as above.
+        origin::HOST => unsafe { PROXY_VPCS.get(tag.owner) },
+        _ => None,
+    };
+    match vpc {
+        Some(vpc) if tag.origin == origin::VPC => {
+            drops::verdict(&ctx, vpc.scope, to_host::<V4>(&ctx, vpc, tag))
+        }
+        Some(vpc) => drops::verdict(&ctx, vpc.scope, to_vpc::<V4>(&ctx, vpc, tag)),
+        None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
+    }
+}
+
+/// From the VPC: to the host that holds the port.
+#[inline(always)]
+fn to_host<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i32, Drop> {
+    let (piece, fields) = piece::<F>(ctx)?;
+    let Fields { protocol, length, source, destination, .. } = fields;
+    if !F::same(destination, F::shared_on_proxy(vpc)?) {
+        return Err(Drop::NotSharedAddress);
+    }
+    if length > End::inner_mtu() {
+        return to_daemon(ctx, tag);
+    }
+    look_for(tag, F::ip(source), &piece, protocol)?;
+    if piece.offset == 0 {
+        let packet = parse::packet::<First<F>>(ctx, Direction::In)?;
+        is_translated(&packet)?;
+        let host = blocks::holder(vpc, packet.local_port).ok_or(Drop::NoBlockHolder)?;
+        direct(host.0[3], 0)?;
+        begin(vpc.scope, &packet)?;
+        return encap::send(ctx, &packet, vpc.vni, host);
+    }
+    let Some(datagram) = find(&piece)? else { return wait(ctx, tag) };
+    let packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
+    encap::send(ctx, &packet, vpc.vni, &Ip::v4(Ipv4(datagram.to)))
+}
+
+/// From a host: into the VPC, or back to a host. They come in order, as the host sent them.
+#[inline(always)]
+fn to_vpc<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i32, Drop> {
+    let (piece, fields) = piece::<F>(ctx)?;
+    let Fields { protocol, source, destination, .. } = fields;
+    if !F::same(source, F::shared_on_proxy(vpc)?) {
+        return Err(Drop::SpoofedAddress);
+    }
+    look_for(tag, F::ip(destination), &piece, protocol)?;
+    if piece.offset == 0 {
+        let mut packet = parse::packet::<First<F>>(ctx, Direction::Out)?;
+        is_translated(&packet)?;
+        identify_first::<F>(ctx)?;
+        let action = tunnel::forward(ctx, vpc, Ipv4(tag.mark), &mut packet)?;
+        begin(vpc.scope, &packet)?;
+        return Ok(action);
+    }
+    let datagram = find(&piece)?.ok_or(Drop::Fragment)?;
+    let packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
+    identify::<F>(ctx, datagram.id)?;
+    tunnel::leave(ctx, vpc, &packet)
+}
