@@ -1,6 +1,6 @@
 //! `warren flows` and `warren nat-log`: who talks to whom, and who had a port.
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use warren_proto::v1::{
     FindFleetMappingsRequest, FindMappingsRequest, HostFlows, HostMappings, ListFleetFlowsRequest,
 };
@@ -138,7 +138,11 @@ impl std::str::FromStr for Moment {
         if let Ok(moment) = text.parse() {
             return Ok(Self::At(moment));
         }
-        text.parse().map(Self::Ago).map_err(|_| {
+        let age = text.parse::<Span>().and_then(|span| {
+            // Not those of a calendar, which depend on where one is.
+            span.abs().to_duration(SpanRelativeTo::days_are_24_hours())
+        });
+        age.map(Self::Ago).map_err(|_| {
             "write a time such as 2026-11-25T08:00:00Z, or how long ago it was, such as 5m".into()
         })
     }

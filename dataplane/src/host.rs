@@ -5,6 +5,7 @@ mod flows;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::Ipv6Addr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -153,7 +154,10 @@ impl Host {
         let zygote = options.zygote.clone();
         let pool = Arc::new(Pool::new(datapath.clone(), zygote, options.policy).await?);
         let vpcs = vpcs::load(&options.zygote.run_dir)?;
-        let names = vpcs.iter().map(|(name, vpc)| (vpc.vni, named(name, vpc))).collect();
+        let known = datapath.vpcs()?;
+        let of_v6 = |vni| known.iter().find(|vpc| vpc.vni == vni)?.shared_address_v6;
+        let names = vpcs.iter().map(|(name, vpc)| (vpc.vni, named(name, vpc, of_v6(vpc.vni))));
+        let names = names.collect();
         let state = Mutex::new(State { vpcs, names, ..State::default() });
         let found = client::discover(&options.zygote.run_dir).await?;
         for slot in datapath.slots() {
@@ -198,11 +202,11 @@ impl Host {
     /// Makes a VPC known, or replaces what was known of it.
     pub fn apply_vpc(&self, name: &str, vpc: &HostVpc, naming: Naming) -> Result<(), HostError> {
         self.datapath.apply_vpc(vpc)?;
-        let HostVpc { vni, shared_address, .. } = *vpc;
+        let HostVpc { vni, shared_address, shared_address_v6, .. } = *vpc;
         let mut state = self.state();
         state.vpcs.retain(|_, other| other.vni != vni);
         let vpc = vpcs::Vpc { vni, shared_address, naming };
-        state.names.insert(vni, named(name, &vpc));
+        state.names.insert(vni, named(name, &vpc, shared_address_v6));
         state.vpcs.insert(name.to_owned(), vpc);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
@@ -511,8 +515,9 @@ impl Host {
     }
 }
 
-fn named(name: &str, vpc: &vpcs::Vpc) -> NamedVpc {
-    NamedVpc { name: name.to_owned(), shared_address: vpc.shared_address }
+fn named(name: &str, vpc: &vpcs::Vpc, shared_address_v6: Option<Ipv6Addr>) -> NamedVpc {
+    let (name, shared_address) = (name.to_owned(), vpc.shared_address);
+    NamedVpc { name, shared_address, shared_address_v6 }
 }
 
 /// RFC 1123, 2.1, one label.

@@ -1,7 +1,7 @@
 //! Who was attached where: flows end after their instance did, and are still told with its name.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use uuid::Uuid;
 
@@ -16,6 +16,8 @@ pub struct Owner {
     pub slot: Option<u32>,
     /// The slot's address.
     pub address: Option<Ipv4Addr>,
+    /// The slot's IPv6 address.
+    pub address_v6: Option<Ipv6Addr>,
     /// The instance, as far as it is known.
     pub instance: Option<Uuid>,
 }
@@ -27,6 +29,30 @@ pub struct NamedVpc {
     pub name: String,
     /// The address that its guests appear as.
     pub shared_address: Ipv4Addr,
+    /// The same of IPv6; none: it has no IPv6.
+    pub shared_address_v6: Option<Ipv6Addr>,
+}
+
+impl Owner {
+    /// The address in flows with this peer; towards all peers (`::`), that of IPv4.
+    pub fn address_towards(&self, peer: IpAddr) -> Option<IpAddr> {
+        if is_v4(peer) { self.address.map(Into::into) } else { self.address_v6.map(Into::into) }
+    }
+}
+
+impl NamedVpc {
+    /// As [`Owner::address_towards`].
+    pub fn address_towards(&self, peer: IpAddr) -> Option<IpAddr> {
+        if is_v4(peer) {
+            Some(self.shared_address.into())
+        } else {
+            self.shared_address_v6.map(Into::into)
+        }
+    }
+}
+
+fn is_v4(peer: IpAddr) -> bool {
+    peer.is_ipv4() || peer.is_unspecified()
 }
 
 /// Who stands behind the numbers of events.

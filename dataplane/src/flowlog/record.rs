@@ -186,11 +186,13 @@ impl Record {
     ) -> Option<Self> {
         let FlowEvent { at_ns, sent, received, key, vni, began, last, port, .. } = *event;
         let what = What::from_index(event.what)?;
-        let Owner { slot, address: srcaddr, instance } = names.owner(key.ifindex, key.generation);
-        let (vpc, nat_srcaddr) = match names.vpc(vni) {
-            Some(vpc) => (Some(vpc.name), Some(vpc.shared_address)),
-            None => (None, None),
-        };
+        let owner = names.owner(key.ifindex, key.generation);
+        let peer = IpAddr::from(key.peer);
+        let srcaddr = owner.address_towards(peer);
+        let Owner { slot, instance, .. } = owner;
+        let vpc = names.vpc(vni);
+        let nat_srcaddr = vpc.as_ref().and_then(|vpc| vpc.address_towards(peer));
+        let vpc = vpc.map(|vpc| vpc.name);
         let time = clock.at(at_ns);
         let (is_mapping, is_start) = (key.is_mapping(), what == What::Begun);
         let end = End {
@@ -220,11 +222,11 @@ impl Record {
             slot,
             generation: key.generation,
             protocol: protocol_name(key.protocol),
-            srcaddr: srcaddr.map(IpAddr::V4),
+            srcaddr,
             srcport: key.guest_port.get(),
-            nat_srcaddr: nat_srcaddr.map(IpAddr::V4),
+            nat_srcaddr,
             nat_srcport: port.get(),
-            dstaddr: (!is_mapping).then(|| key.peer.into()),
+            dstaddr: (!is_mapping).then_some(peer),
             dstport: (!is_mapping && key.protocol != u32::from(ICMP)).then(|| key.peer_port.get()),
             start: if is_start { time } else { clock.at_tick(began) },
             end: (!is_start).then_some(end),
@@ -248,11 +250,16 @@ mod tests {
         fn owner(&self, ifindex: u32, generation: u32) -> Owner {
             assert_eq!((ifindex, generation), (9, 4));
             let address = Some(Ipv4Addr::new(169, 254, 0, 3));
-            Owner { slot: Some(3), address, instance: Some(Uuid::from_u128(5)) }
+            let address_v6 = Some("fd00::3".parse().unwrap());
+            Owner { slot: Some(3), address, address_v6, instance: Some(Uuid::from_u128(5)) }
         }
         fn vpc(&self, vni: u32) -> Option<NamedVpc> {
             let shared_address = Ipv4Addr::new(10, 0, 0, 100);
-            (vni == 100).then(|| NamedVpc { name: "blue".to_owned(), shared_address })
+            (vni == 100).then(|| NamedVpc {
+                name: "blue".to_owned(),
+                shared_address,
+                shared_address_v6: Some("2001:db8::100".parse().unwrap()),
+            })
         }
     }
 
@@ -315,6 +322,17 @@ mod tests {
         let mapping = line(&event(Ip::UNSPECIFIED, What::Expired));
         assert_eq!(mapping["event"], "mapping-end");
         assert!(mapping.get("dstaddr").is_none() && mapping.get("bytes_out").is_none());
+    }
+
+    #[test]
+    fn addresses_are_of_the_peer_s_family() {
+        let peer = IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0xa]);
+        let line = line(&event(peer.into(), What::Begun));
+        assert_eq!(
+            (&line["srcaddr"], &line["dstaddr"]),
+            (&"fd00::3".into(), &"2001:db8::a".into())
+        );
+        assert_eq!(line["nat_srcaddr"], "2001:db8::100");
     }
 
     #[test]

@@ -230,7 +230,7 @@ mod tests {
 
     impl Names for Nobody {
         fn owner(&self, ifindex: u32, _: u32) -> Owner {
-            Owner { slot: Some(ifindex), address: None, instance: None }
+            Owner { slot: Some(ifindex), ..Owner::default() }
         }
         fn vpc(&self, _: u32) -> Option<NamedVpc> {
             None

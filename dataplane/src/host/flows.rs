@@ -27,7 +27,8 @@ impl Names for Host {
     fn owner(&self, ifindex: u32, generation: u32) -> Owner {
         let Some(slot) = self.datapath.slot_of(ifindex) else { return Owner::default() };
         let instance = self.state().owners.find(slot.number, generation);
-        Owner { slot: Some(slot.number), address: Some(slot.address), instance }
+        let (address, address_v6) = (Some(slot.address), Some(slot.address_v6));
+        Owner { slot: Some(slot.number), address, address_v6, instance }
     }
 
     fn vpc(&self, vni: u32) -> Option<NamedVpc> {
@@ -100,21 +101,22 @@ impl Host {
     fn describe_flow(&self, live: &LiveFlow, now_ns: u64) -> v1::Flow {
         let LiveFlow { key, flow } = live;
         let received = self.datapath.received(live);
-        let Owner { slot, address, instance } = self.owner(key.ifindex, key.generation);
+        let owner = self.owner(key.ifindex, key.generation);
+        let peer = IpAddr::from(key.peer);
         let vpc = Names::vpc(self, flow.vni);
         let age = |tick: u32| now_ns.saturating_sub(u64::from(tick) * TICK_NS) / 1_000_000;
         let text = |address: Option<IpAddr>| address.map_or_else(String::new, |a| a.to_string());
         v1::Flow {
-            instance: instance.map(|id| id.to_string()).unwrap_or_default(),
+            instance: owner.instance.map(|id| id.to_string()).unwrap_or_default(),
             vpc: vpc.as_ref().map(|vpc| vpc.name.clone()).unwrap_or_default(),
             vni: flow.vni,
-            slot: slot.unwrap_or_default(),
+            slot: owner.slot.unwrap_or_default(),
             protocol: protocol_name(key.protocol),
-            guest_address: text(address.map(IpAddr::V4)),
+            guest_address: text(owner.address_towards(peer)),
             guest_port: u32::from(key.guest_port.get()),
-            nat_address: text(vpc.map(|vpc| IpAddr::V4(vpc.shared_address))),
+            nat_address: text(vpc.and_then(|vpc| vpc.address_towards(peer))),
             nat_port: u32::from(flow.port.get()),
-            peer_address: IpAddr::from(key.peer).to_string(),
+            peer_address: peer.to_string(),
             peer_port: u32::from(key.peer_port.get()),
             state: live.stage(self.datapath.timers(), tick(now_ns)).to_owned(),
             packets_out: flow.sent.packets,

@@ -275,11 +275,13 @@ impl Names for Source {
     fn owner(&self, ifindex: u32, _: u32) -> Owner {
         let slot = self.0.slot_of(ifindex).expect("it is a slot's");
         let instance = Some(Uuid::from_u128(u128::from(slot.number)));
-        Owner { slot: Some(slot.number), address: Some(slot.address), instance }
+        let (address, address_v6) = (Some(slot.address), Some(slot.address_v6));
+        Owner { slot: Some(slot.number), address, address_v6, instance }
     }
     fn vpc(&self, vni: u32) -> Option<NamedVpc> {
         assert_eq!(vni, VNI_A);
-        Some(NamedVpc { name: "blue".to_owned(), shared_address: SHARED })
+        let name = "blue".to_owned();
+        Some(NamedVpc { name, shared_address: SHARED, shared_address_v6: None })
     }
 }
 
