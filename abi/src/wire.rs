@@ -497,6 +497,20 @@ pub struct Udp {
     pub checksum: u16,
 }
 
+/// The same as [`Tunnel`], where the underlay is of IPv6.
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct TunnelV6 {
+    /// Outer IPv6 header.
+    pub ip: Ip6Header,
+    /// Outer UDP header.
+    pub udp: Udp,
+    /// VXLAN header.
+    pub vxlan: Vxlan,
+    /// Inner Ethernet header.
+    pub ethernet: Ethernet,
+}
+
 /// What encapsulation puts between the outer Ethernet header and the inner IP packet.
 #[repr(C, packed(2))]
 #[derive(Clone, Copy, Debug)]

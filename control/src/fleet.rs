@@ -5,7 +5,7 @@
 //! an agent before it restarted is not mistaken for what is true of it now.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -54,7 +54,7 @@ impl From<Role> for v1::Role {
 struct Registration {
     role: Role,
     endpoint: Endpoint,
-    underlay_address: Ipv4Addr,
+    underlay_address: IpAddr,
 }
 
 struct Member {
@@ -141,7 +141,7 @@ pub struct Peer {
     /// What it does.
     pub role: Role,
     /// Its address in the underlay.
-    pub underlay_address: Ipv4Addr,
+    pub underlay_address: IpAddr,
     /// Its session and its agent, if it is alive.
     pub open: Option<(Session, Agent)>,
 }
@@ -377,7 +377,7 @@ fn check(heartbeat: &v1::HeartbeatRequest) -> Result<Registration, RegisterError
         .map_err(|error: endpoint::InvalidEndpoint| invalid("endpoint", error.to_string()))?;
     let underlay_address = heartbeat.underlay_address.parse().map_err(|_| {
         let text = &heartbeat.underlay_address;
-        invalid("underlay_address", format!("\"{text}\" is not an IPv4 address"))
+        invalid("underlay_address", format!("\"{text}\" is not an IP address"))
     })?;
     Ok(Registration { role, endpoint, underlay_address })
 }

@@ -7,7 +7,7 @@
 //! dead hosts stay: a host that is merely cut off still sends.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use warren_proto::v1::apply_vpc_request::Role as Apply;
 use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route};
@@ -22,7 +22,7 @@ pub struct Node<'a> {
     /// What it does.
     pub role: Role,
     /// Its address in the underlay.
-    pub underlay_address: Ipv4Addr,
+    pub underlay_address: IpAddr,
     /// Its session, if it is alive.
     pub session: Option<Session>,
     /// The last definition of this VPC that it acknowledged in this session.
@@ -184,7 +184,7 @@ mod tests {
                 let [letter, digit] = name.as_bytes().try_into().unwrap();
                 let node = Node {
                     role: *role,
-                    underlay_address: Ipv4Addr::from([192, 0, letter, digit - b'0']),
+                    underlay_address: IpAddr::from([192, 0, letter, digit - b'0']),
                     session: *session,
                     acknowledged: self.acknowledged.get(name),
                 };
@@ -248,7 +248,7 @@ mod tests {
         world.acknowledge(&["p1"]);
         assert_eq!(world.pushes(), ["h1"]);
         let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
-        assert_eq!(host.proxy_address, Ipv4Addr::from([192, 0, b'p', 1]).to_string());
+        assert_eq!(host.proxy_address, IpAddr::from([192, 0, b'p', 1]).to_string());
         assert_eq!(
             (host.resolver.as_str(), host.search_domain.as_str()),
             ("10.1.0.2", "corp.internal")

@@ -30,6 +30,8 @@ pub fn fragments_proxy(ctx: TcContext) -> i32 {
         _ => None,
     };
     match vpc {
+        // A tag has no room for a host's address of IPv6.
+        Some(vpc) if End::is_v6() => drops::verdict(&ctx, vpc.scope, Err(Drop::Fragment)),
         Some(vpc) if tag.origin == origin::VPC => {
             drops::verdict(&ctx, vpc.scope, to_host::<V4>(&ctx, vpc, tag))
         }
@@ -76,7 +78,7 @@ fn to_vpc<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i3
         let mut packet = parse::packet::<First<F>>(ctx, Direction::Out)?;
         is_translated(&packet)?;
         identify_first::<F>(ctx)?;
-        let action = tunnel::forward(ctx, vpc, Ipv4(tag.mark), &mut packet)?;
+        let action = tunnel::forward(ctx, vpc, &Ip::v4(Ipv4(tag.mark)), &mut packet)?;
         begin(vpc.scope, &packet)?;
         return Ok(action);
     }

@@ -105,6 +105,26 @@ impl End {
         unsafe { (&raw const (*Self::FIELDS).inner_mtu).read_volatile() }
     }
 
+    /// Whether the underlay is of IPv6.
+    #[inline(always)]
+    pub fn is_v6() -> bool {
+        // SAFETY: as above. No address of IPv6 that a host has begins with zeroes.
+        unsafe { (&raw const (*Self::FIELDS).address.0[0]).read_volatile() != 0 }
+    }
+
+    /// Whether two ends of tunnels are the same.
+    #[inline(always)]
+    pub fn same(a: &Ip, b: &Ip) -> bool {
+        if Self::is_v6() { a.is(*b) } else { a.0[3] == b.0[3] }
+    }
+
+    /// Own address.
+    #[inline(always)]
+    pub fn address() -> Ip {
+        // SAFETY: as above.
+        unsafe { (&raw const (*Self::FIELDS).address).read_volatile() }
+    }
+
     /// Own address, where that is of IPv4.
     #[inline(always)]
     pub fn address_v4() -> Ipv4 {

@@ -6,7 +6,9 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key};
+use aya_ebpf::bindings::{
+    BPF_F_TUNINFO_IPV6, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1, bpf_tunnel_key,
+};
 use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh, bpf_skb_get_tunnel_key};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -16,9 +18,9 @@ use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
 use warren_abi::fragment::{Tag, origin};
 use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
-use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ipv4};
+use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ip, Ipv4};
 
-use crate::maps::{HOST_VPCS, PROXY_VPCS};
+use crate::maps::{End, HOST_VPCS, PROXY_VPCS};
 use crate::parse::{Packet, at};
 use crate::{
     blocks, conntrack, drops, encap, fragment, icmp, migration, mss, nat, parse, route, tail,
@@ -32,7 +34,7 @@ const AF_INET6: u32 = 10;
 #[classifier]
 pub fn tunnel_host(ctx: TcContext) -> i32 {
     match tunnel(&ctx) {
-        Ok((vni, remote)) => host(&ctx, vni, remote),
+        Ok((vni, remote)) => host(&ctx, vni, &remote),
         Err(reason) => drops::verdict(&ctx, 0, Err(reason)),
     }
 }
@@ -40,12 +42,12 @@ pub fn tunnel_host(ctx: TcContext) -> i32 {
 /// Deals with a packet from the tunnel of `vni` and the tunnel's end `remote`, without its outer
 /// headers.
 #[inline(always)]
-pub fn host(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
+pub fn host(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
     // SAFETY: one that is replaced meanwhile is a VPC as well.
     let Some(vpc) = (unsafe { HOST_VPCS.get(vni) }) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
-    if remote.0 != vpc.proxy_address.0[3] {
+    if !End::same(remote, &vpc.proxy_address) {
         return drops::verdict(ctx, 0, Err(Drop::NotFromProxy));
     }
     match parse::ethertype(ctx) {
@@ -131,14 +133,14 @@ pub fn deliver<F: Family>(ctx: &TcContext, slot: &Slot) -> Result<i32, Drop> {
 #[classifier]
 pub fn tunnel_proxy(ctx: TcContext) -> i32 {
     match tunnel(&ctx) {
-        Ok((vni, remote)) => proxy(&ctx, vni, remote),
+        Ok((vni, remote)) => proxy(&ctx, vni, &remote),
         Err(reason) => drops::verdict(&ctx, 0, Err(reason)),
     }
 }
 
 /// As [`host`].
 #[inline(always)]
-pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
+pub fn proxy(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
     // SAFETY: one that is replaced meanwhile is a VPC as well.
     let Some(vpc) = (unsafe { PROXY_VPCS.get(vni) }) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
@@ -146,7 +148,9 @@ pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
     let result = match parse::ethertype(ctx) {
         ETHERTYPE_IPV6 => to_vpc::<V6>(ctx, vpc, remote),
         _ => match to_vpc::<V4>(ctx, vpc, remote) {
-            Err(Drop::Fragment) => fragment::to_program(ctx, Tag::new(origin::HOST, vni, remote.0)),
+            Err(Drop::Fragment) => {
+                fragment::to_program(ctx, Tag::new(origin::HOST, vni, remote.0[3]))
+            }
             result => result,
         },
     };
@@ -154,7 +158,7 @@ pub fn proxy(ctx: &TcContext, vni: u32, remote: Ipv4) -> i32 {
 }
 
 #[inline(always)]
-fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i32, Drop> {
+fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: &Ip) -> Result<i32, Drop> {
     parse::prepare::<F>(ctx)?;
     if parse::ethernet(ctx)?.ethertype != F::ETHERTYPE {
         return Err(Drop::NotIpv4);
@@ -167,7 +171,7 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: Ipv4) -> Result<i3
 pub fn forward<F: Family>(
     ctx: &TcContext,
     vpc: &ProxyVpc,
-    remote: Ipv4,
+    remote: &Ip,
     packet: &mut Packet<F>,
 ) -> Result<i32, Drop> {
     let shared = F::shared_on_proxy(vpc)?;
@@ -181,7 +185,7 @@ pub fn forward<F: Family>(
         }
     }
     let holder = blocks::holder(vpc, packet.local_port).ok_or(Drop::NotBlockHolder)?;
-    if holder.0[3] != remote.0 {
+    if !End::same(holder, remote) {
         return Err(Drop::NotBlockHolder);
     }
     leave(ctx, vpc, packet)
@@ -225,16 +229,22 @@ fn hairpin<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> Re
 
 /// The VNI that a packet came with, and the outer source.
 #[inline(always)]
-fn tunnel(ctx: &TcContext) -> Result<(u32, Ipv4), Drop> {
+fn tunnel(ctx: &TcContext) -> Result<(u32, Ip), Drop> {
     let mut key = MaybeUninit::<bpf_tunnel_key>::uninit();
     let size = size_of::<bpf_tunnel_key>() as u32;
     // SAFETY: the helper fills all of the size it is given, or fails; all fields are integers.
     unsafe {
-        if bpf_skb_get_tunnel_key(ctx.skb.skb, key.as_mut_ptr(), size, 0) != 0 {
+        let flags = if End::is_v6() { BPF_F_TUNINFO_IPV6 as u64 } else { 0 };
+        if bpf_skb_get_tunnel_key(ctx.skb.skb, key.as_mut_ptr(), size, flags) != 0 {
             return Err(Drop::Internal);
         }
         let key = key.assume_init_ref();
-        // The helper swaps the address into the order of the processor.
-        Ok((key.tunnel_id, Ipv4(key.__bindgen_anon_1.remote_ipv4.to_be())))
+        let remote = &key.__bindgen_anon_1;
+        // The helper swaps an address of IPv4 into the order of the processor.
+        let remote = match End::is_v6() {
+            true => Ip(remote.remote_ipv6),
+            false => Ip::v4(Ipv4(remote.remote_ipv4.to_be())),
+        };
+        Ok((key.tunnel_id, remote))
     }
 }

@@ -4,6 +4,8 @@
 //! twice as fast as by way of the VXLAN device, which all others take, as does whatever is unusual
 //! about the outer headers. What is not the tunnel's passes.
 //!
+//! In IPv6, all take the VXLAN device's way.
+//!
 //! Two ways must not mean that packets overtake each other: TCP takes large and small ones as lost
 //! and sends anew. While a flow's large packets may still be on the longer way, its small ones
 //! follow them.
@@ -17,8 +19,8 @@ use aya_ebpf::maps::Array;
 use aya_ebpf::programs::TcContext;
 use warren_abi::nat::{TUNNEL_PORTS, tunnel_port_index};
 use warren_abi::wire::{
-    Be16, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ip6Header, IpHeader, Ipv4, TCP, Tunnel, UDP,
-    VXLAN_PORT, Vxlan,
+    Be16, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ip, Ip6Header, IpHeader, Ipv4, TCP, Tunnel,
+    UDP, VXLAN_PORT, Vxlan,
 };
 
 use crate::drops::TCX_NEXT;
@@ -49,7 +51,7 @@ pub fn underlay_host(ctx: TcContext) -> i32 {
         return TCX_NEXT;
     }
     match decapsulate(&ctx) {
-        Some((vni, remote)) => tunnel::host(&ctx, vni, remote),
+        Some((vni, remote)) => tunnel::host(&ctx, vni, &Ip::v4(remote)),
         None => TCX_NEXT,
     }
 }
@@ -58,7 +60,7 @@ pub fn underlay_host(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn underlay_proxy(ctx: TcContext) -> i32 {
     match decapsulate(&ctx) {
-        Some((vni, remote)) => tunnel::proxy(&ctx, vni, remote),
+        Some((vni, remote)) => tunnel::proxy(&ctx, vni, &Ip::v4(remote)),
         None => TCX_NEXT,
     }
 }

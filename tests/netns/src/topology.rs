@@ -86,6 +86,16 @@ impl Topology {
         Ok(Self { host, proxy, control, rogue, vpcs, _fabric: fabric })
     }
 
+    /// Gives host and proxy IPv6 addresses on the underlay, and returns them.
+    pub fn enable_v6_underlay(&self) -> Result<[Ipv6Addr; 2]> {
+        let ends = [1, 2].map(|n| Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, n));
+        for (machine, address) in [&self.host, &self.proxy].into_iter().zip(ends) {
+            enable_v6(machine, UNDERLAY)?;
+            machine.ip(&format!("addr add {address}/64 dev {UNDERLAY} nodad"))?;
+        }
+        Ok(ends)
+    }
+
     /// Gives the tenants' servers their IPv6 address.
     pub fn enable_v6(&self) -> Result<()> {
         for vpc in &self.vpcs {

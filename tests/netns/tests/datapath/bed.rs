@@ -28,6 +28,8 @@ pub struct Bed {
     pub run: RunDir,
     /// Whether the VPCs have IPv6.
     pub v6: bool,
+    /// Underlay addresses of host and proxy.
+    ends: [IpAddr; 2],
     /// What the host's data path is opened with.
     pub timers: Timers,
     pub host: Option<HostDatapath>,
@@ -55,11 +57,22 @@ impl Bed {
         bed
     }
 
+    /// As [`Bed::dual`], over an underlay of IPv6.
+    pub fn over_v6() -> Self {
+        let mut bed = Self::closed();
+        bed.topology.enable_v6().expect("the kernel has IPv6");
+        let ends = bed.topology.enable_v6_underlay().expect("the kernel has IPv6");
+        (bed.v6, bed.ends) = (true, ends.map(IpAddr::from));
+        bed.open();
+        bed.apply();
+        bed
+    }
+
     /// Makes both VPCs known to both.
     pub fn apply(&self) {
         for vni in [VNI_A, VNI_B] {
             self.apply_host(vni, PORTS);
-            self.apply_proxy(vni, vec![(PORTS, HOST)]);
+            self.apply_proxy(vni, vec![(PORTS, self.ends[0])]);
         }
     }
 
@@ -72,6 +85,7 @@ impl Bed {
             topology,
             run,
             v6: false,
+            ends: [HOST.into(), PROXY.into()],
             timers: Timers::DEFAULT,
             host: None,
             proxy: None,
@@ -106,7 +120,7 @@ impl Bed {
             bpffs: self.run.bpf().join("host"),
             object: object(),
             underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: HOST.into(),
+            underlay_address: self.ends[0],
             slots: SLOTS,
             interface_prefix: "wrn".to_owned(),
             flows: DEFAULT_FLOWS,
@@ -120,7 +134,7 @@ impl Bed {
             bpffs: self.run.bpf().join("proxy"),
             object: object(),
             underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: PROXY.into(),
+            underlay_address: self.ends[1],
             interface_prefix: "wrn".to_owned(),
         }
     }
@@ -139,7 +153,7 @@ impl Bed {
             shared_address: SHARED,
             shared_address_v6: self.v6.then_some(SHARED_V6),
             ports,
-            proxy_address: PROXY.into(),
+            proxy_address: self.ends[1],
         };
         self.host().apply_vpc(&vpc).expect("the host takes the VPC");
     }

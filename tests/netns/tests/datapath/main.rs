@@ -18,6 +18,7 @@ mod routes;
 mod services;
 mod timers;
 mod traffic;
+mod underlay_v6;
 mod upgrade;
 mod v6;
 mod vxlan;
