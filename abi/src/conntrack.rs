@@ -61,18 +61,42 @@ pub trait Tables: Sized {
     fn timers(&self) -> &Timers;
     /// Whose flows in a VPC are those of an interface.
     fn slot(&self, vni: u32, ifindex: u32) -> Option<Slot>;
+    /// Counts a flow or a mapping among what the slot of this number holds; a flow, also among those that begin.
+    ///
+    /// # Errors
+    /// The limit that it would be beyond.
+    fn grow(&self, number: u32, key: &OutKey) -> Result<(), Drop>;
+    /// Counts it no more, among what is held under the attachment of its key.
+    fn shrink(&self, number: u32, key: &OutKey);
     /// Whether the policy of a slot, which must be of this epoch, allows the flow.
     ///
     /// # Errors
     /// If the policy is not there.
-    fn is_allowed(&self, guard: Guard, epoch: u32, key: OutKey) -> Result<bool, Drop>;
+    fn is_allowed(&self, guard: Guard, epoch: u32, key: &OutKey) -> Result<bool, Drop>;
     /// Calls [`judge`], wherever there is room for it.
     ///
     /// # Errors
     /// Its.
     #[inline(always)]
     fn judge(&self, slot: &Slot, key: OutKey) -> Result<(), Drop> {
-        judge(self, slot.guard, slot.epoch, key)
+        judge(self, slot.guard, slot.epoch, &key, self.flow(key))
+    }
+    /// Calls [`turn`], wherever there is room for it.
+    ///
+    /// # Errors
+    /// Its.
+    #[inline(always)]
+    fn turn(
+        &self,
+        number: u32,
+        key: OutKey,
+        found: FlowState,
+        state: FlowState,
+    ) -> Result<bool, Drop> {
+        match self.flow(key) {
+            Some(flow) => turn(self, number, &key, flow, found, state),
+            None => Ok(false),
+        }
     }
     /// Whether a flow that is not there may begin, or may be known elsewhere.
     #[inline(always)]
@@ -85,7 +109,7 @@ pub trait Tables: Sized {
     /// # Errors
     /// As [`search`].
     #[inline(always)]
-    fn search(&self, wanted: Wanted, purpose: Purpose, port: &mut Be16) -> Result<bool, Drop> {
+    fn search(&self, wanted: Wanted, purpose: Purpose, port: &mut Be16) -> Result<(), Drop> {
         search(self, &mut Search::new(wanted), purpose, port)
     }
 
@@ -97,12 +121,13 @@ pub trait Tables: Sized {
 
     /// A flow.
     fn flow(&self, key: OutKey) -> Option<Self::Flow>;
-    /// Inserts a flow that is not there: it begins.
+    /// Inserts a flow that is not there, and was counted: it begins.
     ///
     /// # Errors
     /// If it is there, or there is no room.
     fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused>;
-    /// Removes a flow, which the caller ended. Its claim is still there.
+    /// Removes a flow, which the caller ended. Its claim is still there. If it counted among what
+    /// its slot holds, it does no more.
     fn remove_flow(&self, key: OutKey, why: What);
     /// A flow's state.
     fn state(&self, flow: Self::Flow) -> FlowState;
@@ -203,6 +228,8 @@ pub struct Wanted {
     now: u32,
     random: u32,
     epoch: u32,
+    /// Number of the slot.
+    number: u32,
 }
 
 impl Wanted {
@@ -275,23 +302,18 @@ pub fn outward_into<T: Tables>(
         tables.judge(slot, key)?;
     }
     let (vni, random, sent) = (slot.attachment.vni(), tables.random(), segment.traffic);
-    let epoch = slot.epoch;
+    let &Slot { epoch, number, .. } = slot;
     let is_udp = segment.protocol == UDP;
-    let mut has_port = is_udp && mapped(tables, key.mapping(), ports, now, port)?;
-    if !has_port {
+    if !is_udp || !mapped(tables, slot, key.mapping(), ports, now, port)? {
         let (key, sent) = if is_udp { (key.mapping(), Traffic::NONE) } else { (key, sent) };
-        let wanted = Wanted { key, vni, ports, sent, now, random, epoch };
-        has_port = tables.search(wanted, Purpose::Begin, port)?;
+        let wanted = Wanted { key, vni, ports, sent, now, random, epoch, number };
+        tables.search(wanted, Purpose::Begin, port)?;
     }
-    if has_port && is_udp {
-        let wanted = Wanted { key, vni, ports, sent, now, random, epoch };
-        has_port = tables.search(wanted, Purpose::Join, port)?;
+    if is_udp {
+        let wanted = Wanted { key, vni, ports, sent, now, random, epoch, number };
+        tables.search(wanted, Purpose::Join, port)?;
     }
-    // Otherwise, another CPU was faster.
-    if has_port || resume(tables, slot, key, segment, now, port)? {
-        return Ok(());
-    }
-    Err(Drop::Internal)
+    Ok(())
 }
 
 /// Puts the port of the guest's flow that the packet keeps alive into `resumed`. False: there is no
@@ -330,12 +352,14 @@ fn resume<T: Tables>(
 #[inline(always)]
 fn mapped<T: Tables>(
     tables: &T,
+    slot: &Slot,
     key: OutKey,
     ports: Ports,
     now: u32,
     found: &mut Be16,
 ) -> Result<bool, Drop> {
-    let Some(Entered { flow, state, .. }) = enter(tables, key, Direction::Out, None, now)? else {
+    let Some(Entered { flow, state, .. }) = enter(tables, slot, key, Direction::Out, None, now)?
+    else {
         return Ok(false);
     };
     let (vni, port) = tables.place(flow);
@@ -358,28 +382,34 @@ pub enum Purpose {
     Join,
 }
 
-/// Carries out a search: puts the port into `port`, or leaves it there. False: another CPU was
-/// faster.
+/// Carries out a search, whose flow or mapping counts among what the slot holds if it begins: puts
+/// the port into `port`, or leaves it there.
 ///
 /// # Errors
-/// If there is no port, or no room.
+/// If there is no port, no room, or a limit.
 #[inline(always)]
 pub fn search<T: Tables>(
     tables: &T,
     search: &mut Search,
     purpose: Purpose,
     port: &mut Be16,
-) -> Result<bool, Drop> {
-    match purpose {
+) -> Result<(), Drop> {
+    tables.grow(search.wanted.number, &search.wanted.key)?;
+    let found = match purpose {
         Purpose::Begin => begin(tables, search, port),
         Purpose::Join => join(tables, search, port),
+    };
+    if search.outcome != Outcome::Begun {
+        // Not at all, or another CPU was faster.
+        tables.shrink(search.wanted.number, &search.wanted.key);
     }
+    found
 }
 
 /// Begins a flow or a mapping on a port of the host's, and puts that into `port`. If another CPU did
-/// so meanwhile, false; or, of a mapping, that one's.
+/// so meanwhile, it is that one's.
 #[inline(always)]
-fn begin<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<bool, Drop> {
+fn begin<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<(), Drop> {
     let mut round = 0;
     while round <= 2 * ROUNDS {
         search.aim = match (round, search.outcome) {
@@ -392,19 +422,9 @@ fn begin<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<
         match search.outcome {
             Outcome::Begun => {
                 *port = search.port;
-                return Ok(true);
+                return Ok(());
             }
-            Outcome::Lost => {
-                let Wanted { key, now, .. } = search.wanted;
-                if !key.is_mapping() {
-                    return Ok(false);
-                }
-                let Some(found) = enter(tables, key, Direction::Out, None, now)? else {
-                    return Ok(false);
-                };
-                *port = tables.place(found.flow).1;
-                return Ok(true);
-            }
+            Outcome::Lost => return meet(tables, search, port),
             Outcome::Full => return Err(Drop::FlowsExhausted),
             Outcome::Nothing => return Err(Drop::PortsExhausted),
             Outcome::Taken => {
@@ -416,14 +436,28 @@ fn begin<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<
     Err(Drop::PortsExhausted)
 }
 
-/// Begins a flow on the port of its mapping, which `port` is: true.
+/// Goes on with the flow or mapping that another CPU has just begun.
 #[inline(always)]
-fn join<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<bool, Drop> {
+fn meet<T: Tables>(tables: &T, search: &Search, port: &mut Be16) -> Result<(), Drop> {
+    let Some(flow) = tables.flow(search.wanted.key) else {
+        return Err(Drop::Internal);
+    };
+    if tables.check(flow) != search.wanted.key.check() {
+        return Err(Drop::Internal);
+    }
+    *port = tables.place(flow).1;
+    tables.sent(flow, search.wanted.sent);
+    Ok(())
+}
+
+/// Begins a flow on the port of its mapping, which `port` is.
+#[inline(always)]
+fn join<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<(), Drop> {
     (search.aim, search.port) = (Aim::Join, *port);
     tables.probe(search);
     match search.outcome {
         // If it was lost, then to a packet of the same flow, which has the same port.
-        Outcome::Begun | Outcome::Lost => Ok(true),
+        Outcome::Begun | Outcome::Lost => Ok(()),
         Outcome::Full => Err(Drop::FlowsExhausted),
         _ => Err(Drop::PortsExhausted),
     }
@@ -499,7 +533,7 @@ pub fn step<T: Tables>(tables: &T, search: &mut Search, probe: u32) -> bool {
         }
         if is_claimed_by(tables, &search.wanted, port) {
             // Another CPU is just beginning this very flow.
-            search.outcome = Outcome::Begun;
+            search.outcome = Outcome::Lost;
             return true;
         }
     }
@@ -731,14 +765,14 @@ fn refresh<T: Tables>(
     segment: &Segment,
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
-    let found = enter(tables, key, direction, Some((slot, segment)), now)?;
+    let found = enter(tables, slot, key, direction, Some(segment), now)?;
     if let Some(Entered { before, .. }) = found
         && key.protocol == UDP as u32
         && before != now
         && is_mapping_due(before, now, tables.timers().grain(UDP))
     {
         // If it is gone, it was just taken for idle: the flow goes on alone.
-        let _ = enter(tables, key.mapping(), Direction::Out, None, now);
+        let _ = enter(tables, slot, key.mapping(), Direction::Out, None, now);
     }
     Ok(found)
 }
@@ -758,12 +792,13 @@ const fn is_mapping_due(before: u32, now: u32, grain: u32) -> bool {
 #[inline(always)]
 fn enter<T: Tables>(
     tables: &T,
+    slot: &Slot,
     key: OutKey,
     direction: Direction,
-    packet: Option<(&Slot, &Segment)>,
+    packet: Option<&Segment>,
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
-    let flags = packet.map_or(0, |(_, segment)| segment.flags);
+    let flags = packet.map_or(0, |segment| segment.flags);
     let mut attempt = 0;
     while attempt < ATTEMPTS {
         attempt += 1;
@@ -787,7 +822,7 @@ fn enter<T: Tables>(
             return Ok(None);
         }
         let mut all = false;
-        if let Some((slot, Segment { next, acknowledged, .. })) = packet {
+        if let Some(Segment { next, acknowledged, .. }) = packet {
             if tables.judged(flow) != slot.epoch {
                 tables.judge(slot, key)?;
             }
@@ -800,11 +835,43 @@ fn enter<T: Tables>(
             }
         }
         let state = found.after(direction, flags, all, now);
-        if state == found || tables.exchange(flow, found, state) {
-            return Ok(Some(Entered { flow, state, before: found.last_tick() }));
+        let entered = Entered { flow, state, before: found.last_tick() };
+        let exchanged = if found.is_counted() == state.is_counted() {
+            state == found || tables.exchange(flow, found, state)
+        } else {
+            tables.turn(slot.number, key, found, state)?
+        };
+        if exchanged {
+            return Ok(Some(entered));
         }
     }
     Err(Drop::Internal)
+}
+
+/// Puts a state in the place of another, of which one counts among what the slot holds, and the
+/// other does not: whether it did.
+///
+/// # Errors
+/// The limit that the flow would be beyond.
+#[inline(always)]
+pub fn turn<T: Tables>(
+    tables: &T,
+    number: u32,
+    key: &OutKey,
+    flow: T::Flow,
+    found: FlowState,
+    state: FlowState,
+) -> Result<bool, Drop> {
+    let was_counted = found.is_counted();
+    if !was_counted {
+        tables.grow(number, key)?;
+    }
+    let exchanged = tables.exchange(flow, found, state);
+    // It counts no more; or it was counted in vain.
+    if exchanged == was_counted {
+        tables.shrink(number, key);
+    }
+    Ok(exchanged)
 }
 
 /// Asks the slot's policy, if it has one, whether a flow that begins may be, or one that was last
@@ -814,9 +881,15 @@ fn enter<T: Tables>(
 /// # Errors
 /// [`Drop::Denied`] if it is not allowed.
 #[inline(always)]
-pub fn judge<T: Tables>(tables: &T, guard: Guard, epoch: u32, key: OutKey) -> Result<(), Drop> {
+pub fn judge<T: Tables>(
+    tables: &T,
+    guard: Guard,
+    epoch: u32,
+    key: &OutKey,
+    flow: Option<T::Flow>,
+) -> Result<(), Drop> {
     let is_allowed = epoch == 0 || tables.is_allowed(guard, epoch, key)?;
-    if let Some(flow) = tables.flow(key) {
+    if let Some(flow) = flow {
         let found = tables.state(flow);
         if tables.check(flow) == key.check() && !found.is_ended() {
             if is_allowed {
@@ -848,6 +921,7 @@ pub enum Verdict {
 
 /// Removes a flow or a mapping that ended and whose port has rested: ends it first, so that a
 /// packet that comes meanwhile finds it ended, and one that came before makes the exchange fail.
+/// One that ended and rests is counted no more.
 #[inline(always)]
 pub fn end<T: Tables>(tables: &T, key: OutKey, timers: &Timers, now: u32) -> Verdict {
     let Some(flow) = tables.flow(key) else {
@@ -855,15 +929,24 @@ pub fn end<T: Tables>(tables: &T, key: OutKey, timers: &Timers, now: u32) -> Ver
     };
     let state = tables.state(flow);
     let (vni, port) = tables.place(flow);
-    let attachment = tables.slot(vni, key.ifindex).map(|slot| slot.attachment);
+    let slot = tables.slot(vni, key.ifindex);
+    let (attachment, number) = slot.map_or((None, 0), |slot| (Some(slot.attachment), slot.number));
     let is_stale = attachment != Some(Attachment::new(vni, key.generation));
-    if !state.is_gone(is_stale, key.protocol as u8, timers, now)
+    let protocol = key.protocol as u8;
+    let is_gone = state.is_gone(is_stale, protocol, timers, now);
+    let rests = state.is_counted() && state.is_expired(protocol, timers, now);
+    let new = if is_gone { state.ended() } else { state.uncounted() };
+    if !(is_gone || rests)
         || state.is_ended()
         || tables.check(flow) != key.check()
-        || !tables.exchange(flow, state, state.ended())
+        || !tables.exchange(flow, state, new)
     {
         return Verdict::Stays;
     }
-    remove(tables, key, vni, port, state.end(is_stale, key.protocol as u8));
+    if !is_gone {
+        tables.shrink(number, &key);
+        return Verdict::Stays;
+    }
+    remove(tables, key, vni, port, state.end(is_stale, protocol));
     if is_stale { Verdict::Stale } else { Verdict::Expired }
 }

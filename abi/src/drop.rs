@@ -103,6 +103,16 @@ reasons! {
     /// A datagram of which fragments may still come gave way to another one of the same slot or VPC:
     /// there were too many. This counts datagrams; those fragments are dropped for `fragment`.
     FragmentsExhausted = "fragments-exhausted",
+    /// More packets than the slot may send or receive a second.
+    PacketLimit = "packet-limit",
+    /// More bits than the slot may send or receive a second.
+    BitLimit = "bit-limit",
+    /// More flows than the slot may begin a second.
+    NewFlowLimit = "new-flow-limit",
+    /// A flow more than the slot may have at one time.
+    FlowLimit = "flow-limit",
+    /// A port more than the slot may have at one time.
+    PortLimit = "port-limit",
 }
 
 impl Drop {

@@ -68,6 +68,8 @@ impl FlowState {
     const PEER_DONE: u32 = 1 << 8;
     /// It is a mapping, which [lags behind](Timers::grain) its flows.
     const MAPPING: u32 = 1 << 9;
+    /// It is not among what its slot holds: it expired, or came from a former version.
+    const UNCOUNTED: u32 = 1 << 10;
     /// A random number, 16 bits from here on: see [`FlowState::begin`].
     const NONCE: u32 = 12;
     const ENDED: u32 = 1 << 31;
@@ -128,6 +130,21 @@ impl FlowState {
         Self::pack(self.last_tick(), self.marks() | Self::ENDED)
     }
 
+    /// Whether it is among what its slot [holds](crate::limit::Held), or was until it ended: not if it
+    /// is finished, and only kept for what may come late.
+    #[inline]
+    pub const fn is_counted(self) -> bool {
+        let marks = self.marks();
+        marks & Self::UNCOUNTED == 0 && !Self::is_finished(marks)
+    }
+
+    /// What is put in its place when it expired. A packet of its guest's has it count again.
+    #[inline]
+    #[must_use]
+    pub const fn uncounted(self) -> Self {
+        Self::pack(self.last_tick(), self.marks() | Self::UNCOUNTED)
+    }
+
     /// As if it had been idle for longer than it may be: nothing gets through from outside, and its
     /// port rests. A packet of the guest's that may pass has it go on.
     #[inline]
@@ -186,6 +203,7 @@ impl FlowState {
         let mut marks = self.marks();
         match direction {
             Direction::Out => {
+                marks &= !Self::UNCOUNTED;
                 if flags & (tcp::SYN | tcp::ACK) == tcp::SYN && Self::is_closed(marks) {
                     // The guest opens the same flow anew.
                     marks = marks & 0xffff << Self::NONCE | Self::GUEST_SYN;

@@ -110,15 +110,19 @@ impl Reason {
     /// What the sender of a packet that was dropped is told; `mtu` is the next hop's.
     ///
     /// Too big: the MTU (RFC 1191, section 4; RFC 4443, section 3.2). No time left to live. No
-    /// port or no room for a new flow (RFC 5508, REQ-8), or a rule against it. No address of this
-    /// family, so that a guest takes the other one at once. Of all else, nothing: silence is not a
-    /// leak.
+    /// port or no room for a new flow (RFC 5508, REQ-8), a rule against it, or none that the guest
+    /// may have. No address of this family, so that a guest takes the other one at once. Of all
+    /// else, nothing: silence is not a leak.
     #[inline(always)]
     pub const fn of<F: Family>(drop: Drop, mtu: u16) -> Option<Self> {
         let (kind, mtu) = match drop {
             Drop::TooBig => (F::TOO_BIG, mtu),
             Drop::TtlExceeded => (F::TIME_EXCEEDED, 0),
-            Drop::PortsExhausted | Drop::FlowsExhausted | Drop::Denied => (F::PROHIBITED, 0),
+            Drop::PortsExhausted
+            | Drop::FlowsExhausted
+            | Drop::Denied
+            | Drop::FlowLimit
+            | Drop::PortLimit => (F::PROHIBITED, 0),
             Drop::NoSharedAddress => (F::UNREACHABLE, 0),
             _ => return None,
         };

@@ -20,6 +20,7 @@ pub mod flow;
 pub mod flowlog;
 pub mod fragment;
 pub mod icmp;
+pub mod limit;
 pub mod maps;
 pub mod microvm;
 pub mod mss;

@@ -7,6 +7,7 @@ use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
 pub use crate::flowlog::{FlowCounts, FlowEvent};
 use crate::fragment::{Cell, Datagram};
+pub use crate::limit::{Held, Limits};
 pub use crate::policy::{Guard, Policy, Rule};
 pub use crate::route::{CachedRoute, Route, RouteKey};
 use crate::wire::{Be16, Ip, Ipv4, Mac};
@@ -58,6 +59,10 @@ pub mod names {
     /// Both: [`Cell`](crate::fragment::Cell) -> [`Datagram`](crate::fragment::Datagram). The oldest
     /// go, if there are too many.
     pub const DATAGRAMS: &str = "DATAGRAMS";
+    /// Host: number of a slot -> [`Limits`](super::Limits).
+    pub const LIMITS: &str = "LIMITS";
+    /// Host: number of a slot -> [`Held`](super::Held).
+    pub const HELD: &str = "HELD";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
@@ -534,7 +539,9 @@ mod pod {
         RouteKey,
         Route,
         ServiceSlot,
-        Policy
+        Policy,
+        Limits,
+        Held
     );
 }
 
@@ -564,5 +571,7 @@ without_padding!(
     CachedRoute = 48,
     ServiceSlot = 16,
     Rule = 48,
-    Policy = 6164
+    Policy = 6164,
+    Limits = 88,
+    Held = 16
 );

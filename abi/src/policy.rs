@@ -145,15 +145,23 @@ impl Guard {
     /// Nothing.
     pub const NONE: Self = Self(0);
 
-    /// By the policy at a place; 0: by none.
+    const LIMITED: u16 = 1 << 15;
+
+    /// By the policy at a place, 0: by none; and by rates, in [`Limits`](crate::limit::Limits).
     #[inline]
-    pub const fn new(place: u16) -> Self {
-        Self(place)
+    pub const fn new(place: u16, is_limited: bool) -> Self {
+        Self(place | if is_limited { Self::LIMITED } else { 0 })
     }
 
     /// Place of the policy; 0: there is none.
     #[inline(always)]
     pub const fn place(self) -> u32 {
-        self.0 as u32
+        (self.0 & !Self::LIMITED) as u32
+    }
+
+    /// Whether there are limits of packets or bits.
+    #[inline(always)]
+    pub const fn is_limited(self) -> bool {
+        self.0 & Self::LIMITED != 0
     }
 }

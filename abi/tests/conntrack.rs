@@ -12,6 +12,7 @@ use warren_abi::conntrack::{
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, Timers, tcp};
 use warren_abi::flowlog::What;
+use warren_abi::limit::{Share, Tally};
 use warren_abi::maps::{Attachment, Flow, Guard, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, ICMP, Ip, Ipv4, Mac, TCP, UDP};
@@ -43,6 +44,9 @@ struct Plain {
     generation: AtomicU32,
     /// The policy of all slots, which changes with its epoch: peers that no flow may have.
     epoch: AtomicU32,
+    /// Most flows and ports of a slot; 0: there is no limit.
+    most: [AtomicU32; 2],
+    held: Mutex<HashMap<u32, [Tally; 2]>>,
     denied: Mutex<HashSet<[u32; 4]>>,
 }
 
@@ -109,7 +113,33 @@ impl Tables for Plain {
     fn slot(&self, _: u32, ifindex: u32) -> Option<Slot> {
         Some(Self::slot(self, ifindex))
     }
-    fn is_allowed(&self, _: Guard, _: u32, key: OutKey) -> Result<bool, Drop> {
+    fn grow(&self, number: u32, key: &OutKey) -> Result<(), Drop> {
+        let mut held = self.held.lock().expect("nobody panics with it");
+        let held = held.entry(number).or_default();
+        let mut new = *held;
+        let parts = [(Share::FLOW, Drop::FlowLimit), (Share::PORT, Drop::PortLimit)];
+        for (index, (part, reason)) in parts.into_iter().enumerate() {
+            if Share::of(key).has(part) {
+                let most = self.most[index].load(Ordering::SeqCst);
+                new[index] = new[index].more(key.generation, most).ok_or(reason)?;
+            }
+        }
+        *held = new;
+        Ok(())
+    }
+    fn shrink(&self, number: u32, key: &OutKey) {
+        if number == 0 {
+            return;
+        }
+        let mut held = self.held.lock().expect("nobody panics with it");
+        let held = held.entry(number).or_default();
+        for (index, part) in [Share::FLOW, Share::PORT].into_iter().enumerate() {
+            if Share::of(key).has(part) {
+                held[index] = held[index].less(key.generation).unwrap_or(held[index]);
+            }
+        }
+    }
+    fn is_allowed(&self, _: Guard, _: u32, key: &OutKey) -> Result<bool, Drop> {
         Ok(!self.denied.lock().expect("nobody panics with it").contains(&key.peer.0))
     }
     fn probe(&self, search: &mut Search) {
@@ -133,6 +163,9 @@ impl Tables for Plain {
     }
     fn remove_flow(&self, key: OutKey, why: What) {
         let memory = &mut *self.lock();
+        if memory.flow_slots[memory.flows[&flow_id(&key)]].1.state.is_counted() {
+            self.shrink(key.ifindex, &key);
+        }
         memory.ends.push((flow_id(&key), why));
         let index = memory.flows.remove(&flow_id(&key)).expect("only its ender removes it");
         memory.free_flows.push(index);
@@ -221,8 +254,32 @@ fn segment(protocol: u8, peer: u32, local_port: Be16, flags: u8) -> Segment {
     }
 }
 
-/// What must always be so of the tables: each flow has its own claim, each claim its flow.
+/// How many flows and ports a slot holds, as counted one by one, and as the tables say.
+fn held(tables: &Plain, number: u32) -> [[u32; 2]; 2] {
+    let generation = tables.generation.load(Ordering::SeqCst);
+    let memory = tables.lock();
+    let flows =
+        memory.flows.values().map(|&index| memory.flow_slots[index]).filter(|(key, flow)| {
+            (key.ifindex, key.generation) == (number, generation) && flow.state.is_counted()
+        });
+    let shares: Vec<_> = flows.map(|(key, _)| Share::of(&key)).collect();
+    let count = |part| shares.iter().filter(|share| share.has(part)).count() as u32;
+    let told = tables.held.lock().expect("nobody panics with it");
+    let told = told.get(&number).copied().unwrap_or_default();
+    [[count(Share::FLOW), count(Share::PORT)], told.map(|tally| tally.count(generation))]
+}
+
+/// What must always be so of the tables: each flow has its own claim, each claim its flow; and what
+/// is held is as many as there are, and no more than may be.
 fn check(tables: &Plain) {
+    for number in 0..4 {
+        let [counted, told] = held(tables, number);
+        assert_eq!(counted, told, "of slot {number}");
+        for (told, most) in told.into_iter().zip(&tables.most) {
+            let most = most.load(Ordering::SeqCst);
+            assert!(most == 0 || told <= most, "slot {number} holds {told} of {most}");
+        }
+    }
     let memory = tables.lock();
     assert_eq!(memory.flows.len(), memory.claims.len(), "no port is lost");
     for &index in memory.flows.values() {
@@ -492,6 +549,45 @@ fn a_change_of_rules_concerns_flows_that_live_both_ways_at_once() {
 }
 
 #[test]
+fn a_slot_holds_no_more_than_it_may_and_what_ended_does_not_count() {
+    let tables = Plain::default();
+    let slot = Plain::slot(&tables, 1);
+    tables.most[0].store(3, Ordering::SeqCst);
+    let syn = |port| outward(&tables, &slot, PORTS, &segment(TCP, 1, Be16(port), tcp::SYN));
+    for port in 0..50 {
+        connect_and_close(&tables, 1, port).expect("the others are closed");
+    }
+    check(&tables);
+    for port in 100..103 {
+        syn(port).expect("it may have as many");
+    }
+    assert_eq!(syn(103), Err(Drop::FlowLimit));
+    assert_eq!(syn(0), Err(Drop::FlowLimit), "one that is closed is not opened anew");
+    outward(&tables, &slot, PORTS, &segment(TCP, 1, Be16(100), tcp::RST)).expect("it is there");
+    syn(0).expect("there is one less");
+    assert_eq!(held(&tables, 1), [[3, 3]; 2]);
+
+    // Of UDP, ports are what counts, whatever the peers; and what expired does not, once swept.
+    tables.most[0].store(0, Ordering::SeqCst);
+    tables.most[1].store(5, Ordering::SeqCst);
+    let send = |peer, port| outward(&tables, &slot, PORTS, &segment(UDP, peer, Be16(port), 0));
+    for peer in 0..10 {
+        send(peer, 1).expect("it is one port");
+    }
+    send(1, 2).expect("there is one more");
+    assert_eq!(send(1, 3), Err(Drop::PortLimit));
+    assert_eq!(held(&tables, 1), [[14, 5]; 2]);
+    let expired = Timers::DEFAULT.udp + 2 * Timers::DEFAULT.grain(UDP) + 1;
+    tables.clock.fetch_add(expired, Ordering::SeqCst);
+    sweep(&tables);
+    assert!(tables.lock().flows.len() > 10, "their ports rest");
+    check(&tables);
+    send(1, 3).expect("there is room");
+    send(1, 1).expect("it goes on");
+    check(&tables);
+}
+
+#[test]
 fn a_flow_that_is_denied_gives_its_port_back() {
     let tables = Plain::default();
     let syn = |port, peer| {
@@ -553,8 +649,14 @@ proptest! {
     /// or from a peer that is denied; UDP's ports do not depend on the peer; and when all is idle,
     /// nothing is left.
     #[test]
-    fn traffic_of_all_kinds_keeps_to_the_model(acts in prop::collection::vec(act(), 1..300)) {
+    fn traffic_of_all_kinds_keeps_to_the_model(
+        acts in prop::collection::vec(act(), 1..300),
+        most in prop::option::of((1u32..40, 1u32..40)),
+    ) {
         let tables = Plain::default();
+        let (flows, ports) = most.unwrap_or_default();
+        tables.most[0].store(flows, Ordering::SeqCst);
+        tables.most[1].store(ports, Ordering::SeqCst);
         // (protocol, peer, external port) -> who sent from there last.
         let mut senders: HashMap<(u8, u32, u16), (u32, u32, u16)> = HashMap::new();
         let mut sent = Vec::new();

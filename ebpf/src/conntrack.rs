@@ -15,14 +15,17 @@ use warren_abi::family::Family;
 use warren_abi::flow::{Direction, FlowState, Timers, tick};
 use warren_abi::flowlog::What;
 use warren_abi::icmp::Subject;
+use warren_abi::limit::code;
 use warren_abi::maps::{Flow, FlowEvent, Guard, InFlow, InKey, OutKey, Slot, Traffic};
 use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip};
 
+use crate::atomic::compare_exchange;
 use crate::flowlog::{warren_flow_begun, warren_flow_ended};
+use crate::limit::{warren_grow, warren_shrink, warren_shrink_ended};
 use crate::maps::{CT_IN, CT_OUT, SCRATCH, slot_in, timers};
 use crate::parse::Packet;
-use crate::{migration, policy};
+use crate::{limit, migration, policy};
 
 const EEXIST: i32 = -17;
 
@@ -130,6 +133,30 @@ pub extern "C" fn warren_probe() -> u32 {
     unsafe { bpf_loop(MAX_PROBES, probe as *mut c_void, null_mut(), 0) as u32 }
 }
 
+/// What [`warren_turn`] says if another CPU was faster.
+const LOST: u32 = u32::MAX;
+
+/// Turns the flow whose key this CPU's scratch holds: 0, [`LOST`] or a reason's code.
+///
+/// A global function: the verifier looks at it once, not with each of the many ways to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn warren_turn(number: u32, found: u64, state: u64) -> u32 {
+    let Ok(maps) = Maps::open() else {
+        return LOST;
+    };
+    // SAFETY: it is a map value, and nobody else's at this time.
+    let key = unsafe { &(*maps.scratch).flow_key };
+    let Some(flow) = CT_OUT.get_ptr_mut(key) else {
+        return LOST;
+    };
+    match conntrack::turn(&maps, number, key, flow, FlowState(found), FlowState(state)) {
+        Ok(true) => 0,
+        Ok(false) => LOST,
+        Err(reason) => code(reason),
+    }
+}
+
 /// What [`warren_judge`] says.
 const ALLOWED: u32 = 0;
 const DENIED: u32 = 1;
@@ -145,8 +172,9 @@ pub extern "C" fn warren_judge(guard: u32, epoch: u32) -> u32 {
         return MISSING;
     };
     // SAFETY: it is a map value, and nobody else's at this time.
-    let key = unsafe { (&raw const (*maps.scratch).flow_key).read() };
-    match conntrack::judge(&maps, Guard(guard as u16), epoch, key) {
+    let key = unsafe { &(*maps.scratch).flow_key };
+    let flow = CT_OUT.get_ptr_mut(key);
+    match conntrack::judge(&maps, Guard(guard as u16), epoch, key, flow) {
         Ok(()) => ALLOWED,
         Err(Drop::Denied) => DENIED,
         Err(_) => MISSING,
@@ -232,8 +260,35 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn is_allowed(&self, guard: Guard, epoch: u32, key: OutKey) -> Result<bool, Drop> {
-        policy::is_allowed(guard, epoch, self.put_flow_key(key))
+    fn grow(&self, number: u32, key: &OutKey) -> Result<(), Drop> {
+        self.put_flow_key(*key);
+        limit::result(warren_grow(number))
+    }
+
+    #[inline(always)]
+    fn turn(
+        &self,
+        number: u32,
+        key: OutKey,
+        found: FlowState,
+        state: FlowState,
+    ) -> Result<bool, Drop> {
+        self.put_flow_key(key);
+        match warren_turn(number, found.0, state.0) {
+            LOST => Ok(false),
+            found => limit::result(found).map(|()| true),
+        }
+    }
+
+    #[inline(always)]
+    fn shrink(&self, number: u32, key: &OutKey) {
+        self.put_flow_key(*key);
+        warren_shrink(number);
+    }
+
+    #[inline(always)]
+    fn is_allowed(&self, guard: Guard, epoch: u32, key: &OutKey) -> Result<bool, Drop> {
+        policy::is_allowed(guard, epoch, key)
     }
 
     #[inline(always)]
@@ -247,7 +302,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn search(&self, wanted: Wanted, purpose: Purpose, port: &mut Be16) -> Result<bool, Drop> {
+    fn search(&self, wanted: Wanted, purpose: Purpose, port: &mut Be16) -> Result<(), Drop> {
         // SAFETY: it is a map value, and nobody else's at this time.
         let search = unsafe { &mut (*self.scratch).search };
         *search = Search::new(wanted);
@@ -280,6 +335,7 @@ impl Tables for Maps {
     fn remove_flow(&self, key: OutKey, why: What) {
         let key = self.put_flow_key(key);
         warren_flow_ended(why as u32);
+        warren_shrink_ended();
         let _ = CT_OUT.remove(key);
     }
 
@@ -292,7 +348,7 @@ impl Tables for Maps {
     #[inline(always)]
     fn exchange(&self, flow: *mut Flow, expected: FlowState, new: FlowState) -> bool {
         // SAFETY: it is a map value.
-        unsafe { compare_exchange(&raw mut (*flow).state, expected, new) }
+        unsafe { compare_exchange((&raw mut (*flow).state).cast(), expected.0, new.0) }
     }
 
     #[inline(always)]
@@ -403,26 +459,6 @@ impl Tables for Maps {
 #[inline(always)]
 fn refused(error: i32) -> Refused {
     if error == EEXIST { Refused::Exists } else { Refused::Full }
-}
-
-/// Puts `new` in the place of `expected`, unless there is something else: returns whether it did.
-///
-/// # Safety
-/// `state` must point to a map value.
-#[inline(always)]
-unsafe fn compare_exchange(state: *mut FlowState, expected: FlowState, new: FlowState) -> bool {
-    let found: u64;
-    // SAFETY: one atomic instruction on the map value. `core`'s atomics of this width do not
-    // exist on this target.
-    unsafe {
-        asm!(
-            "r0 = cmpxchg_64({state} + 0, r0, {new})",
-            state = in(reg) state,
-            new = in(reg) new.0,
-            inlateout("r0") expected.0 => found,
-        );
-    }
-    found == expected.0
 }
 
 /// Adds to what a flow carried, which other CPUs may do as well.

@@ -7,7 +7,7 @@ use warren_abi::drop::Drop;
 use warren_abi::family::{Fields, V4};
 use warren_abi::flow::Direction;
 use warren_abi::fragment::{First, Fragmented, Piece, Tag, origin};
-use warren_abi::maps::{Attachment, Slot};
+use warren_abi::maps::{Attachment, Slot, Traffic};
 
 use crate::drops::TCX_NEXT;
 use crate::fragment::{
@@ -15,7 +15,7 @@ use crate::fragment::{
     wait,
 };
 use crate::maps::{End, HOST_VPCS, slot};
-use crate::{conntrack, drops, encap, nat, parse, tap, tunnel};
+use crate::{conntrack, drops, encap, limit, nat, parse, tap, tunnel};
 
 /// First fragments of guests, as whole packets. All others are left to [`fragments_rest`]: together,
 /// they need more stack than there is.
@@ -94,6 +94,7 @@ fn rest<F: Fragmented>(ctx: &TcContext, slot: &Slot, tag: Tag) -> Result<i32, Dr
     }
     look_for(tag, F::ip(destination), &piece, protocol)?;
     let Some(datagram) = find(&piece)? else { return wait(ctx, tag) };
+    limit::admit(slot, Direction::Out, Traffic { packets: 1, bytes: length as u64 })?;
     let vni = slot.attachment.vni();
     // SAFETY: one that is replaced meanwhile is a VPC as well.
     let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
@@ -123,6 +124,7 @@ fn to_guest<F: Fragmented>(ctx: &TcContext, tag: Tag) -> Result<i32, (u32, Drop)
         nat::translate(ctx, &packet, Direction::In, F::guest(&slot), port).map_err(dropped)?;
         direct(slot.ifindex, slot.attachment.generation()).map_err(dropped)?;
         begin(slot.number, &packet).map_err(dropped)?;
+        limit::admit(&slot, Direction::In, packet.traffic).map_err(dropped)?;
         return tunnel::deliver::<F>(ctx, &slot).map_err(dropped);
     }
     let datagram = find(&piece).map_err(nobody)?.ok_or((0, Drop::Fragment))?;
@@ -133,5 +135,7 @@ fn to_guest<F: Fragmented>(ctx: &TcContext, tag: Tag) -> Result<i32, (u32, Drop)
     }
     let packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
     nat::readdress(ctx, &packet, Direction::In, F::guest(&slot)).map_err(dropped)?;
+    let traffic = Traffic { packets: 1, bytes: fields.length as u64 };
+    limit::admit(&slot, Direction::In, traffic).map_err(dropped)?;
     tunnel::deliver::<F>(ctx, &slot).map_err(dropped)
 }

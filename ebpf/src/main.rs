@@ -21,6 +21,7 @@
 
 mod answer;
 mod arp;
+mod atomic;
 mod blocks;
 mod conntrack;
 mod drops;
@@ -30,6 +31,7 @@ mod fragment;
 mod fragments_host;
 mod fragments_proxy;
 mod icmp;
+mod limit;
 mod maps;
 mod migration;
 mod mss;

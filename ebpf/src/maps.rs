@@ -10,8 +10,8 @@ use warren_abi::flow::Timers;
 use warren_abi::flowlog::level;
 use warren_abi::fragment::{Cell, Datagram};
 use warren_abi::maps::{
-    BlockKey, CachedRoute, Drops, Flow, FlowCounts, Guard, HostVpc, InFlow, InKey, OutKey, Policy,
-    ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
+    BlockKey, CachedRoute, Drops, Flow, FlowCounts, Guard, Held, HostVpc, InFlow, InKey, Limits,
+    OutKey, Policy, ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
 };
 use warren_abi::services;
 use warren_abi::wire::{Ip, Ipv4, Mac};
@@ -75,6 +75,10 @@ pub static POLICIES: Array<Policy> = Array::with_max_entries(1, 0);
 pub static RULE_HITS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static DATAGRAMS: LruHashMap<Cell, Datagram> = LruHashMap::with_max_entries(1, 0);
+#[map]
+pub static LIMITS: Array<Limits> = Array::with_max_entries(1, 0);
+#[map]
+pub static HELD: Array<Held> = Array::with_max_entries(1, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]

@@ -20,8 +20,8 @@ use crate::answer::Answerer;
 use crate::maps::{HOST_VPCS, daemon_in, services_ifindex, slot};
 use crate::parse::Packet;
 use crate::{
-    answer, arp, conntrack, drops, encap, fragment, icmp, migration, mss, nat, nd, parse, services,
-    tail,
+    answer, arp, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, nd, parse,
+    services, tail,
 };
 
 /// Answers ARP and neighbour discovery; translates and sends everything else to the proxy of the
@@ -128,6 +128,7 @@ pub fn to_vpc<F: Family>(
     let ports = Ports { base: vpc.port_base, count: vpc.port_count };
 
     encap::fits(ctx, packet)?;
+    limit::admit(slot, Direction::Out, packet.traffic)?;
     if packet.is_error {
         let is_v4 = F::ETHERTYPE == ETHERTYPE_IPV4;
         return Ok(tail::call(ctx, if is_v4 { tail::ERROR_TO_VPC } else { tail::ERROR_TO_VPC_V6 }));

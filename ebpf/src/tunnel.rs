@@ -23,7 +23,7 @@ use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ip, Ipv4};
 use crate::maps::{End, HOST_VPCS, PROXY_VPCS};
 use crate::parse::{Packet, at};
 use crate::{
-    blocks, conntrack, drops, encap, fragment, icmp, migration, mss, nat, parse, route, tail,
+    blocks, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, parse, route, tail,
 };
 
 /// Address families (`linux/socket.h`).
@@ -114,7 +114,10 @@ fn to_guest<F: Family>(ctx: &TcContext, vni: u32, vpc: &HostVpc) -> Result<i32, 
         let translate = |()| nat::translate(ctx, &packet, Direction::In, address, port);
         (slot, clamped.and_then(translate))
     };
-    translated.and_then(|()| deliver::<F>(ctx, &slot)).map_err(|reason| (slot.number, reason))
+    translated
+        .and_then(|()| limit::admit(&slot, Direction::In, packet.traffic))
+        .and_then(|()| deliver::<F>(ctx, &slot))
+        .map_err(|reason| (slot.number, reason))
 }
 
 /// Hands a packet that was translated to the guest.

@@ -15,6 +15,7 @@ use warren_abi::wire::Ip;
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::flow_events::{FlowCounters, FlowEvents, FlowTotals};
+use super::limits::{self, SlotLimits};
 use super::live::{self, Claims, LiveFlow, PortUse};
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
@@ -24,8 +25,8 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId, PortRange,
-    Restrictions, Slot, SweepReport, check_address, check_vni, fragments, is_missing, services,
-    sweep, tap, underlay,
+    Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, is_missing,
+    services, sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -61,6 +62,7 @@ struct State {
     /// The keys of `vpcs`: this process is the only one to write.
     vnis: BTreeSet<u32>,
     policies: Policies,
+    limits: SlotLimits,
 }
 
 impl Debug for HostDatapath {
@@ -97,6 +99,7 @@ impl HostDatapath {
         let room = options.slots.max(ROOM_FOR_SLOTS);
         let (slots, count) = (options.slots, options.flows);
         let [policies, rule_hits] = policy::map_specs();
+        let [limits, held] = limits::map_specs(room, slots);
         let mut programs = Programs::load(
             &options.object,
             &Globals {
@@ -126,6 +129,8 @@ impl HostDatapath {
                 policies,
                 rule_hits,
                 MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
+                limits,
+                held,
             ],
             &[
                 programs::TAP,
@@ -149,7 +154,8 @@ impl HostDatapath {
         let vnis = vpcs.keys().collect::<Result<_, _>>();
         let vnis = vnis.map_err(|source| Error::map(names::HOST_VPCS, source))?;
         let policies = Policies::open(&mut programs)?;
-        let mut state = State { slots: table, vpcs, vnis, policies };
+        let limits = SlotLimits::open(&mut programs)?;
+        let mut state = State { slots: table, vpcs, vnis, policies, limits };
         let counters = Counters::new(programs.map(names::DROPS)?);
         let flows = programs.flows()?;
         let claims = Claims::new(programs.map(names::CT_IN)?);
@@ -339,6 +345,16 @@ impl HostDatapath {
         state.slots.set(slot, detached, (Guard::NONE, 0))
     }
 
+    /// What a slot holds of what it may be limited in; of a detached one, nothing.
+    pub fn usage(&self, slot: u32) -> Result<Usage, Error> {
+        let state = self.lock();
+        let attachment = state.slots.attachment(slot)?;
+        if attachment.vni() == 0 {
+            return Ok(Usage::default());
+        }
+        state.limits.usage(slot, attachment.generation())
+    }
+
     /// Makes a policy that slots can be given. It never changes: what is to take its place is
     /// another one. A rule keeps its counter in another policy of its VPC.
     pub fn add_policy(&self, policy: &Policy) -> Result<PolicyId, Error> {
@@ -349,7 +365,7 @@ impl HostDatapath {
     pub fn retain_policies(&self, keep: &[PolicyId]) -> Result<(), Error> {
         let State { slots, policies, .. } = &mut *self.lock();
         let used: BTreeSet<u32> = slots.guards().map(|(_, epoch)| epoch).collect();
-        policies.retain(|id| keep.contains(&id) || used.contains(&id.guard().1))
+        policies.retain(|id| keep.contains(&id) || used.contains(&id.epoch()))
     }
 
     /// How often each rule of a VPC's policies decided: once for each flow that began, once for
@@ -480,12 +496,15 @@ impl State {
         attachment: maps::Attachment,
         restrictions: &Restrictions,
     ) -> Result<(), Error> {
-        let guard = match restrictions.policy {
-            None => (Guard::NONE, 0),
-            Some(id) if self.policies.contains(id) => id.guard(),
+        let Restrictions { policy, limits } = restrictions;
+        let (place, epoch) = match *policy {
+            None => (0, 0),
+            Some(id) if self.policies.contains(id) => (id.place(), id.epoch()),
             Some(_) => return Err(Error::UnknownPolicy(slot)),
         };
-        self.slots.set(slot, attachment, guard)
+        self.limits.set(slot, limits)?;
+        let guard = Guard::new(place, limits.concern_packets());
+        self.slots.set(slot, attachment, (guard, epoch))
     }
 }
 

@@ -98,6 +98,8 @@ fn out_from_v1(key: &OutKeyV1, flow: &FlowV1) -> (maps::OutKey, maps::Flow) {
     let key = maps::OutKey { ifindex, generation, peer, guest_port, peer_port, protocol };
     let FlowV1 { state, vni, port, .. } = *flow;
     let state = if key.is_mapping() { state.of_mapping() } else { state };
+    // It is counted when its guest next sends.
+    let state = state.uncounted();
     let (check, began) = (key.check(), state.last_tick());
     let sent = Traffic::NONE;
     (key, maps::Flow { state, vni, port, check, sent, ends: [0; 2], began, judged: 0 })

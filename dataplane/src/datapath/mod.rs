@@ -23,6 +23,7 @@ mod expedited;
 mod flow_events;
 mod fragments;
 mod host;
+mod limits;
 mod live;
 mod migrate;
 mod netlink;
@@ -43,6 +44,7 @@ mod verdicts;
 
 pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
+pub use limits::{Limits, Usage};
 pub use live::{LiveFlow, PortUse};
 pub use policy::{OTHERWISE, Policy, PolicyId};
 pub use proxy::ProxyDatapath;
@@ -180,6 +182,8 @@ pub struct Attachment {
 pub struct Restrictions {
     /// Which flows it may have; without one, all.
     pub policy: Option<PolicyId>,
+    /// How much it may send, receive and hold.
+    pub limits: Limits,
 }
 
 /// How many packets were dropped for a reason, since the maps were made.

@@ -41,9 +41,14 @@ pub struct PolicyId {
 }
 
 impl PolicyId {
-    /// What a slot that has it carries.
-    pub(super) fn guard(self) -> (Guard, u32) {
-        (Guard::new(self.place), self.epoch)
+    /// Where it is.
+    pub(super) fn place(self) -> u16 {
+        self.place
+    }
+
+    /// Its epoch.
+    pub(super) fn epoch(self) -> u32 {
+        self.epoch
     }
 }
 

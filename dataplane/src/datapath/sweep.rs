@@ -97,9 +97,12 @@ pub(super) fn run(
         let attachment = Attachment::new(flow.vni, key.generation);
         let is_stale = !is_attached(key.ifindex, attachment);
         let protocol = key.protocol as u8;
-        if flow.state.is_gone(is_stale, protocol, timers, now) {
+        let is_expired = flow.state.is_expired(protocol, timers, now);
+        if flow.state.is_gone(is_stale, protocol, timers, now)
+            || is_expired && flow.state.is_counted()
+        {
             ended.push(*key);
-        } else if !key.is_mapping() && !is_stale && !flow.state.is_expired(protocol, timers, now) {
+        } else if !key.is_mapping() && !is_stale && !is_expired {
             live += 1;
         }
     })?;

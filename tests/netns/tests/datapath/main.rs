@@ -11,6 +11,7 @@ mod hairpin;
 mod hostile;
 mod icmp;
 mod lifecycle;
+mod limits;
 mod mss;
 mod policy;
 mod reuse;

@@ -27,7 +27,7 @@ fn policy(host: &HostDatapath, rules: &[&str], otherwise: Action) -> PolicyId {
 }
 
 fn with(policy: PolicyId) -> Restrictions {
-    Restrictions { policy: Some(policy) }
+    Restrictions { policy: Some(policy), ..Restrictions::default() }
 }
 
 /// Puts these rules in the place of a slot's present ones.

@@ -80,7 +80,7 @@ impl Programs {
         for name in [names::CT_OUT, names::CT_IN, names::BLOCKS] {
             loader.map_max_entries(name, 1 << 17);
         }
-        for name in [names::DROPS, names::ANSWERS] {
+        for name in [names::DROPS, names::ANSWERS, names::LIMITS, names::HELD] {
             loader.map_max_entries(name, SCOPE + 1);
         }
         loader.map_max_entries(names::DATAGRAMS, DATAGRAMS);
