@@ -6,7 +6,9 @@ use core::hint::black_box;
 use core::ptr::null_mut;
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_loop};
+use aya_ebpf::helpers::generated::{
+    bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_loop,
+};
 use warren_abi::conntrack::{
     self, Ports, Purpose, Receiver, Refused, Search, Segment, Tables, Wanted, step,
 };
@@ -111,6 +113,15 @@ pub struct Scratch {
     pub claim: InFlow,
     search: Search,
     pub event: FlowEvent,
+    clock: Clock,
+}
+
+/// What time it was when it was last asked for.
+#[derive(Clone, Copy)]
+struct Clock {
+    /// Sixteen jiffies.
+    moment: u64,
+    tick: u32,
 }
 
 /// A step of the search that this CPU's scratch holds: not 0 ends it.
@@ -234,8 +245,18 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn now(&self) -> u32 {
-        // SAFETY: the helper has no preconditions.
-        tick(unsafe { bpf_ktime_get_coarse_ns() })
+        // The clock is a call, the jiffies are a load. They are of 1 to 10 ms: up to 160 ms of a
+        // tick's second may be missed.
+        // SAFETY: the helpers have no preconditions; the scratch is a map value, and nobody else's
+        // at this time.
+        unsafe {
+            let clock = &mut (*self.scratch).clock;
+            let moment = bpf_jiffies64() >> 4;
+            if clock.moment != moment {
+                *clock = Clock { moment, tick: tick(bpf_ktime_get_coarse_ns()) };
+            }
+            clock.tick
+        }
     }
 
     #[inline(always)]

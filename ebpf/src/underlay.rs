@@ -13,7 +13,7 @@
 use aya_ebpf::bindings::{
     BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
 };
-use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
+use aya_ebpf::helpers::generated::bpf_jiffies64;
 use aya_ebpf::macros::{classifier, map};
 use aya_ebpf::maps::Array;
 use aya_ebpf::programs::TcContext;
@@ -32,14 +32,12 @@ use crate::{migration, tunnel};
 /// Addressed to this machine (`linux/if_packet.h`).
 const PACKET_HOST: u32 = 0;
 
-/// Nanoseconds, as a power of two, in the unit of [`SEGMENTED`]: a millisecond.
-const MOMENT: u32 = 20;
-/// For how many moments after a large packet a flow's small ones take the longer way: several
-/// times what the kernel takes for a batch of received packets.
+/// For how many jiffies (of 1 to 10 ms) after a large packet a flow's small ones take the longer
+/// way: several times what the kernel takes for a batch of received packets.
 const WINDOW: u32 = 20;
 
-/// When the last segmented packet came, by the tunnel's source port, which tells flows apart well
-/// enough.
+/// In which jiffy the last segmented packet came, by the tunnel's source port, which tells flows
+/// apart well enough.
 #[map]
 static SEGMENTED: Array<u32> = Array::with_max_entries(TUNNEL_PORTS, 0);
 
@@ -104,7 +102,7 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
     }
     let last = SEGMENTED.get_ptr_mut(tunnel_port_index(udp.source.get()))?;
     // SAFETY: the helper has no preconditions.
-    let now = (unsafe { bpf_ktime_get_coarse_ns() } >> MOMENT) as u32;
+    let now = unsafe { bpf_jiffies64() } as u32;
     if segment != 0 {
         // SAFETY: the verifier checked the pointer for null; an array's entries stay.
         unsafe { last.write_volatile(now) };
