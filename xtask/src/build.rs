@@ -38,24 +38,22 @@ pub fn all(log_verdicts: bool) -> Result<()> {
 
 fn ebpf(log_verdicts: bool) -> Result<()> {
     step("build", "eBPF programs");
-    ebpf_into("ebpf", "3", log_verdicts)?;
+    ebpf_into("ebpf", if log_verdicts { &["log"] } else { &[] })?;
     keep("ebpf/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf.o")
 }
 
 /// Builds the same eBPF programs of other instructions: what an upgrade is measured with.
 pub fn other_ebpf() -> Result<()> {
     step("build", "other eBPF programs");
-    ebpf_into("ebpf-other", "2", false)?;
+    ebpf_into("ebpf-other", &["revision"])?;
     keep("ebpf-other/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf-other.o")
 }
 
-fn ebpf_into(folder: &str, optimization: &str, log_verdicts: bool) -> Result<()> {
+fn ebpf_into(folder: &str, features: &[&str]) -> Result<()> {
     let mut command = no_std_cargo(folder);
-    command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", optimization);
+    command.env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "3");
     command.args(["--package", "warren-ebpf", "--target", "bpfel-unknown-none"]);
-    if log_verdicts {
-        command.args(["--features", "log"]);
-    }
+    command.args(["--features", &features.join(",")]);
     if !Path::new(DEBIAN_BPF).exists() {
         command.arg("-Zbuild-std=core");
     }

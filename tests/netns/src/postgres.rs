@@ -2,7 +2,6 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -26,17 +25,15 @@ pub fn start(namespace: &Namespace, dir: &Path) -> Result<Process> {
     std::fs::create_dir_all(&data)?;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o755))?;
     chown(&data, Some(user.uid), Some(user.gid))?;
-    let run_as = |mut command: Command| {
-        command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).current_dir(&data);
-        command
-    };
-    let mut initdb = run_as(Command::new(program("initdb")?));
+    let mut initdb = run_as_user(Command::new("setpriv"), program("initdb")?);
+    initdb.current_dir(&data);
     initdb.args(["--auth=trust", "--no-sync", "--username", USER, "--pgdata"]).arg(&data);
     finish(&mut initdb)?;
     let access = data.join("pg_hba.conf");
     std::fs::write(&access, "host all all 0.0.0.0/0 trust\n")?;
 
-    let mut command = run_as(namespace.command(program("postgres")?));
+    let mut command = run_as_user(namespace.command("setpriv"), program("postgres")?);
+    command.current_dir(&data);
     command.arg("-D").arg(&data).args(["-p", &PORT.to_string()]);
     for setting in ["listen_addresses=*", "unix_socket_directories=", "fsync=off"] {
         command.args(["-c", setting]);
@@ -56,6 +53,14 @@ pub fn pgbench(namespace: &Namespace, server: Ipv4Addr) -> Result<Command> {
     let mut command = namespace.command(program("pgbench")?);
     command.args(["-h", &server.to_string(), "-p", &PORT.to_string(), "-U", USER]);
     Ok(command)
+}
+
+/// Only root enters a namespace, and `PostgreSQL` is not run by root: `setpriv` is in between. It
+/// tells the kernel again to kill the server with its starter, which a change of user undoes.
+fn run_as_user(mut setpriv: Command, program: PathBuf) -> Command {
+    setpriv.args(["--reuid", USER, "--regid", USER, "--clear-groups", "--pdeathsig", "KILL"]);
+    setpriv.arg(program);
+    setpriv
 }
 
 /// Debian keeps the programs of each version in a directory of its own.
