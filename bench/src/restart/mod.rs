@@ -4,6 +4,8 @@
 //! through beside a TCP transfer and a database's clients, which go on meanwhile. In one round
 //! daemons are killed and upgraded, in the next they are left alone, in turn.
 
+mod standin;
+
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
@@ -29,13 +31,13 @@ use warren_netns::process::Process;
 use warren_netns::topology::{HOST, SERVER, UNDERLAY};
 
 use crate::sequence::{Echo, Outcome, stream};
+use standin::StandIn;
 
 /// Pairs of rounds.
 const ROUNDS: u32 = 12;
 /// Kills in a round, of the daemons in turn; each is upgraded at its end as well.
 const KILLS: u32 = 10;
 const SLOTS: u32 = 8;
-const SLOT: u32 = 1;
 const ECHO: u16 = 7;
 /// Bits a second of the TCP transfer: a part of what goes, so that not its queues lose datagrams.
 const TCP_RATE: &str = "100M";
@@ -48,7 +50,7 @@ const OBJECTS: [&str; 2] = ["warren-ebpf.o", "warren-ebpf-other.o"];
 pub async fn run() -> Result<Figures> {
     let options = FleetOptions { slots: SLOTS, parked: 0, guest: GUEST };
     let mut fleet = Fleet::start(options).await?;
-    let guest = plug(&mut fleet).await?;
+    let (guest, _stand_in) = plug(&mut fleet).await?;
     let vpc = fleet.topology.vpcs[0].clone();
     let dir = fleet.run.path().to_owned();
     let _echo = Echo::start(&vpc, ECHO)?;
@@ -57,6 +59,7 @@ pub async fn run() -> Result<Figures> {
 
     let load = Load::start(&guest.namespace, &dir)?;
     let capacity = calibrate(&guest.namespace)?;
+    ensure!(capacity > 0.0, "no datagram comes back");
     load.finish()?;
     let mut rounds = Rounds { rate: capacity / 2.0, ..Rounds::default() };
     for round in (0..ROUNDS).progress() {
@@ -69,13 +72,13 @@ pub async fn run() -> Result<Figures> {
     Ok(figures)
 }
 
-/// A guest at a slot that is attached to the first tenant's VPC, as an instance would be.
-async fn plug(fleet: &mut Fleet) -> Result<KernelGuest> {
-    // Whoever started an instance in a VPC knows it.
+/// A guest with a kernel's network stack in the place of an instance in the first tenant's VPC.
+async fn plug(fleet: &mut Fleet) -> Result<(KernelGuest, StandIn)> {
     let (started, _) = fleet.run(VPCS[0], None).await?;
-    fleet.stop(&started.instance.context("an instance without description")?.id).await?;
+    let slot = started.instance.context("an instance without description")?.slot;
     // The data path is this process's while the daemon is away.
     fleet.process(Daemon::Host).kill()?;
+    let stand_in = StandIn::replace(fleet.run.path(), slot).await?;
     let options = HostOptions {
         bpffs: fleet.run.bpf().join(Daemon::Host.name()),
         object: std::fs::read(built(OBJECTS[0])?)?,
@@ -89,15 +92,12 @@ async fn plug(fleet: &mut Fleet) -> Result<KernelGuest> {
     };
     let guest = fleet.topology.host.run(|| -> Result<KernelGuest> {
         let datapath = HostDatapath::open(&options)?;
-        let vpcs = datapath.vpcs()?;
-        let vpc = vpcs.first().context("the host knows no VPC")?;
-        datapath.attach(SLOT, vpc.vni)?;
-        let slot = datapath.slots()[SLOT as usize - 1].clone();
-        let tap = File::from(datapath.open_tap(SLOT)?);
+        let tap = File::from(datapath.open_tap(slot)?);
+        let slot = &datapath.slots()[slot as usize - 1];
         KernelGuest::plug(tap, slot.address, slot.mac, datapath.mtu())
     })?;
     fleet.kill_and_restart(Daemon::Host).await?;
-    Ok(guest)
+    Ok((guest, stand_in))
 }
 
 /// The tag of the program at a daemon's tunnel: a hash of its instructions.
