@@ -68,6 +68,11 @@ pub trait Tables: Sized {
     fn grow(&self, number: u32, key: &OutKey) -> Result<(), Drop>;
     /// Counts it no more, among what is held under the attachment of its key.
     fn shrink(&self, number: u32, key: &OutKey);
+    /// The same for the receiver of a packet, which is asked for all the time.
+    #[inline(always)]
+    fn receiver(&self, vni: u32, ifindex: u32) -> Option<Slot> {
+        self.slot(vni, ifindex)
+    }
     /// Whether the policy of a slot, which must be of this epoch, allows the flow.
     ///
     /// # Errors
@@ -711,7 +716,7 @@ fn find<T: Tables>(
     let claim = tables.claim(key).ok_or((0, missing))?;
     // One that is recycled meanwhile is another flow's, whose attachment is checked like any.
     let found = tables.read(claim);
-    let slot = tables.slot(key.vni, found.ifindex).ok_or((0, Drop::StaleFlow))?;
+    let slot = tables.receiver(key.vni, found.ifindex).ok_or((0, Drop::StaleFlow))?;
     if slot.attachment != Attachment::new(key.vni, found.generation) {
         return Err((slot.number, Drop::StaleFlow));
     }

@@ -36,6 +36,9 @@ pub mod names {
     /// Proxy, per CPU: [`CachedRoute::index`](super::CachedRoute::index) ->
     /// [`CachedRoute`](super::CachedRoute).
     pub const ROUTE_CACHE: &str = "ROUTE_CACHE";
+    /// Both: how often any of the tables of slots, VPCs and blocks was changed, at index 0: what
+    /// programs found in them before is looked up again.
+    pub const CHANGES: &str = "CHANGES";
     /// Host: one of [`migration`](super::migration), at index 0.
     pub const MIGRATION: &str = "MIGRATION";
     /// Host, while migrating: the [`OutKey`](super::OutKey)s of flows that were left to the former
@@ -99,6 +102,8 @@ pub mod programs {
     pub const TAP_V6: &str = "tap_v6";
     /// What [`TUNNEL_HOST`] and [`UNDERLAY_HOST`] end with, in IPv6.
     pub const TO_GUEST_V6: &str = "to_guest_v6";
+    /// What [`TAP`] and [`VPC`] end with, where a packet's sender is told why it went no further.
+    pub const ANSWER: &str = "answer";
     /// What [`TAP_V6`] and [`VPC`] end with, for an ICMP error of their own.
     pub const ANSWER_V6: &str = "answer_v6";
     /// What [`TAP_V6`] ends with, for neighbour discovery.
@@ -149,8 +154,10 @@ pub mod tails {
     pub const TRANSLATE_V6: u32 = 5;
     /// [`programs::ANSWER_V6`].
     pub const ANSWER_V6: u32 = 6;
+    /// [`programs::ANSWER`].
+    pub const ANSWER: u32 = 7;
     /// All of them.
-    pub const ALL: [(u32, &str); 7] = [
+    pub const ALL: [(u32, &str); 8] = [
         (TAP_V6, programs::TAP_V6),
         (TO_GUEST_V6, programs::TO_GUEST_V6),
         (ERROR_TO_VPC, programs::ERROR_TO_VPC),
@@ -158,6 +165,7 @@ pub mod tails {
         (RESOLVE_V6, programs::RESOLVE_V6),
         (TRANSLATE_V6, programs::TRANSLATE_V6),
         (ANSWER_V6, programs::ANSWER_V6),
+        (ANSWER, programs::ANSWER),
     ];
     /// Room for them, and for those of later versions.
     pub const COUNT: u32 = 16;

@@ -11,7 +11,7 @@ use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::{fold, settled};
 use warren_abi::drop::Drop;
-use warren_abi::family::{Family, V6};
+use warren_abi::family::{Family, V4, V6};
 use warren_abi::icmp::Reason;
 use warren_abi::rate;
 use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, Mac, TCP, UDP};
@@ -48,9 +48,6 @@ struct Message<F: Family, const N: usize> {
 /// something its sender should know: returns the program's verdict then.
 #[inline(always)]
 pub fn send<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Option<i32> {
-    if F::ETHERTYPE == ETHERTYPE_IPV4 {
-        return now(ctx, from, reason);
-    }
     Reason::of::<F>(reason, 0)?;
     let order = ORDER.get_ptr_mut(0)?;
     let Answerer { mac, address, ifindex, scope } = *from;
@@ -59,10 +56,11 @@ pub fn send<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Opt
         (*order).from = Answerer { mac, address: F::ip(address), ifindex, scope };
         (*order).reason = reason;
     }
-    Some(tail::call(ctx, tail::ANSWER_V6))
+    let is_v4 = F::ETHERTYPE == ETHERTYPE_IPV4;
+    Some(tail::call(ctx, if is_v4 { tail::ANSWER } else { tail::ANSWER_V6 }))
 }
 
-/// What [`answer_v6`] is to send.
+/// What [`answer`] or [`answer_v6`] is to send; an IPv4 address is mapped.
 pub struct Order {
     from: Answerer<V6>,
     reason: Drop,
@@ -71,6 +69,17 @@ pub struct Order {
 #[map]
 static ORDER: PerCpuArray<Order> = PerCpuArray::with_max_entries(1, 0);
 
+/// The rest of [`send`], in IPv4.
+#[classifier]
+pub fn answer(ctx: TcContext) -> i32 {
+    let answer = ORDER.get(0).and_then(|order| {
+        let Answerer { mac, address, ifindex, scope } = order.from;
+        let from = Answerer::<V4> { mac, address: address.to_v4()?, ifindex, scope };
+        now(&ctx, &from, order.reason)
+    });
+    answer.unwrap_or(TC_ACT_SHOT)
+}
+
 /// The rest of [`send`], in IPv6.
 #[classifier]
 pub fn answer_v6(ctx: TcContext) -> i32 {
@@ -78,7 +87,7 @@ pub fn answer_v6(ctx: TcContext) -> i32 {
     answer.unwrap_or(TC_ACT_SHOT)
 }
 
-/// [`send`], on this stack.
+/// Sends the answer, if one is due.
 #[inline(always)]
 fn now<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Option<i32> {
     let why = Reason::of::<F>(reason, End::inner_mtu() as u16)?;

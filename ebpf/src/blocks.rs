@@ -4,13 +4,11 @@ use warren_abi::maps::{BlockKey, ProxyVpc};
 use warren_abi::nat::block_of;
 use warren_abi::wire::{Be16, Ip};
 
-use crate::maps::BLOCKS;
+use crate::cache;
 
 /// The underlay address of the host that holds a port.
 #[inline(always)]
 pub fn holder(vpc: &ProxyVpc, port: Be16) -> Option<&'static Ip> {
     let ProxyVpc { vni, shared_address, .. } = *vpc;
-    let block = BlockKey { vni, shared_address, block: block_of(port.get()) };
-    // SAFETY: one that is replaced meanwhile is a host as well.
-    unsafe { BLOCKS.get(block) }
+    cache::holder(BlockKey { vni, shared_address, block: block_of(port.get()) })
 }

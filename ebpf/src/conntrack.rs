@@ -23,9 +23,10 @@ use warren_abi::nat::MAX_PROBES;
 use warren_abi::wire::{Be16, Ip};
 
 use crate::atomic::compare_exchange;
+use crate::cache;
 use crate::flowlog::{warren_flow_begun, warren_flow_ended};
 use crate::limit::{warren_grow, warren_shrink, warren_shrink_ended};
-use crate::maps::{CT_IN, CT_OUT, SCRATCH, slot_in, timers};
+use crate::maps::{CT_IN, CT_OUT, SCRATCH, daemon_in, services_ifindex, slot_in, timers};
 use crate::parse::Packet;
 use crate::{limit, migration, policy};
 
@@ -273,6 +274,14 @@ impl Tables for Maps {
     #[inline(always)]
     fn slot(&self, vni: u32, ifindex: u32) -> Option<Slot> {
         slot_in(vni, ifindex)
+    }
+
+    #[inline(always)]
+    fn receiver(&self, vni: u32, ifindex: u32) -> Option<Slot> {
+        if ifindex == services_ifindex() {
+            return Some(daemon_in(vni));
+        }
+        cache::slot(ifindex).copied()
     }
 
     #[inline(always)]

@@ -14,15 +14,15 @@ use crate::fragment::{
     begin, direct, find, identify, identify_first, is_translated, look_for, piece, tag, to_daemon,
     wait,
 };
-use crate::maps::{End, HOST_VPCS, slot};
-use crate::{conntrack, drops, encap, limit, nat, parse, tap, tunnel};
+use crate::maps::{End, uncached_slot};
+use crate::{cache, conntrack, drops, encap, limit, nat, parse, tap, tunnel};
 
 /// First fragments of guests, as whole packets. All others are left to [`fragments_rest`]: together,
 /// they need more stack than there is.
 #[classifier]
 pub fn fragments_first(ctx: TcContext) -> i32 {
     let Some(tag @ Tag { origin: origin::SLOT, .. }) = tag(&ctx) else { return TCX_NEXT };
-    let Some(slot) = slot(tag.owner) else { return TCX_NEXT };
+    let Some(slot) = uncached_slot(tag.owner) else { return TCX_NEXT };
     match first::<V4>(&ctx, &slot, tag) {
         Ok(None) => TCX_NEXT,
         Ok(Some(action)) => drops::verdict(&ctx, slot.number, Ok(action)),
@@ -34,7 +34,7 @@ pub fn fragments_first(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn fragments_rest(ctx: TcContext) -> i32 {
     match tag(&ctx) {
-        Some(tag @ Tag { origin: origin::SLOT, .. }) => match slot(tag.owner) {
+        Some(tag @ Tag { origin: origin::SLOT, .. }) => match uncached_slot(tag.owner) {
             Some(slot) => drops::verdict(&ctx, slot.number, rest::<V4>(&ctx, &slot, tag)),
             None => drops::verdict(&ctx, 0, Err(Drop::Detached)),
         },
@@ -96,8 +96,7 @@ fn rest<F: Fragmented>(ctx: &TcContext, slot: &Slot, tag: Tag) -> Result<i32, Dr
     let Some(datagram) = find(&piece)? else { return wait(ctx, tag) };
     limit::admit(slot, Direction::Out, Traffic { packets: 1, bytes: length as u64 })?;
     let vni = slot.attachment.vni();
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
+    let vpc = cache::host_vpc(vni).ok_or(Drop::UnknownVpc)?;
     let mut packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
     packet.source = F::shared(vpc)?;
     identify::<F>(ctx, datagram.id)?;
@@ -109,8 +108,7 @@ fn rest<F: Fragmented>(ctx: &TcContext, slot: &Slot, tag: Tag) -> Result<i32, Dr
 #[inline(always)]
 fn to_guest<F: Fragmented>(ctx: &TcContext, tag: Tag) -> Result<i32, (u32, Drop)> {
     let nobody = |reason| (0, reason);
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let vpc = unsafe { HOST_VPCS.get(tag.owner) }.ok_or((0, Drop::UnknownVpc))?;
+    let vpc = cache::host_vpc(tag.owner).ok_or((0, Drop::UnknownVpc))?;
     let (piece, fields) = piece::<F>(ctx).map_err(nobody)?;
     if !F::same(fields.destination, F::shared(vpc).map_err(nobody)?) {
         return Err((0, Drop::NotSharedAddress));
@@ -128,7 +126,7 @@ fn to_guest<F: Fragmented>(ctx: &TcContext, tag: Tag) -> Result<i32, (u32, Drop)
         return tunnel::deliver::<F>(ctx, &slot).map_err(dropped);
     }
     let datagram = find(&piece).map_err(nobody)?.ok_or((0, Drop::Fragment))?;
-    let slot = slot(datagram.to).ok_or((0, Drop::StaleFlow))?;
+    let slot = uncached_slot(datagram.to).ok_or((0, Drop::StaleFlow))?;
     let dropped = |reason| (slot.number, reason);
     if slot.attachment != Attachment::new(tag.owner, datagram.generation) {
         return Err(dropped(Drop::StaleFlow));

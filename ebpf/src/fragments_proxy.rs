@@ -13,8 +13,8 @@ use crate::fragment::{
     begin, direct, find, identify, identify_first, is_translated, look_for, piece, tag, to_daemon,
     wait,
 };
-use crate::maps::{End, INTERFACES, PROXY_VPCS};
-use crate::{blocks, drops, encap, parse, tunnel};
+use crate::maps::End;
+use crate::{blocks, cache, drops, encap, parse, tunnel};
 
 /// Deals with a fragment as its first one was dealt with.
 #[classifier]
@@ -22,11 +22,9 @@ pub fn fragments_proxy(ctx: TcContext) -> i32 {
     let Some(tag) = tag(&ctx) else {
         return drops::verdict(&ctx, 0, Err(Drop::Internal));
     };
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
     let vpc = match tag.origin {
-        origin::VPC => unsafe { INTERFACES.get(tag.owner) },
-        // SAFETY: as above.
-        origin::HOST => unsafe { PROXY_VPCS.get(tag.owner) },
+        origin::VPC => cache::vpc_of(tag.owner),
+        origin::HOST => cache::proxy_vpc(tag.owner),
         _ => None,
     };
     match vpc {

@@ -9,7 +9,7 @@ use warren_abi::limit::{Bucket, FLOWS_AHEAD_NS, PACKETS_AHEAD_NS, Share, Tally, 
 use warren_abi::maps::{Slot, Traffic};
 
 use crate::atomic::compare_exchange;
-use crate::maps::{CT_OUT, HELD, LIMITS, SCRATCH, slot};
+use crate::maps::{CT_OUT, HELD, LIMITS, SCRATCH, uncached_slot};
 
 /// How often a word is looked at again when another CPU changed it meanwhile.
 const ATTEMPTS: u32 = 8;
@@ -151,7 +151,7 @@ pub extern "C" fn warren_shrink_ended() -> u32 {
     };
     // SAFETY: it is a map value, and nobody else's at this time.
     let key = unsafe { &(*scratch).flow_key };
-    let (Some(flow), Some(slot)) = (CT_OUT.get_ptr(key), slot(key.ifindex)) else {
+    let (Some(flow), Some(slot)) = (CT_OUT.get_ptr(key), uncached_slot(key.ifindex)) else {
         return 0;
     };
     // SAFETY: it is a map value.

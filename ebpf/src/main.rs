@@ -23,6 +23,7 @@ mod answer;
 mod arp;
 mod atomic;
 mod blocks;
+mod cache;
 mod conntrack;
 mod drops;
 mod encap;

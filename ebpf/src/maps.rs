@@ -147,7 +147,7 @@ pub fn timers() -> &'static Timers {
 
 /// The slot of a TAP, and what it was attached to at one moment.
 #[inline(always)]
-pub fn slot(ifindex: u32) -> Option<Slot> {
+pub fn uncached_slot(ifindex: u32) -> Option<Slot> {
     let entry = SLOTS.get_ptr(ifindex)?;
     // SAFETY: the verifier checked the pointer for null; map values stay readable to the end of
     // the program. Volatile, because an entry that is replaced may be recycled for another TAP
@@ -181,7 +181,7 @@ pub fn fragments_ifindex() -> u32 {
 /// Whose flows in a VPC are those of an interface: a slot's, or the daemon's.
 #[inline(always)]
 pub fn slot_in(vni: u32, ifindex: u32) -> Option<Slot> {
-    if ifindex == services_ifindex() { Some(daemon_in(vni)) } else { slot(ifindex) }
+    if ifindex == services_ifindex() { Some(daemon_in(vni)) } else { uncached_slot(ifindex) }
 }
 
 /// The daemon, as if it were a guest in a VPC.

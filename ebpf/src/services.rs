@@ -13,7 +13,7 @@ use warren_abi::maps::Slot;
 use warren_abi::services::{self, SLOT_RATE, stamp};
 use warren_abi::wire::{ETHERTYPE_IPV4, Ethernet, GATEWAY_MAC, IpHeader, Mac, slot_number};
 
-use crate::maps::{SERVICE_SLOTS, daemon_in, services_ifindex, slot};
+use crate::maps::{SERVICE_SLOTS, daemon_in, services_ifindex, uncached_slot};
 use crate::parse::{IP, Packet, at};
 use crate::{drops, parse, tap};
 
@@ -73,7 +73,7 @@ fn from_daemon(ctx: &TcContext) -> Result<i32, (u32, Drop)> {
 fn to_guest(ctx: &TcContext, packet: &Packet<V4>) -> Result<i32, (u32, Drop)> {
     let number = slot_number(packet.destination.into()).ok_or((0, Drop::BadDestination))?;
     let entry = SERVICE_SLOTS.get(number).ok_or((0, Drop::BadDestination))?;
-    let slot = slot(entry.ifindex).ok_or((0, Drop::BadDestination))?;
+    let slot = uncached_slot(entry.ifindex).ok_or((0, Drop::BadDestination))?;
     let dropped = |reason| (number, reason);
     if slot.address != packet.destination || slot.attachment.vni() == 0 {
         return Err(dropped(Drop::Detached));

@@ -17,11 +17,11 @@ use warren_abi::wire::{
 };
 
 use crate::answer::Answerer;
-use crate::maps::{HOST_VPCS, daemon_in, services_ifindex, slot};
+use crate::maps::{daemon_in, services_ifindex};
 use crate::parse::Packet;
 use crate::{
-    answer, arp, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, nd, parse,
-    services, tail,
+    answer, arp, cache, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, nd,
+    parse, services, tail,
 };
 
 /// Answers ARP and neighbour discovery; translates and sends everything else to the proxy of the
@@ -48,14 +48,15 @@ fn ingress<F: Family>(
     take: impl FnOnce(&TcContext, &Slot, PhantomData<F>) -> Result<i32, Drop>,
 ) -> i32 {
     // SAFETY: the context is the kernel's for as long as the program runs.
-    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    match slot(ifindex) {
+    match cache::slot(unsafe { (*ctx.skb.skb).ifindex }) {
         Some(slot) => {
-            let tag = Tag::new(origin::SLOT, ifindex, slot.attachment.generation());
-            let result = fragment::or_divert::<F>(ctx, take(ctx, &slot, PhantomData), tag);
+            let result = take(ctx, slot, PhantomData);
+            // Read again, rather than kept on the stack.
+            let Slot { attachment, ifindex, number: scope, .. } = *slot;
+            let tag = Tag::new(origin::SLOT, ifindex, attachment.generation());
+            let result = fragment::or_divert::<F>(ctx, result, tag);
             let result = result.map_err(|reason| ((), reason));
             let result = migration::or_former(result).map_err(|((), reason)| reason);
-            let scope = slot.number;
             let action = drops::verdict(ctx, scope, result);
             let gateway = Answerer::<F> { mac: GATEWAY_MAC, address, ifindex, scope };
             result.err().and_then(|reason| answer::send(ctx, &gateway, reason)).unwrap_or(action)
@@ -122,8 +123,7 @@ pub fn to_vpc<F: Family>(
     if packet.ttl <= 1 {
         return Err(Drop::TtlExceeded);
     }
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
+    let vpc = cache::host_vpc(vni).ok_or(Drop::UnknownVpc)?;
     F::shared(vpc)?;
     let ports = Ports { base: vpc.port_base, count: vpc.port_count };
 
@@ -168,8 +168,7 @@ fn translate<F: Family>(
 pub fn translate_v6(ctx: TcContext) -> i32 {
     // SAFETY: the context is the kernel's for as long as the program runs.
     let [vni, port, ..] = unsafe { (*ctx.skb.skb).cb };
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc);
+    let vpc = cache::host_vpc(vni).ok_or(Drop::UnknownVpc);
     let result = vpc.and_then(|vpc| {
         let mut packet = parse::packet::<V6>(&ctx, Direction::Out)?;
         translate(&ctx, &mut packet, vni, vpc, Be16(port as u16))
@@ -178,7 +177,7 @@ pub fn translate_v6(ctx: TcContext) -> i32 {
         return drops::verdict(&ctx, 0, result);
     }
     // SAFETY: as above.
-    let scope = slot(unsafe { (*ctx.skb.skb).ifindex }).map_or(0, |slot| slot.number);
+    let scope = cache::slot(unsafe { (*ctx.skb.skb).ifindex }).map_or(0, |slot| slot.number);
     drops::verdict(&ctx, scope, result)
 }
 
@@ -189,7 +188,7 @@ fn sender(ctx: &TcContext, source: Ip) -> Result<Slot, Drop> {
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     let found = match source.to_v4().and_then(warren_abi::services::vpc_of) {
         Some(vni) if ifindex == services_ifindex() => Some(daemon_in(vni)),
-        _ => slot(ifindex),
+        _ => cache::slot(ifindex).copied(),
     };
     found.ok_or(Drop::Detached)
 }
@@ -226,8 +225,7 @@ fn error_of_slot<F: Family>(
     mut packet: Packet<F>,
 ) -> Result<i32, Drop> {
     let vni = slot.attachment.vni();
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or(Drop::UnknownVpc)?;
+    let vpc = cache::host_vpc(vni).ok_or(Drop::UnknownVpc)?;
     let shared = F::shared(vpc)?;
     let subject = icmp::subject(ctx, &mut packet, Direction::Out)?;
     // An error goes to who sent the packet that it is about.
@@ -263,8 +261,8 @@ fn resolve(ctx: &TcContext, ethernet: &Ethernet, slot: &Slot) -> Result<i32, Dro
 #[classifier]
 pub fn resolve_v6(ctx: TcContext) -> i32 {
     // SAFETY: the context is the kernel's for as long as the program runs.
-    match slot(unsafe { (*ctx.skb.skb).ifindex }) {
-        Some(slot) => drops::verdict(&ctx, slot.number, discover(&ctx, &slot)),
+    match cache::slot(unsafe { (*ctx.skb.skb).ifindex }) {
+        Some(slot) => drops::verdict(&ctx, slot.number, discover(&ctx, slot)),
         None => drops::verdict(&ctx, 0, Err(Drop::Detached)),
     }
 }

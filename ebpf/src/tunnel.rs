@@ -20,10 +20,11 @@ use warren_abi::fragment::{Tag, origin};
 use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
 use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ip, Ipv4};
 
-use crate::maps::{End, HOST_VPCS, PROXY_VPCS};
+use crate::maps::End;
 use crate::parse::{Packet, at};
 use crate::{
-    blocks, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, parse, route, tail,
+    blocks, cache, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, parse,
+    route, tail,
 };
 
 /// Address families (`linux/socket.h`).
@@ -43,8 +44,7 @@ pub fn tunnel_host(ctx: TcContext) -> i32 {
 /// headers.
 #[inline(always)]
 pub fn host(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let Some(vpc) = (unsafe { HOST_VPCS.get(vni) }) else {
+    let Some(vpc) = cache::host_vpc(vni) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
     if !End::same(remote, &vpc.proxy_address) {
@@ -74,8 +74,7 @@ pub fn host(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
 pub fn to_guest_v6(ctx: TcContext) -> i32 {
     // SAFETY: as above.
     let vni = unsafe { (*ctx.skb.skb).cb[0] };
-    // SAFETY: as above.
-    let vpc = unsafe { HOST_VPCS.get(vni) }.ok_or((0, Drop::UnknownVpc));
+    let vpc = cache::host_vpc(vni).ok_or((0, Drop::UnknownVpc));
     finish(&ctx, vpc.and_then(|vpc| to_guest::<V6>(&ctx, vni, vpc)))
 }
 
@@ -144,8 +143,7 @@ pub fn tunnel_proxy(ctx: TcContext) -> i32 {
 /// As [`host`].
 #[inline(always)]
 pub fn proxy(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
-    // SAFETY: one that is replaced meanwhile is a VPC as well.
-    let Some(vpc) = (unsafe { PROXY_VPCS.get(vni) }) else {
+    let Some(vpc) = cache::proxy_vpc(vni) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
     let result = match parse::ethertype(ctx) {

@@ -14,8 +14,7 @@ use warren_abi::maps::ProxyVpc;
 use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ip};
 
 use crate::answer::Answerer;
-use crate::maps::INTERFACES;
-use crate::{answer, arp, blocks, drops, encap, fragment, icmp, nd, parse};
+use crate::{answer, arp, blocks, cache, drops, encap, fragment, icmp, nd, parse};
 
 /// Answers ARP and neighbour discovery for the shared addresses; sends what is for them to the host
 /// that holds the port.
@@ -34,9 +33,8 @@ fn ingress<F: Family>(
     address: impl FnOnce(&ProxyVpc) -> F::Address,
     take: impl FnOnce(&TcContext, &ProxyVpc, PhantomData<F>) -> Result<i32, Drop>,
 ) -> i32 {
-    // SAFETY: the context is the kernel's for as long as the program runs; a VPC that is replaced
-    // meanwhile is one as well.
-    let Some(vpc) = (unsafe { INTERFACES.get((*ctx.skb.skb).ifindex) }) else {
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    let Some(vpc) = cache::vpc_of(unsafe { (*ctx.skb.skb).ifindex }) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
     let tag = Tag::new(origin::VPC, vpc.ifindex, 0);

@@ -5,13 +5,14 @@ use std::fmt::{self, Debug, Formatter};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, MapData};
+use aya::maps::MapData;
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
 use warren_abi::fragment::{Cell, DATAGRAMS, Datagram};
 use warren_abi::maps::{self, Guard, Underlay, layouts, names, programs};
 use warren_abi::wire::Ip;
 
+use super::changes::{Changes, Table};
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::flow_events::{FlowCounters, FlowEvents, FlowTotals};
@@ -25,8 +26,8 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId, PortRange,
-    Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, is_missing,
-    services, sweep, tap, underlay,
+    Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, services, sweep,
+    tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -58,7 +59,7 @@ pub struct HostDatapath {
 
 struct State {
     slots: SlotTable,
-    vpcs: HashMap<MapData, u32, maps::HostVpc>,
+    vpcs: Table<u32, maps::HostVpc>,
     /// The keys of `vpcs`: this process is the only one to write.
     vnis: BTreeSet<u32>,
     policies: Policies,
@@ -131,6 +132,7 @@ impl HostDatapath {
                 MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
                 limits,
                 held,
+                Changes::map_spec(),
             ],
             &[
                 programs::TAP,
@@ -140,6 +142,7 @@ impl HostDatapath {
                 programs::ERROR_TO_VPC_V6,
                 programs::RESOLVE_V6,
                 programs::TRANSLATE_V6,
+                programs::ANSWER,
                 programs::ANSWER_V6,
                 programs::TUNNEL_HOST,
                 programs::UNDERLAY_HOST,
@@ -149,8 +152,10 @@ impl HostDatapath {
                 programs::FRAGMENTS_REST,
             ],
         )?;
-        let table = SlotTable::new(programs.map(names::SLOTS)?);
-        let vpcs: HashMap<_, u32, maps::HostVpc> = programs.map(names::HOST_VPCS)?;
+        let changes = Changes::open(&mut programs)?;
+        let table = SlotTable::new(Table::open(&mut programs, names::SLOTS, &changes)?);
+        let vpcs: Table<u32, maps::HostVpc> =
+            Table::open(&mut programs, names::HOST_VPCS, &changes)?;
         let vnis = vpcs.keys().collect::<Result<_, _>>();
         let vnis = vnis.map_err(|source| Error::map(names::HOST_VPCS, source))?;
         let policies = Policies::open(&mut programs)?;
@@ -253,7 +258,7 @@ impl HostDatapath {
             shared_address_v6: vpc.shared_address_v6.map_or(Ip::UNSPECIFIED, Ip::from),
         };
         let mut state = self.lock();
-        state.vpcs.insert(vpc.vni, value, 0).map_err(|e| Error::map(names::HOST_VPCS, e))?;
+        state.vpcs.insert(&vpc.vni, &value)?;
         state.vnis.insert(vpc.vni);
         Ok(())
     }
@@ -265,10 +270,7 @@ impl HostDatapath {
             return Err(Error::VpcInUse { vni, slot });
         }
         state.vnis.remove(&vni);
-        match state.vpcs.remove(&vni) {
-            Err(error) if !is_missing(&error) => Err(Error::map(names::HOST_VPCS, error)),
-            _ => Ok(()),
-        }
+        state.vpcs.remove(&vni)
     }
 
     /// The VPCs that the programs know, in the order of their VNIs.
@@ -294,7 +296,7 @@ impl HostDatapath {
         Ok(vpcs)
     }
 
-    /// Connects a slot to a VPC: one map write. Returns the attachment's generation.
+    /// Connects a slot to a VPC: two map writes. Returns the attachment's generation.
     ///
     /// What a former tenant's VMM wrote to the TAP was dealt with inside its `write`. So that
     /// nothing of it goes out as the new tenant's, attach only when that VMM has closed the TAP:
@@ -334,7 +336,7 @@ impl HostDatapath {
         state.restrict(slot, attachment, restrictions)
     }
 
-    /// Disconnects a slot: one map write. Nothing if it is not attached.
+    /// Disconnects a slot: two map writes. Nothing if it is not attached.
     pub fn detach(&self, slot: u32) -> Result<(), Error> {
         let mut state = self.lock();
         let attachment = state.slots.attachment(slot)?;

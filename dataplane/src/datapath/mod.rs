@@ -18,6 +18,7 @@ use warren_abi::nat::BLOCK_PORTS;
 use warren_abi::wire::Ip;
 use warren_proto::route::{InvalidTable, Route};
 
+mod changes;
 mod counters;
 mod expedited;
 mod flow_events;

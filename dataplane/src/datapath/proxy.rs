@@ -5,7 +5,7 @@ use std::fmt::{self, Debug, Formatter};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, MapData};
+use aya::maps::{HashMap, MapData, MapError};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
@@ -14,6 +14,7 @@ use warren_abi::maps::{self, BlockKey, Underlay, layouts, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_abi::wire::{Ip, Ipv4, Mac};
 
+use super::changes::{Changes, Table};
 use super::counters::Counters;
 use super::expedited::ExpeditedRcu;
 use super::netlink::{Interface, Netlink};
@@ -22,7 +23,7 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
-    check_gateway_v6, check_vni, fragments, is_missing, sysctl, underlay,
+    check_gateway_v6, check_vni, fragments, sysctl, underlay,
 };
 use crate::clock::monotonic_ns;
 
@@ -44,9 +45,9 @@ pub struct ProxyDatapath {
 struct State {
     netlink: Netlink,
     programs: Programs,
-    vpcs: HashMap<MapData, u32, maps::ProxyVpc>,
-    interfaces: HashMap<MapData, u32, maps::ProxyVpc>,
-    blocks: HashMap<MapData, BlockKey, Ip>,
+    vpcs: Table<u32, maps::ProxyVpc>,
+    interfaces: Table<u32, maps::ProxyVpc>,
+    blocks: Table<BlockKey, Ip>,
     counters: Counters,
     routes: Routes,
 }
@@ -92,11 +93,13 @@ impl ProxyDatapath {
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
                 MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
+                Changes::map_spec(),
             ],
             &[
                 programs::TUNNEL_PROXY,
                 programs::UNDERLAY_PROXY,
                 programs::VPC,
+                programs::ANSWER,
                 programs::ANSWER_V6,
                 programs::FRAGMENTS_PROXY,
             ],
@@ -119,11 +122,12 @@ impl ProxyDatapath {
             }
         }
         programs.commit()?;
+        let changes = Changes::open(&mut programs)?;
         let state = State {
             netlink,
-            vpcs: programs.map(names::PROXY_VPCS)?,
-            interfaces: programs.map(names::INTERFACES)?,
-            blocks: programs.map(names::BLOCKS)?,
+            vpcs: Table::open(&mut programs, names::PROXY_VPCS, &changes)?,
+            interfaces: Table::open(&mut programs, names::INTERFACES, &changes)?,
+            blocks: Table::open(&mut programs, names::BLOCKS, &changes)?,
             counters: Counters::new(programs.map(names::DROPS)?),
             routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
@@ -205,14 +209,8 @@ impl ProxyDatapath {
                 gateway: v6.gateway.map_or(Ip::UNSPECIFIED, Ip::from),
             }),
         };
-        state
-            .interfaces
-            .insert(interface.index, value, 0)
-            .map_err(|source| Error::map(names::INTERFACES, source))?;
-        state
-            .vpcs
-            .insert(vpc.vni, value, 0)
-            .map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+        state.interfaces.insert(&interface.index, &value)?;
+        state.vpcs.insert(&vpc.vni, &value)?;
         if !has_table {
             // Nobody looks there any more.
             state.routes.set(vpc.vni, &Entries::new())?;
@@ -225,7 +223,7 @@ impl ProxyDatapath {
         let mut state = self.lock();
         let Some(vpc) = state.vpc(vni)? else { return Ok(()) };
         state.leave_interface(&vpc)?;
-        state.vpcs.remove(&vni).map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+        state.vpcs.remove(&vni)?;
         state.routes.set(vni, &Entries::new())?;
         state.set_blocks(vni, &BTreeMap::new())
     }
@@ -312,7 +310,7 @@ const LINK_PREFIX: &str = "vpc-";
 
 impl State {
     fn all_vpcs(&self) -> Result<Vec<maps::ProxyVpc>, Error> {
-        all_vpcs(&self.vpcs)
+        all_vpcs(self.vpcs.iter())
     }
 
     fn vpc(&self, vni: u32) -> Result<Option<maps::ProxyVpc>, Error> {
@@ -379,10 +377,7 @@ impl State {
         }
         self.programs.pins().remove_link(&format!("{LINK_PREFIX}{}", vpc.vni))?;
         // Missing if an earlier call got as far as this and no further.
-        match self.interfaces.remove(&vpc.ifindex) {
-            Err(error) if !is_missing(&error) => Err(Error::map(names::INTERFACES, error)),
-            _ => Ok(()),
-        }
+        self.interfaces.remove(&vpc.ifindex)
     }
 
     /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away
@@ -391,7 +386,7 @@ impl State {
         let error = |source| Error::map(names::BLOCKS, source);
         let mut unwanted = Vec::new();
         let mut present = BTreeMap::new();
-        for entry in &self.blocks {
+        for entry in self.blocks.iter() {
             let (key, holder) = entry.map_err(error)?;
             let place = (key.shared_address.0, key.block);
             if key.vni != vni {
@@ -405,11 +400,11 @@ impl State {
         for (&(shared_address, block), holder) in wanted {
             if present.get(&(shared_address, block)) != Some(holder) {
                 let key = BlockKey { vni, shared_address: Ipv4(shared_address), block };
-                self.blocks.insert(key, holder, 0).map_err(error)?;
+                self.blocks.insert(&key, holder)?;
             }
         }
         for key in unwanted {
-            self.blocks.remove(&key).map_err(error)?;
+            self.blocks.remove(&key)?;
         }
         Ok(())
     }
@@ -417,7 +412,7 @@ impl State {
     /// Who holds which ports, by VNI, adjacent blocks joined.
     fn holders(&self) -> Result<std::collections::HashMap<u32, Vec<(PortRange, IpAddr)>>, Error> {
         let mut blocks = BTreeMap::new();
-        for entry in &self.blocks {
+        for entry in self.blocks.iter() {
             let (key, holder) = entry.map_err(|source| Error::map(names::BLOCKS, source))?;
             blocks.insert((key.vni, key.block), IpAddr::from(holder));
         }
@@ -436,8 +431,10 @@ impl State {
     }
 }
 
-fn all_vpcs(map: &HashMap<MapData, u32, maps::ProxyVpc>) -> Result<Vec<maps::ProxyVpc>, Error> {
-    map.iter()
+fn all_vpcs(
+    entries: impl Iterator<Item = Result<(u32, maps::ProxyVpc), MapError>>,
+) -> Result<Vec<maps::ProxyVpc>, Error> {
+    entries
         .map(|entry| entry.map(|(_, vpc)| vpc))
         .collect::<Result<_, _>>()
         .map_err(|source| Error::map(names::PROXY_VPCS, source))
@@ -475,7 +472,8 @@ fn pinned_vpcs(directory: &std::path::Path) -> Result<Vec<maps::ProxyVpc>, Error
     }
     let map =
         MapData::from_pin(&path).and_then(|data| HashMap::try_from(aya::maps::Map::HashMap(data)));
-    all_vpcs(&map.map_err(|source| Error::map(names::PROXY_VPCS, source))?)
+    let map = map.map_err(|source| Error::map(names::PROXY_VPCS, source))?;
+    all_vpcs(map.iter())
 }
 
 /// The blocks of a VPC and who holds them, by shared address and block.

@@ -3,11 +3,11 @@
 
 use std::collections::HashMap as StdHashMap;
 
-use aya::maps::{HashMap, MapData};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::maps::{self, Attachment, Guard, names, programs};
 use warren_abi::wire;
 
+use super::changes::Table;
 use super::netlink::{Interface, Netlink};
 use super::programs::Programs;
 use super::{Error, HostOptions, Slot, sysctl, tap};
@@ -15,14 +15,14 @@ use super::{Error, HostOptions, Slot, sysctl, tap};
 /// What the slots are connected to: a map, and this process's copy, which is as good, for no one
 /// else writes.
 pub(super) struct SlotTable {
-    map: HashMap<MapData, u32, maps::Slot>,
+    map: Table<u32, maps::Slot>,
     /// By the slot's number less 1.
     entries: Vec<maps::Slot>,
 }
 
 impl SlotTable {
     /// Without slots: [`open`] enters them.
-    pub fn new(map: HashMap<MapData, u32, maps::Slot>) -> Self {
+    pub fn new(map: Table<u32, maps::Slot>) -> Self {
         Self { map, entries: Vec::new() }
     }
 
@@ -33,8 +33,7 @@ impl SlotTable {
 
     /// The same, read from the map.
     pub fn read(&self, slot: u32) -> Result<Attachment, Error> {
-        let entry = self.map.get(&self.entry(slot)?.ifindex, 0);
-        entry.map(|entry| entry.attachment).map_err(|source| Error::map(names::SLOTS, source))
+        Ok(self.map.get(&self.entry(slot)?.ifindex)?.attachment)
     }
 
     /// All attachments, by the index of the TAP.
@@ -48,7 +47,7 @@ impl SlotTable {
         user.map(|entry| entry.number)
     }
 
-    /// The one map write that connects or disconnects a slot, or changes what guards it.
+    /// The map write that connects or disconnects a slot, or changes what guards it.
     pub fn set(
         &mut self,
         slot: u32,
@@ -72,7 +71,7 @@ impl SlotTable {
     }
 
     fn write(&mut self, entry: &maps::Slot) -> Result<(), Error> {
-        self.map.insert(entry.ifindex, entry, 0).map_err(|source| Error::map(names::SLOTS, source))
+        self.map.insert(&entry.ifindex, entry)
     }
 
     /// What the map holds, without the entries of TAPs that are gone, which are removed.
@@ -88,7 +87,7 @@ impl SlotTable {
         gone.retain(|index| !indices.contains(index));
         for index in gone {
             known.remove(&index);
-            self.map.remove(&index).map_err(error)?;
+            self.map.remove(&index)?;
         }
         Ok(known)
     }

@@ -16,17 +16,18 @@ struct Budget {
 
 /// A third above what they were when this was last looked at. Raise one with the reason in the
 /// commit's message.
-const BUDGETS: [Budget; 14] = [
+const BUDGETS: [Budget; 15] = [
     Budget { program: programs::TAP, verified: 85_000, translated: 69_000, jited: 40_000 },
     Budget { program: programs::TUNNEL_HOST, verified: 51_000, translated: 43_700, jited: 25_700 },
-    Budget { program: programs::TUNNEL_PROXY, verified: 4_700, translated: 17_200, jited: 10_200 },
-    Budget { program: programs::VPC, verified: 9_600, translated: 25_900, jited: 15_000 },
+    Budget { program: programs::TUNNEL_PROXY, verified: 11_600, translated: 17_200, jited: 10_200 },
+    Budget { program: programs::VPC, verified: 14_500, translated: 25_900, jited: 15_000 },
     Budget { program: programs::SWEEP, verified: 109_000, translated: 16_300, jited: 9_300 },
     Budget { program: programs::TAP_V6, verified: 62_000, translated: 50_200, jited: 30_300 },
     Budget { program: programs::TRANSLATE_V6, verified: 7_800, translated: 8_000, jited: 4_650 },
     Budget { program: programs::TO_GUEST_V6, verified: 52_400, translated: 44_600, jited: 26_000 },
     Budget { program: programs::ERROR_TO_VPC, verified: 38_600, translated: 14_100, jited: 7_800 },
     Budget { program: programs::RESOLVE_V6, verified: 3_400, translated: 6_700, jited: 4_000 },
+    Budget { program: programs::ANSWER, verified: 1_500, translated: 8_200, jited: 4_700 },
     Budget { program: programs::ANSWER_V6, verified: 1_500, translated: 8_200, jited: 4_700 },
     Budget {
         program: programs::FRAGMENTS_FIRST,
@@ -36,13 +37,13 @@ const BUDGETS: [Budget; 14] = [
     },
     Budget {
         program: programs::FRAGMENTS_REST,
-        verified: 44_800,
+        verified: 101_000,
         translated: 48_300,
         jited: 27_900,
     },
     Budget {
         program: programs::FRAGMENTS_PROXY,
-        verified: 6_900,
+        verified: 14_700,
         translated: 25_600,
         jited: 14_600,
     },

@@ -196,7 +196,7 @@ impl Programs {
     }
 }
 
-const PROGRAMS: [&str; 15] = [
+const PROGRAMS: [&str; 16] = [
     programs::TAP,
     programs::TAP_V6,
     programs::TO_GUEST_V6,
@@ -204,6 +204,7 @@ const PROGRAMS: [&str; 15] = [
     programs::ERROR_TO_VPC_V6,
     programs::RESOLVE_V6,
     programs::TRANSLATE_V6,
+    programs::ANSWER,
     programs::ANSWER_V6,
     programs::TUNNEL_HOST,
     programs::TUNNEL_PROXY,

@@ -1,0 +1,105 @@
+//! What every packet looks up, kept per CPU: a hash map's look-up costs a tenth of a packet's way.
+//!
+//! A place holds what was found under a key, and in which state of the tables. Who changes a table
+//! counts its changes up ([`names::CHANGES`](warren_abi::maps::names::CHANGES)) before they are
+//! promised to anybody; what was found before is then not used any more.
+
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, PerCpuArray};
+use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
+use warren_abi::wire::Ip;
+
+use crate::maps::{BLOCKS, HOST_VPCS, INTERFACES, PROXY_VPCS, uncached_slot};
+
+/// Places for slots: powers of two, like all here. Those whose indices are alike take turns.
+const SLOTS: u32 = 4096;
+/// Places for VPCs.
+const VPCS: u32 = 256;
+/// Places for blocks of ports.
+const HOLDERS: u32 = 4096;
+
+#[map]
+static CHANGES: Array<u64> = Array::with_max_entries(1, 0);
+#[map]
+static SLOT_CACHE: PerCpuArray<Cached<Slot>> = PerCpuArray::with_max_entries(SLOTS, 0);
+#[map]
+static HOST_VPC_CACHE: PerCpuArray<Cached<HostVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
+#[map]
+static PROXY_VPC_CACHE: PerCpuArray<Cached<ProxyVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
+#[map]
+static INTERFACE_CACHE: PerCpuArray<Cached<ProxyVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
+#[map]
+static HOLDER_CACHE: PerCpuArray<Cached<Ip>> = PerCpuArray::with_max_entries(HOLDERS, 0);
+
+/// A place.
+#[repr(C)]
+struct Cached<V> {
+    /// In which state the value was found, from 1; 0: nothing is here.
+    state: u64,
+    key: u64,
+    value: V,
+}
+
+/// The slot of a TAP, and what it was attached to at one moment.
+///
+/// Valid until another is asked for, which may take its place.
+#[inline(always)]
+pub fn slot(ifindex: u32) -> Option<&'static Slot> {
+    get(&SLOT_CACHE, ifindex % SLOTS, ifindex.into(), || uncached_slot(ifindex))
+}
+
+/// A VPC on a host.
+#[inline(always)]
+pub fn host_vpc(vni: u32) -> Option<&'static HostVpc> {
+    // SAFETY: it is copied at once; one that is replaced meanwhile is looked up again.
+    get(&HOST_VPC_CACHE, vni % VPCS, vni.into(), || unsafe { HOST_VPCS.get(vni).copied() })
+}
+
+/// A VPC on a proxy.
+#[inline(always)]
+pub fn proxy_vpc(vni: u32) -> Option<&'static ProxyVpc> {
+    // SAFETY: as above.
+    get(&PROXY_VPC_CACHE, vni % VPCS, vni.into(), || unsafe { PROXY_VPCS.get(vni).copied() })
+}
+
+/// The VPC that an interface of a proxy is in.
+#[inline(always)]
+pub fn vpc_of(ifindex: u32) -> Option<&'static ProxyVpc> {
+    // SAFETY: as above.
+    get(&INTERFACE_CACHE, ifindex % VPCS, ifindex.into(), || unsafe {
+        INTERFACES.get(ifindex).copied()
+    })
+}
+
+/// The underlay address of the host that holds a block of ports.
+#[inline(always)]
+pub fn holder(block: warren_abi::maps::BlockKey) -> Option<&'static Ip> {
+    let index = (block.vni.wrapping_mul(0x9e37_79b1) >> 20) ^ block.block;
+    // The shared address is not in the key: a VPC has one in each state.
+    let key = u64::from(block.vni) << 32 | u64::from(block.block);
+    // SAFETY: as above.
+    get(&HOLDER_CACHE, index % HOLDERS, key, || unsafe { BLOCKS.get(block).copied() })
+}
+
+/// What is under a key: in its place, or else in its table, and then there.
+#[inline(always)]
+fn get<V>(
+    cache: &'static PerCpuArray<Cached<V>>,
+    index: u32,
+    key: u64,
+    look_up: impl FnOnce() -> Option<V>,
+) -> Option<&'static V> {
+    // SAFETY: the verifier checks pointers for null; an array's entries stay, and tc programs do
+    // not interrupt one another on a CPU. The count is read before the table is.
+    unsafe {
+        let state = CHANGES.get_ptr(0)?.read_volatile() + 1;
+        let place = &mut *cache.get_ptr_mut(index)?;
+        if place.state != state || place.key != key {
+            place.state = 0;
+            place.value = look_up()?;
+            place.key = key;
+            place.state = state;
+        }
+        Some(&place.value)
+    }
+}
