@@ -1,5 +1,5 @@
 //! What the host's daemon takes for the microVM in a slot, while a guest with a kernel's TCP is
-//! there: iperf3 and PostgreSQL's clients run in no microVM of ours.
+//! there: iperf3 and `PostgreSQL`'s clients run in no microVM of ours.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
