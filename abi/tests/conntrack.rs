@@ -1,310 +1,20 @@
 //! The decisions about flows, over plain tables: random traffic against a simple model, and threads
 //! that compete for ports.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+mod model;
+
+use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
-use warren_abi::conntrack::{
-    Ports, Refused, Search, Segment, Tables, Verdict, end, inward, outward, step,
-};
+use warren_abi::conntrack::{Ports, Segment, Verdict, end, inward, outward};
 use warren_abi::drop::Drop;
-use warren_abi::flow::{Direction, FlowState, Timers, tcp};
+use warren_abi::flow::{Timers, tcp};
 use warren_abi::flowlog::What;
-use warren_abi::limit::{Share, Tally};
-use warren_abi::maps::{Attachment, Flow, Guard, InFlow, InKey, OutKey, Slot, Traffic};
-use warren_abi::nat::MAX_PROBES;
-use warren_abi::wire::{Be16, ICMP, Ip, Ipv4, Mac, TCP, UDP};
+use warren_abi::maps::OutKey;
+use warren_abi::wire::{Be16, ICMP, Ip, TCP, UDP};
 
-const VNI: u32 = 7;
-const PORTS: Ports = Ports { base: 4096, count: 64 };
-
-/// Keys by their bytes: they have no `Hash`, which programs do not need.
-type FlowId = (u32, u32, [u32; 4], u16, u16, u32);
-type ClaimId = (u32, [u32; 4], u16, u16, u32);
-
-fn flow_id(key: &OutKey) -> FlowId {
-    let &OutKey { ifindex, generation, peer, guest_port, peer_port, protocol } = key;
-    (ifindex, generation, peer.0, guest_port.0, peer_port.0, protocol)
-}
-
-fn claim_id(key: &InKey) -> ClaimId {
-    let &InKey { vni, peer, peer_port, port, protocol } = key;
-    (vni, peer.0, peer_port.0, port.0, protocol)
-}
-
-/// Tables as BPF's are: every method is atomic, and memory of removed entries is used again at
-/// once.
-#[derive(Default)]
-struct Plain {
-    memory: Mutex<Memory>,
-    clock: AtomicU32,
-    dice: AtomicU32,
-    generation: AtomicU32,
-    /// The policy of all slots, which changes with its epoch: peers that no flow may have.
-    epoch: AtomicU32,
-    /// Most flows and ports of a slot; 0: there is no limit.
-    most: [AtomicU32; 2],
-    held: Mutex<HashMap<u32, [Tally; 2]>>,
-    denied: Mutex<HashSet<[u32; 4]>>,
-}
-
-#[derive(Default)]
-struct Memory {
-    flows: HashMap<FlowId, usize>,
-    flow_slots: Vec<(OutKey, Flow)>,
-    free_flows: Vec<usize>,
-    claims: HashMap<ClaimId, usize>,
-    claim_slots: Vec<InFlow>,
-    free_claims: Vec<usize>,
-    ends: Vec<(FlowId, What)>,
-}
-
-fn put<T>(memory: &mut Vec<T>, free: &mut Vec<usize>, value: T) -> usize {
-    if let Some(index) = free.pop() {
-        memory[index] = value;
-        return index;
-    }
-    memory.push(value);
-    memory.len() - 1
-}
-
-impl Plain {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Memory> {
-        self.memory.lock().expect("nobody panics with it")
-    }
-
-    /// Changes the policy.
-    fn deny(&self, peers: &[u32]) {
-        let peers = peers.iter().map(|&peer| Ip::v4(Ipv4(peer)).0).collect();
-        *self.denied.lock().expect("nobody panics with it") = peers;
-        self.epoch.fetch_add(1, Ordering::SeqCst);
-    }
-
-    fn slot(&self, number: u32) -> Slot {
-        let generation = self.generation.load(Ordering::SeqCst);
-        Slot {
-            attachment: Attachment::new(VNI, generation),
-            ifindex: number,
-            number,
-            address: Ipv4(number),
-            mac: Mac::default(),
-            guard: Guard::NONE,
-            epoch: self.epoch.load(Ordering::SeqCst),
-        }
-    }
-}
-
-impl Tables for Plain {
-    type Flow = usize;
-    type Claim = usize;
-
-    fn now(&self) -> u32 {
-        self.clock.load(Ordering::SeqCst)
-    }
-    fn random(&self) -> u32 {
-        let next = self.dice.fetch_add(1, Ordering::SeqCst).wrapping_mul(0x9e37_79b9);
-        (next ^ next >> 15).wrapping_mul(0x85eb_ca6b)
-    }
-    fn timers(&self) -> &Timers {
-        &Timers::DEFAULT
-    }
-    fn slot(&self, _: u32, ifindex: u32) -> Option<Slot> {
-        Some(Self::slot(self, ifindex))
-    }
-    fn grow(&self, number: u32, key: &OutKey) -> Result<(), Drop> {
-        let mut held = self.held.lock().expect("nobody panics with it");
-        let held = held.entry(number).or_default();
-        let mut new = *held;
-        let parts = [(Share::FLOW, Drop::FlowLimit), (Share::PORT, Drop::PortLimit)];
-        for (index, (part, reason)) in parts.into_iter().enumerate() {
-            if Share::of(key).has(part) {
-                let most = self.most[index].load(Ordering::SeqCst);
-                new[index] = new[index].more(key.generation, most).ok_or(reason)?;
-            }
-        }
-        *held = new;
-        Ok(())
-    }
-    fn shrink(&self, number: u32, key: &OutKey) {
-        if number == 0 {
-            return;
-        }
-        let mut held = self.held.lock().expect("nobody panics with it");
-        let held = held.entry(number).or_default();
-        for (index, part) in [Share::FLOW, Share::PORT].into_iter().enumerate() {
-            if Share::of(key).has(part) {
-                held[index] = held[index].less(key.generation).unwrap_or(held[index]);
-            }
-        }
-    }
-    fn is_allowed(&self, _: Guard, _: u32, key: &OutKey) -> Result<bool, Drop> {
-        Ok(!self.denied.lock().expect("nobody panics with it").contains(&key.peer.0))
-    }
-    fn probe(&self, search: &mut Search) {
-        for probe in 0..MAX_PROBES {
-            if step(self, search, probe) {
-                break;
-            }
-        }
-    }
-    fn flow(&self, key: OutKey) -> Option<usize> {
-        self.lock().flows.get(&flow_id(&key)).copied()
-    }
-    fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused> {
-        let memory = &mut *self.lock();
-        if memory.flows.contains_key(&flow_id(&key)) {
-            return Err(Refused::Exists);
-        }
-        let index = put(&mut memory.flow_slots, &mut memory.free_flows, (key, flow));
-        memory.flows.insert(flow_id(&key), index);
-        Ok(())
-    }
-    fn remove_flow(&self, key: OutKey, why: What) {
-        let memory = &mut *self.lock();
-        if memory.flow_slots[memory.flows[&flow_id(&key)]].1.state.is_counted() {
-            self.shrink(key.ifindex, &key);
-        }
-        memory.ends.push((flow_id(&key), why));
-        let index = memory.flows.remove(&flow_id(&key)).expect("only its ender removes it");
-        memory.free_flows.push(index);
-    }
-    fn state(&self, flow: usize) -> FlowState {
-        self.lock().flow_slots[flow].1.state
-    }
-    fn exchange(&self, flow: usize, expected: FlowState, new: FlowState) -> bool {
-        let state = &mut self.lock().flow_slots[flow].1.state;
-        let is_same = *state == expected;
-        if is_same {
-            *state = new;
-        }
-        is_same
-    }
-    fn check(&self, flow: usize) -> u16 {
-        self.lock().flow_slots[flow].1.check
-    }
-    fn place(&self, flow: usize) -> (u32, Be16) {
-        let Flow { vni, port, .. } = self.lock().flow_slots[flow].1;
-        (vni, port)
-    }
-    fn end(&self, flow: usize, direction: Direction) -> u32 {
-        self.lock().flow_slots[flow].1.ends[usize::from(direction == Direction::In)]
-    }
-    fn set_end(&self, flow: usize, direction: Direction, end: u32) {
-        self.lock().flow_slots[flow].1.ends[usize::from(direction == Direction::In)] = end;
-    }
-    fn judged(&self, flow: usize) -> u32 {
-        self.lock().flow_slots[flow].1.judged
-    }
-    fn set_judged(&self, flow: usize, epoch: u32) {
-        self.lock().flow_slots[flow].1.judged = epoch;
-    }
-    fn sent(&self, flow: usize, traffic: Traffic) {
-        self.lock().flow_slots[flow].1.sent.packets += traffic.packets;
-    }
-    fn claim(&self, key: InKey) -> Option<usize> {
-        self.lock().claims.get(&claim_id(&key)).copied()
-    }
-    fn insert_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused> {
-        let memory = &mut *self.lock();
-        if memory.claims.contains_key(&claim_id(&key)) {
-            return Err(Refused::Exists);
-        }
-        let index = put(&mut memory.claim_slots, &mut memory.free_claims, claim);
-        memory.claims.insert(claim_id(&key), index);
-        Ok(())
-    }
-    fn replace_claim(&self, key: InKey, claim: InFlow) -> Result<(), Refused> {
-        let memory = &mut *self.lock();
-        let index = put(&mut memory.claim_slots, &mut memory.free_claims, claim);
-        let old = memory.claims.insert(claim_id(&key), index).expect("it is the caller's");
-        memory.free_claims.push(old);
-        Ok(())
-    }
-    fn remove_claim(&self, key: InKey) {
-        let memory = &mut *self.lock();
-        let index = memory.claims.remove(&claim_id(&key)).expect("only its owner removes it");
-        memory.free_claims.push(index);
-    }
-    fn read(&self, claim: usize) -> InFlow {
-        self.lock().claim_slots[claim]
-    }
-    fn set_refreshed(&self, claim: usize, tick: u32) {
-        self.lock().claim_slots[claim].refreshed = tick;
-    }
-    fn set_claim_judged(&self, claim: usize, epoch: u32) {
-        self.lock().claim_slots[claim].judged = epoch as u16;
-    }
-    fn received(&self, claim: usize, traffic: Traffic) {
-        self.lock().claim_slots[claim].received.packets += traffic.packets;
-    }
-}
-
-fn segment(protocol: u8, peer: u32, local_port: Be16, flags: u8) -> Segment {
-    Segment {
-        peer: Ip::v4(Ipv4(peer)),
-        peer_port: Be16(80),
-        local_port,
-        protocol,
-        flags,
-        next: 101,
-        acknowledged: 101,
-        traffic: Traffic { packets: 1, bytes: 40 },
-    }
-}
-
-/// How many flows and ports a slot holds, as counted one by one, and as the tables say.
-fn held(tables: &Plain, number: u32) -> [[u32; 2]; 2] {
-    let generation = tables.generation.load(Ordering::SeqCst);
-    let memory = tables.lock();
-    let flows =
-        memory.flows.values().map(|&index| memory.flow_slots[index]).filter(|(key, flow)| {
-            (key.ifindex, key.generation) == (number, generation) && flow.state.is_counted()
-        });
-    let shares: Vec<_> = flows.map(|(key, _)| Share::of(&key)).collect();
-    let count = |part| shares.iter().filter(|share| share.has(part)).count() as u32;
-    let told = tables.held.lock().expect("nobody panics with it");
-    let told = told.get(&number).copied().unwrap_or_default();
-    [[count(Share::FLOW), count(Share::PORT)], told.map(|tally| tally.count(generation))]
-}
-
-/// What must always be so of the tables: each flow has its own claim, each claim its flow; and what
-/// is held is as many as there are, and no more than may be.
-fn check(tables: &Plain) {
-    for number in 0..4 {
-        let [counted, told] = held(tables, number);
-        assert_eq!(counted, told, "of slot {number}");
-        for (told, most) in told.into_iter().zip(&tables.most) {
-            let most = most.load(Ordering::SeqCst);
-            assert!(most == 0 || told <= most, "slot {number} holds {told} of {most}");
-        }
-    }
-    let memory = tables.lock();
-    assert_eq!(memory.flows.len(), memory.claims.len(), "no port is lost");
-    for &index in memory.flows.values() {
-        let (OutKey { ifindex, generation, peer, guest_port, peer_port, protocol }, flow) =
-            memory.flow_slots[index];
-        let claim = InKey { vni: VNI, peer, peer_port, port: flow.port, protocol };
-        let claim = memory.claims.get(&claim_id(&claim)).expect("a flow has its port");
-        let owner = memory.claim_slots[*claim];
-        assert_eq!(
-            (owner.ifindex, owner.generation, owner.guest_port),
-            (ifindex, generation, guest_port),
-            "no two flows have one port towards one place"
-        );
-    }
-}
-
-fn sweep(tables: &Plain) {
-    let keys: Vec<OutKey> = {
-        let memory = tables.lock();
-        memory.flows.values().map(|&index| memory.flow_slots[index].0).collect()
-    };
-    for key in keys {
-        end(tables, key, &Timers::DEFAULT, tables.now());
-    }
-}
+use model::acts::{Act, Model};
+use model::{PORTS, Plain, VNI, check, held, segment, sweep};
 
 /// A connection that opens and closes, all of it acknowledged. [`Drop::StaleFlow`]: what was sent
 /// to its port reached another.
@@ -614,16 +324,6 @@ fn a_flow_that_is_denied_gives_its_port_back() {
     check(&tables);
 }
 
-#[derive(Clone, Debug)]
-enum Act {
-    Deny(Vec<u32>),
-    Send { guest: u32, udp: bool, peer: u32, port: u16, flags: u8 },
-    Reply { of: usize, flags: u8 },
-    Wait(u32),
-    Sweep,
-    Reattach,
-}
-
 fn act() -> impl Strategy<Value = Act> {
     let flags = prop::sample::select(vec![
         tcp::SYN,
@@ -632,90 +332,66 @@ fn act() -> impl Strategy<Value = Act> {
         tcp::FIN | tcp::ACK,
         tcp::RST,
     ]);
+    let protocol = prop::sample::select(vec![UDP, TCP, ICMP]);
     prop_oneof![
-        8 => (1u32..4, any::<bool>(), 1u32..3, 0u16..40, flags.clone())
-            .prop_map(|(guest, udp, peer, port, flags)| Act::Send { guest, udp, peer, port, flags }),
-        8 => (any::<prop::sample::Index>(), flags)
-            .prop_map(|(of, flags)| Act::Reply { of: of.index(1 << 16), flags }),
+        8 => (1u32..4, protocol, 1u32..3, 0u16..40, flags.clone(), any::<bool>()).prop_map(
+            |(guest, protocol, peer, port, flags, acknowledges)| {
+                Act::Send { guest, protocol, peer, port, flags, acknowledges }
+            }
+        ),
+        8 => (any::<prop::sample::Index>(), flags, any::<bool>()).prop_map(
+            |(of, flags, acknowledges)| Act::Reply { of: of.index(1 << 16), flags, acknowledges }
+        ),
+        1 => any::<prop::sample::Index>().prop_map(|of| Act::Error { of: of.index(1 << 16) }),
         1 => prop::sample::subsequence(vec![1, 2], 0..=2).prop_map(Act::Deny),
         2 => (0u32..400).prop_map(Act::Wait),
         1 => Just(Act::Sweep),
         1 => Just(Act::Reattach),
+        1 => (0u32..3, 0u32..7).prop_map(|(block, power)| {
+            Act::Ports(Ports { base: 4096 + 64 * block, count: 1 << power })
+        }),
     ]
 }
 
+/// Timers as they are, and some that run out at once.
+fn timers() -> impl Strategy<Value = Timers> {
+    let short = (0u32..9).prop_map(|ticks| Timers {
+        udp: ticks,
+        icmp: ticks / 2,
+        tcp_opening: ticks,
+        tcp_established: 4 * ticks,
+        tcp_closing: 2 * ticks,
+        tcp_closed: ticks,
+        rest: ticks / 3,
+    });
+    prop_oneof![2 => Just(Timers::DEFAULT), 1 => short]
+}
+
 proptest! {
-    /// A reply reaches exactly who last sent from the port to the peer, or nobody; nothing passes to
-    /// or from a peer that is denied; UDP's ports do not depend on the peer; and when all is idle,
-    /// nothing is left.
     #[test]
     fn traffic_of_all_kinds_keeps_to_the_model(
         acts in prop::collection::vec(act(), 1..300),
+        timers in timers(),
         most in prop::option::of((1u32..40, 1u32..40)),
     ) {
-        let tables = Plain::default();
         let (flows, ports) = most.unwrap_or_default();
-        tables.most[0].store(flows, Ordering::SeqCst);
-        tables.most[1].store(ports, Ordering::SeqCst);
-        // (protocol, peer, external port) -> who sent from there last.
-        let mut senders: HashMap<(u8, u32, u16), (u32, u32, u16)> = HashMap::new();
-        let mut sent = Vec::new();
-        let mut denied: Vec<u32> = Vec::new();
+        let mut model = Model::new(timers, [flows, ports]);
         for act in acts {
-            let generation = tables.generation.load(Ordering::SeqCst);
-            match act {
-                Act::Send { guest, udp, peer, port, flags } => {
-                    let (protocol, flags) = if udp { (UDP, 0) } else { (TCP, flags) };
-                    let slot = Plain::slot(&tables, guest);
-                    let packet = segment(protocol, peer, Be16(port), flags);
-                    if let Ok(external) = outward(&tables, &slot, PORTS, &packet) {
-                        prop_assert!((4096..4160).contains(&external.get()));
-                        prop_assert!(!denied.contains(&peer));
-                        senders.insert((protocol, peer, external.0), (guest, generation, port));
-                        sent.push((protocol, peer, external));
-                    }
-                }
-                Act::Reply { of, flags } => {
-                    if sent.is_empty() {
-                        continue;
-                    }
-                    let (protocol, peer, port) = sent[of % sent.len()];
-                    let flags = if protocol == TCP { flags } else { 0 };
-                    if let Ok(to) = inward(&tables, VNI, &segment(protocol, peer, port, flags)) {
-                        prop_assert!(!denied.contains(&peer));
-                        let found = (to.slot.number, to.slot.attachment.generation(), to.port.0);
-                        prop_assert_eq!(found, senders[&(protocol, peer, port.0)]);
-                    }
-                }
-                Act::Deny(peers) => {
-                    tables.deny(&peers);
-                    denied = peers;
-                }
-                Act::Wait(ticks) => {
-                    tables.clock.fetch_add(ticks, Ordering::SeqCst);
-                }
-                Act::Sweep => sweep(&tables),
-                Act::Reattach => {
-                    tables.generation.fetch_add(1, Ordering::SeqCst);
-                }
-            }
-            check(&tables);
+            model.apply(act);
         }
-        tables.clock.fetch_add(100_000, Ordering::SeqCst);
-        sweep(&tables);
-        prop_assert_eq!(tables.lock().flows.len(), 0);
-        prop_assert_eq!(tables.lock().claims.len(), 0);
-        prop_assert_eq!(
-            end(
-                &tables,
-                OutKey {
-                    ifindex: 1, generation: 0, peer: Ip::UNSPECIFIED, guest_port: Be16(0),
-                    peer_port: Be16(0), protocol: 6,
-                },
-                &Timers::DEFAULT,
-                0,
-            ),
-            Verdict::Stays
-        );
+        model.finish();
     }
+}
+
+#[test]
+fn what_is_not_there_is_not_removed() {
+    let key = OutKey {
+        ifindex: 1,
+        generation: 0,
+        peer: Ip::UNSPECIFIED,
+        guest_port: Be16(0),
+        peer_port: Be16(0),
+        protocol: 6,
+    };
+    assert_eq!(end(&Plain::default(), key, &Timers::DEFAULT, 0), Verdict::Stays);
 }

@@ -1,21 +1,27 @@
-//! What parses other people's bytes, fed with any bytes: a function for each target, which panics
+//! What parses other people's bytes, and what decides about their traffic, fed with any bytes: a function for each target, which panics
 //! if something is wrong. `cargo xtask fuzz TARGET` looks for bytes that make it; `seeds/TARGET`
 //! is where it begins, and what the tests run.
 
 mod abi;
+#[path = "../../abi/tests/model/mod.rs"]
+mod model;
+mod nat;
 mod proto;
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 9] = [
+    ("conntrack", nat::conntrack),
     ("endpoint", proto::endpoint),
     ("icmp_error", abi::icmp_error),
     ("messages", proto::messages),
     ("mss", abi::mss),
+    ("policy", nat::policy),
     ("probe", abi::probe),
     ("route", proto::route),
+    ("rule", proto::rule),
 ];
 
 /// The target of this name.

@@ -2,6 +2,7 @@
 
 use prost::Message;
 use warren_proto::endpoint::Endpoint;
+use warren_proto::policy::Rule;
 use warren_proto::route::{Route, Table, defaults, parse_prefix};
 use warren_proto::v1::ApplyVpcRequest;
 use warren_proto::v1::apply_vpc_request::Role;
@@ -30,6 +31,15 @@ pub fn route(data: &[u8]) {
         for route in &routes {
             assert!(table.look_up(route.prefix.ip()).is_some());
         }
+    }
+}
+
+/// Lines of rules: each is refused, or reads back, as text and as a message.
+pub fn rule(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    for rule in text.lines().filter_map(|line| line.parse::<Rule>().ok()) {
+        assert_eq!(rule.to_string().parse().as_ref(), Ok(&rule));
+        assert_eq!(Rule::try_from(&rule.message(1)).as_ref(), Ok(&rule));
     }
 }
 
