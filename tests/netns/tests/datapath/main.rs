@@ -14,6 +14,7 @@ mod lifecycle;
 mod limits;
 mod mss;
 mod policy;
+mod resets;
 mod reuse;
 mod routes;
 mod services;
