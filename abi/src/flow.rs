@@ -70,6 +70,8 @@ impl FlowState {
     const MAPPING: u32 = 1 << 9;
     /// It is not among what its slot holds: it expired, or came from a former version.
     const UNCOUNTED: u32 = 1 << 10;
+    /// Rules ended it, not time.
+    const DENIED: u32 = 1 << 11;
     /// A random number, 16 bits from here on: see [`FlowState::begin`].
     const NONCE: u32 = 12;
     const ENDED: u32 = 1 << 31;
@@ -153,7 +155,8 @@ impl FlowState {
         if self.is_expired(protocol, timers, now) {
             return self;
         }
-        Self::pack(now.wrapping_sub(self.limit(protocol, timers)).wrapping_sub(1), self.marks())
+        let then = now.wrapping_sub(self.limit(protocol, timers)).wrapping_sub(1);
+        Self::pack(then, self.marks() | Self::DENIED)
     }
 
     /// Whether one side began to close it: what is acknowledged from then on tells when it is
@@ -203,7 +206,7 @@ impl FlowState {
         let mut marks = self.marks();
         match direction {
             Direction::Out => {
-                marks &= !Self::UNCOUNTED;
+                marks &= !(Self::UNCOUNTED | Self::DENIED);
                 if flags & (tcp::SYN | tcp::ACK) == tcp::SYN && Self::is_closed(marks) {
                     // The guest opens the same flow anew.
                     marks = marks & 0xffff << Self::NONCE | Self::GUEST_SYN;
@@ -333,7 +336,7 @@ impl FlowState {
         if is_stale {
             What::Detached
         } else if protocol != TCP || !Self::is_closed(marks) {
-            What::Expired
+            if marks & Self::DENIED == 0 { What::Expired } else { What::Denied }
         } else if Self::is_reset(marks) {
             What::Reset
         } else {

@@ -46,6 +46,8 @@ events! {
     Detached = "detached",
     /// Of a mapping: its host does not hold its port any more.
     Withdrawn = "withdrawn",
+    /// The rules of its VPC changed, and its guest did not go on while it might again.
+    Denied = "denied",
 }
 
 impl What {

@@ -318,9 +318,16 @@ fn a_flow_that_is_denied_gives_its_port_back() {
     }
     sweep(&tables);
     assert_eq!(tables.lock().flows.len(), 64);
+    // One is let go on, and is idle for too long afterwards.
+    tables.deny(&[]);
+    assert_eq!(syn(3, 1), Ok(ports[3]));
     tables.clock.fetch_add(Timers::DEFAULT.rest + 1, Ordering::SeqCst);
     sweep(&tables);
-    assert_eq!(tables.lock().flows.len(), 0);
+    assert_eq!(tables.lock().flows.len(), 1);
+    tables.clock.fetch_add(1000, Ordering::SeqCst);
+    sweep(&tables);
+    let ends: Vec<What> = tables.lock().ends.iter().map(|(_, why)| *why).collect();
+    assert_eq!(ends, [&[What::TakenOver][..], &[What::Denied; 63], &[What::Expired]].concat());
     check(&tables);
 }
 

@@ -16,10 +16,12 @@ use warren_dataplane::flowlog::file::Files;
 use warren_dataplane::flowlog::owners::{NamedVpc, Names, Owner};
 use warren_netns::servers::udp;
 use warren_netns::topology::{HOST, SERVER, SHARED};
+use warren_proto::policy::Action;
 
 use crate::bed::{Bed, VNI_A, eventually};
 use crate::flows::{AT_ONCE, next_tick};
 use crate::guest::{KernelGuest, PATIENCE, RawGuest, frame};
+use crate::policy::restrict;
 
 const PORT: u16 = 7000;
 /// An address of the VPC that no machine has.
@@ -178,6 +180,32 @@ fn each_other_end_has_its_reason() {
     let ends = [What::TakenOver, What::Reset, What::Withdrawn, What::Detached, What::Closed];
     assert_eq!(ends.map(|what| totals.of(what)), [1, 64, 0, 2, 0]);
     assert_eq!(totals.of(What::Begun), 67);
+}
+
+#[test]
+fn what_changed_rules_forbid_ends_denied_unless_it_goes_on() {
+    let bed = Bed::new();
+    let mut events = bed.host().flow_events().expect("nobody reads them");
+    let guest = RawGuest::open(&bed, 1);
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    let send = |to| guest.send(&frame(guest.packet(NOBODY, 64).udp(1000, to), b"hello"));
+    (0..3).for_each(|to| send(PORT + to));
+    restrict(&bed, 1, &["1 deny udp 7000-7001"], Action::Allow);
+    (0..3).for_each(|to| send(PORT + to));
+    restrict(&bed, 1, &["1 deny udp 7000"], Action::Allow);
+    (0..3).for_each(|to| send(PORT + to));
+    all(&mut events);
+
+    let rested = Timers { rest: 0, ..Timers::DEFAULT };
+    bed.host().sweep_with(&rested).expect("flows can be swept");
+    assert_eq!(story(&all(&mut events)), [(1000, PORT, What::Denied)]);
+    next_tick();
+    bed.host().sweep_with(&AT_ONCE).expect("flows can be swept");
+    let ended = story(&all(&mut events));
+    assert_eq!(ended.len(), 3, "two flows and their mapping");
+    assert!(ended.iter().all(|(.., what)| *what == What::Expired), "{ended:?}");
+    let totals = bed.host().flow_totals().expect("they can be read");
+    assert_eq!((totals.of(What::Denied), totals.of(What::Expired)), (1, 2));
 }
 
 /// One with a ring buffer of a page, which holds 42 events.

@@ -31,7 +31,7 @@ fn with(policy: PolicyId) -> Restrictions {
 }
 
 /// Puts these rules in the place of a slot's present ones.
-fn restrict(bed: &Bed, slot: u32, rules: &[&str], otherwise: Action) {
+pub fn restrict(bed: &Bed, slot: u32, rules: &[&str], otherwise: Action) {
     let id = policy(bed.host(), rules, otherwise);
     bed.host().restrict(slot, &with(id)).expect("the slot is attached");
     bed.host().retain_policies(&[]).expect("the former one can be removed");
