@@ -78,7 +78,7 @@ async fn plug(fleet: &mut Fleet) -> Result<(KernelGuest, StandIn)> {
     let slot = started.instance.context("an instance without description")?.slot;
     // The data path is this process's while the daemon is away.
     fleet.process(Daemon::Host).kill()?;
-    let stand_in = StandIn::replace(fleet.run.path(), slot).await?;
+    let stand_in = StandIn::replace(&fleet.dir(Daemon::Host), slot).await?;
     let options = HostOptions {
         bpffs: fleet.run.bpf().join(Daemon::Host.name()),
         object: std::fs::read(built(OBJECTS[0])?)?,

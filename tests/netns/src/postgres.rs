@@ -1,6 +1,6 @@
 //! Debian's `PostgreSQL` and its benchmark.
 
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -39,9 +39,11 @@ pub fn start(namespace: &Namespace, dir: &Path) -> Result<Process> {
         command.args(["-c", setting]);
     }
     let mut process = Process::start("postgres", command, &dir.join("postgres.log"))?;
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, PORT));
+    let ready = program("pg_isready")?;
     process.wait_until(PATIENCE, || {
-        namespace.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_ok())
+        let mut ask = namespace.command(&ready);
+        ask.args(["--quiet", "-h", "127.0.0.1", "-p", &PORT.to_string()]);
+        ask.status().is_ok_and(|status| status.success())
     })?;
     let mut tables = pgbench(namespace, Ipv4Addr::LOCALHOST)?;
     finish(tables.args(["--initialize", "--quiet"]).arg(USER))?;
