@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -84,6 +84,15 @@ pub struct VpcCreate {
     /// Next hop in the VPC for addresses outside the CIDR.
     #[arg(long, value_name = "ADDRESS")]
     pub gateway: Option<Ipv4Addr>,
+    /// The VPC's IPv6 addresses, such as `2001:db8:1::/64`. Without them, microVMs have no IPv6.
+    #[arg(long, value_name = "CIDR", requires = "shared_address_v6")]
+    pub cidr_v6: Option<String>,
+    /// IPv6 address in the VPC that all its microVMs are seen as. It must be free.
+    #[arg(long, value_name = "ADDRESS", requires = "cidr_v6")]
+    pub shared_address_v6: Option<Ipv6Addr>,
+    /// IPv6 next hop in the VPC for addresses outside the IPv6 CIDR. It may be link-local.
+    #[arg(long, value_name = "ADDRESS", requires = "cidr_v6")]
+    pub gateway_v6: Option<Ipv6Addr>,
     /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
     #[arg(long, value_name = "PORTS", default_value_t = 1024)]
     pub ports_per_host: u32,
@@ -310,6 +319,16 @@ mod tests {
         assert_eq!(vpc.shared_address, Ipv4Addr::new(10, 1, 0, 9));
         assert_eq!(vpc.gateway, Some(Ipv4Addr::new(10, 1, 0, 1)));
         assert_eq!(vpc.ports_per_host, 64);
+        assert_eq!((vpc.cidr_v6, vpc.shared_address_v6, vpc.gateway_v6), (None, None, None));
+        let v6 = |flags: &str| parse(&format!("{line} {flags}"));
+        let all = "--cidr-v6 fd00:1::/64 --shared-address-v6 fd00:1::9 --gateway-v6 fe80::1";
+        let Command::Vpc(VpcCommand::Create(vpc)) = v6(all).unwrap().command else { panic!() };
+        assert_eq!(vpc.cidr_v6.as_deref(), Some("fd00:1::/64"));
+        assert_eq!(vpc.gateway_v6, Some("fe80::1".parse().unwrap()));
+        for part in ["--cidr-v6 fd00:1::/64", "--shared-address-v6 fd00::9", "--gateway-v6 fe80::1"]
+        {
+            assert_eq!(v6(part).unwrap_err().kind(), ErrorKind::MissingRequiredArgument);
+        }
         let error = parse("warren vpc create blue --cidr 10.1.0.0/16").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument);
     }

@@ -1,6 +1,7 @@
 //! What each command does: call, then print.
 
 use std::io::Write;
+use std::net::Ipv6Addr;
 
 use tokio::task::JoinSet;
 use warren_abi::probe::{Reply, decode, encode};
@@ -61,6 +62,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
 }
 
 fn definition(vpc: VpcCreate) -> Vpc {
+    let text = |address: Option<Ipv6Addr>| address.map(|it| it.to_string()).unwrap_or_default();
     Vpc {
         name: vpc.name,
         vni: 0,
@@ -71,6 +73,9 @@ fn definition(vpc: VpcCreate) -> Vpc {
         ports_per_host: vpc.ports_per_host,
         resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
         search_domain: vpc.search_domain,
+        cidr_v6: vpc.cidr_v6.unwrap_or_default(),
+        shared_address_v6: text(vpc.shared_address_v6),
+        gateway_v6: text(vpc.gateway_v6),
     }
 }
 

@@ -93,6 +93,46 @@ async fn from_an_empty_fleet_to_microvms_and_back() {
 }
 
 #[tokio::test]
+async fn a_vpc_with_ipv6_reaches_the_agents() {
+    let world = World::new().await;
+    let (_h1, _p1) = (world.host("h1", 1).await, world.proxy("p1", 9).await);
+    let line = format!(
+        "{CREATE} --cidr-v6 2001:db8:1::/64 --shared-address-v6 2001:DB8:1::9 --gateway-v6 fe80::1"
+    );
+    let vpc = json(&world, &line).await;
+    assert_eq!(json(&world, "vpc ls").await, serde_json::json!([vpc]));
+    assert_eq!(
+        [&vpc["cidr_v6"], &vpc["shared_address_v6"], &vpc["gateway_v6"]],
+        ["2001:db8:1::/64", "2001:db8:1::9", "fe80::1"]
+    );
+    let routes = done(&world, "route list blue").await;
+    assert!(routes.contains("::/0             via    fe80::1   vpc"), "{routes}");
+    done(&world, "vm run --vpc blue").await;
+    for name in ["h1", "p1"] {
+        let applied = world.log.applied(name).pop().unwrap();
+        assert_eq!(applied.shared_address_v6, "2001:db8:1::9", "{name}");
+    }
+
+    let other = "vpc create x --cidr 10.1.0.0/16 --shared-address 10.1.0.8 --interface eth1";
+    for (line, code, part) in [
+        (CREATE.to_owned(), 1, "exists with another definition"),
+        (format!("{other} --cidr-v6 fd00::/64"), 2, "--shared-address-v6"),
+        (format!("{other} --cidr-v6 fd00::/64 --shared-address-v6 fd01::9"), 2, "not inside"),
+        (
+            format!("{other} --cidr-v6 2001:db8:1::/64 --shared-address-v6 2001:db8:1::9"),
+            1,
+            "2001:db8:1::9 on eth1 is the shared address of VPC \"blue\"",
+        ),
+        ("route add blue 2001:db8:9::/48 --via 2001:db8:1::9".into(), 2, "shared address"),
+        ("route add blue 2001:db8:9::/48 --via 2001:db8:2::1".into(), 2, "not on-link"),
+    ] {
+        let (got, error) = failed(&world, &line).await;
+        assert_eq!(got, code, "{line}: {error}");
+        assert!(error.contains(part), "{line}: {error}");
+    }
+}
+
+#[tokio::test]
 async fn errors_are_sentences_with_codes() {
     let world = World::new().await;
     done(&world, CREATE).await;

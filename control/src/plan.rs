@@ -14,7 +14,7 @@ use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route};
 
 use crate::fleet::{Role, Session};
 use crate::ports::Leases;
-use crate::vpc::Vpc;
+use crate::vpc::{Vpc, VpcV6};
 
 /// A host or proxy.
 #[derive(Clone, Debug)]
@@ -87,11 +87,13 @@ pub fn plan(
 }
 
 fn request(vpc: &Vpc, role: Apply) -> ApplyVpcRequest {
+    let [_, shared_address_v6, _] = VpcV6::texts(vpc.v6);
     ApplyVpcRequest {
         vpc: vpc.name.clone(),
         vni: vpc.vni,
         shared_address: vpc.shared_address.to_string(),
         role: Some(role),
+        shared_address_v6,
     }
 }
 
@@ -108,12 +110,15 @@ fn proxy_request(
     nodes: &BTreeMap<String, Node<'_>>,
 ) -> ApplyVpcRequest {
     let hosts = nodes.iter().filter(|(_, node)| node.role == Role::Host);
+    let [cidr_v6, _, gateway_v6] = VpcV6::texts(vpc.v6);
     let proxy = ProxyVpc {
         interface: vpc.interface.clone(),
         cidr: vpc.cidr.to_string(),
         gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
         holders: hosts.filter_map(|(name, host)| holder(leases, name, host)).collect(),
         routes: routes.to_vec(),
+        cidr_v6,
+        gateway_v6,
     };
     request(vpc, Apply::Proxy(proxy))
 }
@@ -123,17 +128,20 @@ fn holders_of_same<'a>(
     known: Option<&'a ApplyVpcRequest>,
     wanted: &ApplyVpcRequest,
 ) -> Option<&'a [PortHolder]> {
-    let ApplyVpcRequest { vpc, vni, shared_address, role } = known?;
+    let ApplyVpcRequest { vpc, vni, shared_address, role, shared_address_v6 } = known?;
     let (Some(Apply::Proxy(known)), Some(Apply::Proxy(proxy))) = (role, &wanted.role) else {
         return None;
     };
-    let ProxyVpc { interface, cidr, gateway, holders, routes } = known;
+    let ProxyVpc { interface, cidr, gateway, holders, routes, cidr_v6, gateway_v6 } = known;
     let same = *vpc == wanted.vpc
         && *vni == wanted.vni
         && *shared_address == wanted.shared_address
+        && *shared_address_v6 == wanted.shared_address_v6
         && *interface == proxy.interface
         && *cidr == proxy.cidr
         && *gateway == proxy.gateway
+        && *cidr_v6 == proxy.cidr_v6
+        && *gateway_v6 == proxy.gateway_v6
         && *routes == proxy.routes;
     same.then_some(holders)
 }
@@ -150,6 +158,11 @@ mod tests {
             shared_address: "10.1.0.9".parse().unwrap(),
             interface: "eth1".into(),
             gateway: None,
+            v6: Some(VpcV6 {
+                cidr: "2001:db8:1::/64".parse().unwrap(),
+                shared_address: "2001:db8:1::9".parse().unwrap(),
+                gateway: Some("fe80::1".parse().unwrap()),
+            }),
             ports_per_host: 1024,
             resolver: Some("10.1.0.2".parse().unwrap()),
             search_domain: "corp.internal".into(),
@@ -253,6 +266,24 @@ mod tests {
             (host.resolver.as_str(), host.search_domain.as_str()),
             ("10.1.0.2", "corp.internal")
         );
+    }
+
+    #[test]
+    fn proxies_and_hosts_are_told_of_ipv6() {
+        let mut world = World::with(&["h1", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        let told = &world.acknowledged["p1"];
+        assert_eq!(told.shared_address_v6, "2001:db8:1::9");
+        let Some(Apply::Proxy(proxy)) = &told.role else { panic!() };
+        assert_eq!(
+            (proxy.cidr_v6.as_str(), proxy.gateway_v6.as_str()),
+            ("2001:db8:1::/64", "fe80::1")
+        );
+        assert_eq!(world.plan().pushes["h1"].shared_address_v6, "2001:db8:1::9");
+        // Without it, a proxy does not serve as the VPC's yet.
+        world.acknowledged.get_mut("p1").unwrap().shared_address_v6.clear();
+        assert_eq!(world.pushes(), ["p1"]);
     }
 
     #[test]

@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 
 use ipnetwork::IpNetwork;
-use warren_proto::route::{
-    InvalidRoute, InvalidTable, Route, Table, Target, defaults, parse_prefix,
-};
+use warren_proto::route::{InvalidRoute, InvalidTable, Route, Table, Target, parse_prefix};
 use warren_proto::v1;
 
 use crate::store::{Precondition, Store, StoreError, Write, decode};
@@ -66,7 +64,7 @@ pub async fn list(store: &dyn Store, vpc: &str) -> Result<Listed, RoutesError> {
         Some(entry) => decode(&key, &entry.value)?,
         None => Vec::new(),
     };
-    let mut defaults = defaults(definition.cidr, definition.gateway);
+    let mut defaults = definition.defaults();
     defaults.retain(|default| routes.iter().all(|route| route.prefix != default.prefix));
     Ok(Listed { routes, defaults })
 }
@@ -134,7 +132,7 @@ async fn change(
     change: impl Fn(BTreeMap<IpNetwork, Target>) -> Result<Vec<Route>, RoutesError>,
 ) -> Result<(), RoutesError> {
     let definition = known(store, vpc).await?;
-    let defaults = defaults(definition.cidr, definition.gateway);
+    let (defaults, shared_addresses) = (definition.defaults(), definition.shared_addresses());
     let key = key(vpc);
     loop {
         let entry = store.get(&key).await?;
@@ -144,7 +142,7 @@ async fn change(
         };
         let table = before.iter().map(|route| (route.prefix, route.target)).collect();
         let after = change(table)?;
-        Table::new(&after, &defaults, definition.shared_address.into())?;
+        Table::new(&after, &defaults, &shared_addresses)?;
         if after == before {
             return Ok(());
         }

@@ -1,10 +1,15 @@
 //! VPCs: what makes a valid one, and how they are created.
 
-use std::net::Ipv4Addr;
+mod v6;
+
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Serialize};
+use warren_proto::route::{Route, defaults};
 use warren_proto::v1;
+
+pub use v6::VpcV6;
 
 use crate::name::{self, InvalidName};
 use crate::store::{Precondition, Store, StoreError, Write, decode};
@@ -36,6 +41,9 @@ pub struct Vpc {
     pub interface: String,
     /// Next hop for other addresses. In `cidr`.
     pub gateway: Option<Ipv4Addr>,
+    /// Its IPv6, if it has any.
+    #[serde(default)]
+    pub v6: Option<VpcV6>,
     /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
     pub ports_per_host: u32,
     /// Where its microVMs' DNS queries go; without it, they are refused.
@@ -44,6 +52,20 @@ pub struct Vpc {
     /// Where names of one label are looked for first; empty: nowhere.
     #[serde(default)]
     pub search_domain: String,
+}
+
+impl Vpc {
+    /// The routes that it has without a table.
+    pub fn defaults(&self) -> Vec<Route> {
+        let v4 = defaults(self.cidr.into(), self.gateway.map(Into::into));
+        v4.chain(self.v6.iter().flat_map(VpcV6::defaults)).collect()
+    }
+
+    /// The addresses that its microVMs are seen as.
+    pub fn shared_addresses(&self) -> Vec<IpAddr> {
+        let v6 = self.v6.map(|v6| v6.shared_address.into());
+        [self.shared_address.into()].into_iter().chain(v6).collect()
+    }
 }
 
 /// A definition that makes no VPC.
@@ -73,7 +95,7 @@ pub enum CreateVpcError {
     )]
     AddressTaken {
         /// The wanted address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// The wanted interface.
         interface: String,
         /// Whose it is.
@@ -109,6 +131,7 @@ impl TryFrom<v1::Vpc> for Vpc {
                 format!("{shared_address} is the shared address: the next hop is another");
             return Err(invalid("gateway")(problem));
         }
+        let v6 = VpcV6::parse(&vpc)?;
         let ports_per_host = match vpc.ports_per_host {
             0 => DEFAULT_PORTS_PER_HOST,
             ports if ports.is_power_of_two() && (64..=32768).contains(&ports) => ports,
@@ -132,6 +155,7 @@ impl TryFrom<v1::Vpc> for Vpc {
             shared_address,
             interface: vpc.interface,
             gateway,
+            v6,
             ports_per_host,
             resolver,
             search_domain: vpc.search_domain,
@@ -141,6 +165,7 @@ impl TryFrom<v1::Vpc> for Vpc {
 
 impl From<Vpc> for v1::Vpc {
     fn from(vpc: Vpc) -> Self {
+        let [cidr_v6, shared_address_v6, gateway_v6] = VpcV6::texts(vpc.v6);
         Self {
             name: vpc.name,
             vni: vpc.vni,
@@ -151,6 +176,9 @@ impl From<Vpc> for v1::Vpc {
             ports_per_host: vpc.ports_per_host,
             resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
             search_domain: vpc.search_domain,
+            cidr_v6,
+            shared_address_v6,
+            gateway_v6,
         }
     }
 }
@@ -248,11 +276,11 @@ async fn try_create(store: &dyn Store, wanted: Vpc) -> Result<Vpc, CreateVpcErro
             let same = existing == Vpc { vni: existing.vni, ..wanted };
             return if same { Ok(existing) } else { Err(CreateVpcError::Exists(existing.name)) };
         }
-        if (existing.shared_address, &existing.interface)
-            == (wanted.shared_address, &wanted.interface)
-        {
+        let taken = existing.shared_addresses();
+        let taken = wanted.shared_addresses().into_iter().find(|it| taken.contains(it));
+        if let Some(address) = taken.filter(|_| existing.interface == wanted.interface) {
             return Err(CreateVpcError::AddressTaken {
-                address: wanted.shared_address,
+                address,
                 interface: wanted.interface,
                 other: existing.name,
             });
@@ -288,6 +316,9 @@ mod tests {
             ports_per_host: 0,
             resolver: "10.1.0.2".into(),
             search_domain: "corp.internal".into(),
+            cidr_v6: "2001:db8:1::/64".into(),
+            shared_address_v6: "2001:db8:1::9".into(),
+            gateway_v6: "fe80::1".into(),
         }
     }
 
@@ -300,6 +331,18 @@ mod tests {
         assert_eq!(Vpc::try_from(none).unwrap().gateway, None);
         let none = v1::Vpc { resolver: String::new(), search_domain: String::new(), ..valid() };
         assert_eq!(Vpc::try_from(none).unwrap().resolver, None);
+        let none = v1::Vpc { cidr_v6: String::new(), shared_address_v6: String::new(), ..valid() };
+        let none = v1::Vpc { gateway_v6: String::new(), ..none };
+        assert_eq!(Vpc::try_from(none).unwrap().v6, None);
+    }
+
+    #[test]
+    fn what_was_stored_before_ipv6_has_none() {
+        let vpc = Vpc::try_from(valid()).unwrap();
+        let mut stored = serde_json::to_value(&vpc).unwrap();
+        assert_eq!(serde_json::from_value::<Vpc>(stored.clone()).unwrap(), vpc);
+        stored.as_object_mut().unwrap().remove("v6").unwrap();
+        assert_eq!(serde_json::from_value::<Vpc>(stored).unwrap(), Vpc { v6: None, ..vpc });
     }
 
     #[test]
@@ -346,6 +389,7 @@ mod tests {
         let definition = |index: u32| v1::Vpc {
             name: format!("vpc-{index}"),
             shared_address: format!("10.1.0.{}", 10 + index),
+            shared_address_v6: format!("2001:db8:1::{}", 10 + index),
             ..valid()
         };
         let creations: Vec<_> = (0..10)
@@ -371,5 +415,9 @@ mod tests {
         let same_address = v1::Vpc { name: "other".into(), ..definition(4) };
         let error = create(&*store, same_address).await.unwrap_err().to_string();
         assert!(error.contains("10.1.0.14 on eth1") && error.contains("vpc-4"), "{error}");
+        let same_address = v1::Vpc { shared_address: "10.1.0.99".into(), ..definition(4) };
+        let same_address = v1::Vpc { name: "other".into(), ..same_address };
+        let error = create(&*store, same_address).await.unwrap_err().to_string();
+        assert!(error.contains("2001:db8:1::14 on eth1") && error.contains("vpc-4"), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! The agent's gRPC service: `warren.v1.AgentService` over a host or a proxy.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -11,7 +11,7 @@ use warren_proto::v1::agent_service_server::AgentService;
 use warren_proto::v1::apply_vpc_request::Role as VpcRole;
 use warren_vmm::client::ClientError;
 
-use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc};
+use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc, ProxyVpcV6};
 use crate::host::{Host, HostError, Started};
 use crate::metrics::flows::Flows;
 use crate::metrics::{self, Snapshot};
@@ -104,6 +104,13 @@ fn address(field: &str, text: &str) -> Result<Ipv4Addr, Status> {
         .map_err(|_| Status::invalid_argument(format!("{field} \"{text}\" is not an IPv4 address")))
 }
 
+/// An IPv6 address, or none.
+fn address_v6(field: &str, text: &str) -> Result<Option<Ipv6Addr>, Status> {
+    let invalid =
+        |_| Status::invalid_argument(format!("{field} \"{text}\" is not an IPv6 address"));
+    if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(invalid) }
+}
+
 /// An address of either family.
 fn ip(field: &str, text: &str) -> Result<IpAddr, Status> {
     text.parse()
@@ -143,7 +150,7 @@ fn host_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::HostVpc) -> Result<HostVpc,
     Ok(HostVpc {
         vni: vni(request.vni)?,
         shared_address: address("shared_address", &request.shared_address)?,
-        shared_address_v6: None,
+        shared_address_v6: address_v6("shared_address_v6", &request.shared_address_v6)?,
         ports: ports("host.ports", vpc.ports)?,
         proxy_address: ip("host.proxy_address", &vpc.proxy_address)?,
     })
@@ -175,10 +182,31 @@ fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyV
             "" => None,
             text => Some(address("proxy.gateway", text)?),
         },
-        v6: None,
+        v6: proxy_vpc_v6(request, vpc)?,
         holders: holders.collect::<Result<_, Status>>()?,
         routes: routes("proxy.routes", &vpc.routes)?,
     })
+}
+
+fn proxy_vpc_v6(
+    request: &v1::ApplyVpcRequest,
+    vpc: &v1::ProxyVpc,
+) -> Result<Option<ProxyVpcV6>, Status> {
+    let shared_address = address_v6("shared_address_v6", &request.shared_address_v6)?;
+    let gateway = address_v6("proxy.gateway_v6", &vpc.gateway_v6)?;
+    match shared_address {
+        None if vpc.cidr_v6.is_empty() && gateway.is_none() => Ok(None),
+        None => Err(Status::invalid_argument(
+            "shared_address_v6 is missing: a VPC with cidr_v6 or gateway_v6 needs it",
+        )),
+        Some(shared_address) => {
+            let cidr = vpc.cidr_v6.parse().map_err(|_| {
+                let text = &vpc.cidr_v6;
+                Status::invalid_argument(format!("proxy.cidr_v6 \"{text}\" is not an IPv6 CIDR"))
+            })?;
+            Ok(Some(ProxyVpcV6 { shared_address, cidr, gateway }))
+        }
+    }
 }
 
 impl From<HostError> for Status {

@@ -26,8 +26,8 @@ pub fn route(data: &[u8]) {
         assert_eq!(route.to_string().parse().as_ref(), Ok(route));
     }
     let cidr = "10.1.0.0/16".parse().expect("it is a CIDR");
-    let defaults = defaults(cidr, Some([10, 1, 0, 1].into()));
-    if let Ok(table) = Table::new(&routes, &defaults, [10, 1, 0, 9].into()) {
+    let defaults: Vec<_> = defaults(cidr, Some([10, 1, 0, 1].into())).collect();
+    if let Ok(table) = Table::new(&routes, &defaults, &[[10, 1, 0, 9].into()]) {
         for route in &routes {
             assert!(table.look_up(route.prefix.ip()).is_some());
         }

@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display, Formatter};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde::{Deserialize, Serialize};
 
 use crate::v1;
@@ -19,6 +19,10 @@ pub const MAX_ROUTES: usize = 10_000;
 /// `0.0.0.0/0`.
 const ALL_IPV4: IpNetwork =
     IpNetwork::V4(Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0).expect("0 is at most 32"));
+
+/// `::/0`.
+const ALL_IPV6: IpNetwork =
+    IpNetwork::V6(Ipv6Network::new_checked(Ipv6Addr::UNSPECIFIED, 0).expect("0 is at most 128"));
 
 /// What becomes of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,12 +208,13 @@ impl From<Route> for v1::Route {
     }
 }
 
-/// The routes that a VPC has without a table: its CIDR is on-link, its gateway takes the rest.
-pub fn defaults(cidr: Ipv4Network, gateway: Option<Ipv4Addr>) -> Vec<Route> {
-    let local = Route { prefix: cidr.into(), target: Target::Local };
-    let default =
-        gateway.map(|gateway| Route { prefix: ALL_IPV4, target: Target::Via(gateway.into()) });
-    [local].into_iter().chain(default).collect()
+/// The routes of one IP version that a VPC has without a table: its CIDR is on-link, its gateway
+/// takes the rest.
+pub fn defaults(cidr: IpNetwork, gateway: Option<IpAddr>) -> impl Iterator<Item = Route> {
+    let local = Route { prefix: cidr, target: Target::Local };
+    let all = if cidr.is_ipv4() { ALL_IPV4 } else { ALL_IPV6 };
+    let default = gateway.map(|gateway| Route { prefix: all, target: Target::Via(gateway) });
+    [local].into_iter().chain(default)
 }
 
 /// A route table, valid.
@@ -218,11 +223,11 @@ pub struct Table(BTreeMap<IpNetwork, Target>);
 
 impl Table {
     /// The table of these routes, and of those `defaults` whose prefixes they do not have. No next
-    /// hop may be `shared_address`.
+    /// hop may be one of the `shared_addresses`.
     pub fn new(
         routes: &[Route],
         defaults: &[Route],
-        shared_address: IpAddr,
+        shared_addresses: &[IpAddr],
     ) -> Result<Self, InvalidTable> {
         if routes.len() > MAX_ROUTES {
             return Err(InvalidTable::TooMany(routes.len()));
@@ -237,17 +242,21 @@ impl Table {
             table.entry(route.prefix).or_insert(route.target);
         }
         let table = Self(table);
-        table.check_next_hops(shared_address)?;
+        table.check_next_hops(shared_addresses)?;
         Ok(table)
     }
 
-    fn check_next_hops(&self, shared_address: IpAddr) -> Result<(), InvalidTable> {
+    fn check_next_hops(&self, shared_addresses: &[IpAddr]) -> Result<(), InvalidTable> {
         let lengths: BTreeSet<_> = self.0.keys().map(IpNetwork::prefix).collect();
         let mut on_link = BTreeSet::new();
         for (&prefix, &target) in &self.0 {
             let Target::Via(via) = target else { continue };
-            if via == shared_address {
+            if shared_addresses.contains(&via) {
                 return Err(InvalidTable::SharedAddress { prefix, via });
+            }
+            // RFC 4291, section 2.5.6: such addresses are of the link.
+            if matches!(via, IpAddr::V6(via) if via.is_unicast_link_local()) {
+                continue;
             }
             // Many routes share few next hops.
             if on_link.insert(via) && self.longest(via, &lengths) != Some(Target::Local) {

@@ -7,7 +7,10 @@ use proptest::prelude::*;
 use warren_proto::route::{InvalidTable, MAX_ROUTES, Route, Table, Target, defaults, parse_prefix};
 use warren_proto::v1;
 
-const SHARED: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 0, 9));
+const SHARED: [IpAddr; 2] = [
+    IpAddr::V4(std::net::Ipv4Addr::new(10, 1, 0, 9)),
+    IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 9)),
+];
 
 fn route(text: &str) -> Route {
     text.parse().expect("it is a route")
@@ -15,8 +18,8 @@ fn route(text: &str) -> Route {
 
 fn table(routes: &[&str]) -> Result<Table, InvalidTable> {
     let routes: Vec<_> = routes.iter().map(|text| route(text)).collect();
-    let own = defaults("10.1.0.0/16".parse().expect("it is a CIDR"), None);
-    Table::new(&routes, &own, SHARED)
+    let own: Vec<_> = defaults("10.1.0.0/16".parse().expect("it is a CIDR"), None).collect();
+    Table::new(&routes, &own, &SHARED)
 }
 
 #[test]
@@ -53,11 +56,13 @@ fn what_is_no_table_is_told_with_a_remedy() {
         (&["10.1.0.2/32 via 10.1.0.2"], "not on-link"),
         (&["2001:db8::/32 via fd00::1"], "not on-link"),
         (&["10.9.0.0/16 via 10.1.0.9"], "shared address"),
+        (&["fd00::/64 local", "::/0 via fd00::9"], "fd00::9 of ::/0 is the VPC's shared address"),
     ] {
         let error = table(routes).expect_err(part).to_string();
         assert!(error.contains(part), "{error}");
     }
     assert!(table(&["2001:db8::/32 via fd00::1", "fd00::/64 local"]).is_ok());
+    assert!(table(&["2001:db8::/32 via fe80::1"]).is_ok(), "on-link, always");
 
     let routes: Vec<_> = (0..=MAX_ROUTES as u32)
         .map(|n| Route {
@@ -65,17 +70,23 @@ fn what_is_no_table_is_told_with_a_remedy() {
             target: Target::Blackhole,
         })
         .collect();
-    assert!(Table::new(&routes[1..], &[], SHARED).is_ok());
-    assert_eq!(Table::new(&routes, &[], SHARED), Err(InvalidTable::TooMany(10_001)));
+    assert!(Table::new(&routes[1..], &[], &SHARED).is_ok());
+    assert_eq!(Table::new(&routes, &[], &SHARED), Err(InvalidTable::TooMany(10_001)));
 }
 
 #[test]
 fn a_table_overrules_what_the_vpc_has_without() {
-    let own = defaults("10.1.0.0/16".parse().unwrap(), Some([10, 1, 0, 1].into()));
-    let none = Table::new(&[], &own, SHARED).unwrap();
+    let v4 = defaults("10.1.0.0/16".parse().unwrap(), Some([10, 1, 0, 1].into()));
+    let v6 = defaults("fd00::/64".parse().unwrap(), Some("fe80::1".parse().unwrap()));
+    let own: Vec<_> = v4.chain(v6).collect();
+    let none = Table::new(&[], &own, &SHARED).unwrap();
     let all: Vec<_> = none.iter().map(|route| route.to_string()).collect();
-    assert_eq!(all, ["0.0.0.0/0 via 10.1.0.1", "10.1.0.0/16 local"]);
-    let closed = Table::new(&[route("0.0.0.0/0 blackhole")], &own, SHARED).unwrap();
+    let wanted =
+        ["0.0.0.0/0 via 10.1.0.1", "10.1.0.0/16 local", "::/0 via fe80::1", "fd00::/64 local"];
+    assert_eq!(all, wanted);
+    let closed = Table::new(&[route("0.0.0.0/0 blackhole")], &own, &SHARED).unwrap();
+    let gateway = Target::Via("fe80::1".parse().unwrap());
+    assert_eq!(closed.look_up("2001:db8::1".parse().unwrap()), Some(gateway));
     assert_eq!(closed.look_up([8, 8, 8, 8].into()), Some(Target::Blackhole));
     assert_eq!(closed.look_up([10, 1, 2, 3].into()), Some(Target::Local));
 }
@@ -119,7 +130,7 @@ proptest! {
     ) {
         let routes: Vec<_> =
             routes.into_iter().map(|(prefix, target)| Route { prefix, target }).collect();
-        let table = Table::new(&routes, &[], SHARED).unwrap();
+        let table = Table::new(&routes, &[], &SHARED).unwrap();
         for address in addresses {
             let holding = routes.iter().filter(|route| holds(route.prefix, address));
             let longest = holding.max_by_key(|route| route.prefix.prefix());

@@ -15,6 +15,9 @@ pub struct VpcRow {
     shared_address: String,
     interface: String,
     gateway: Option<String>,
+    cidr_v6: Option<String>,
+    shared_address_v6: Option<String>,
+    gateway_v6: Option<String>,
     ports_per_host: u32,
     resolver: Option<String>,
     search_domain: Option<String>,
@@ -29,6 +32,9 @@ impl From<v1::Vpc> for VpcRow {
             shared_address: vpc.shared_address,
             interface: vpc.interface,
             gateway: some(vpc.gateway),
+            cidr_v6: some(vpc.cidr_v6),
+            shared_address_v6: some(vpc.shared_address_v6),
+            gateway_v6: some(vpc.gateway_v6),
             ports_per_host: vpc.ports_per_host,
             resolver: some(vpc.resolver),
             search_domain: some(vpc.search_domain),
@@ -44,6 +50,9 @@ impl Row for VpcRow {
         "SHARED ADDRESS",
         "INTERFACE",
         "GATEWAY",
+        "CIDR V6",
+        "SHARED ADDRESS V6",
+        "GATEWAY V6",
         "PORTS PER HOST",
         "RESOLVER",
         "SEARCH DOMAIN",
@@ -57,6 +66,9 @@ impl Row for VpcRow {
             self.shared_address.clone(),
             self.interface.clone(),
             dash(self.gateway.as_deref()),
+            dash(self.cidr_v6.as_deref()),
+            dash(self.shared_address_v6.as_deref()),
+            dash(self.gateway_v6.as_deref()),
             self.ports_per_host.to_string(),
             dash(self.resolver.as_deref()),
             dash(self.search_domain.as_deref()),
@@ -312,16 +324,21 @@ mod tests {
             ports_per_host: 1024,
             resolver: "10.1.0.2".into(),
             search_domain: String::new(),
+            cidr_v6: "fd00:1::/64".into(),
+            shared_address_v6: "fd00:1::9".into(),
+            gateway_v6: String::new(),
         });
         assert_eq!(
             one(Output::Table, &row),
-            "NAME  VNI   CIDR         SHARED ADDRESS  INTERFACE  GATEWAY  PORTS PER HOST  RESOLVER  \
-             SEARCH DOMAIN\n\
-             blue  4096  10.1.0.0/16  10.1.0.9        eth1       -        1024            10.1.0.2  -"
+            "NAME  VNI   CIDR         SHARED ADDRESS  INTERFACE  GATEWAY  CIDR V6      \
+             SHARED ADDRESS V6  GATEWAY V6  PORTS PER HOST  RESOLVER  SEARCH DOMAIN\n\
+             blue  4096  10.1.0.0/16  10.1.0.9        eth1       -        fd00:1::/64  \
+             fd00:1::9          -           1024            10.1.0.2  -"
         );
         let json: serde_json::Value = serde_json::from_str(&one(Output::Json, &row)).unwrap();
         assert_eq!(json["vni"], 4096);
-        assert!(json["gateway"].is_null());
+        assert!(json["gateway"].is_null() && json["gateway_v6"].is_null());
+        assert_eq!(json["shared_address_v6"], "fd00:1::9");
     }
 
     #[test]

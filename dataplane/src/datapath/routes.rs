@@ -1,6 +1,7 @@
 //! The route tables of a proxy's VPCs: one trie for all of them.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{MapData, MapError};
@@ -23,6 +24,21 @@ pub(super) fn map_specs() -> [MapSpec; 2] {
         MapSpec::new::<Key<RouteKey>, Route>(names::ROUTES, MAX_ROUTES),
         MapSpec::new::<u32, CachedRoute>(names::ROUTE_CACHE, CachedRoute::PLACES),
     ]
+}
+
+impl ProxyVpc {
+    /// The routes that it has without a table, and beside one that does not overrule them.
+    fn default_routes(&self) -> Vec<Definition> {
+        let v4 = defaults(self.cidr.into(), self.gateway.map(Into::into));
+        let v6 = self.v6.map(|v6| defaults(v6.cidr.into(), v6.gateway.map(Into::into)));
+        v4.chain(v6.into_iter().flatten()).collect()
+    }
+
+    /// The addresses in the VPC that guests appear as.
+    fn shared_addresses(&self) -> Vec<IpAddr> {
+        let v6 = self.v6.map(|v6| v6.shared_address.into());
+        [self.shared_address.into()].into_iter().chain(v6).collect()
+    }
 }
 
 /// The trie, and what it holds: this process is the only one to write.
@@ -72,7 +88,7 @@ impl Routes {
 
     /// The routes of a VPC's own table.
     pub fn of(&self, vpc: &ProxyVpc) -> Vec<Definition> {
-        let defaults = defaults(vpc.cidr, vpc.gateway);
+        let defaults = vpc.default_routes();
         let present = self.present.get(&vpc.vni).into_iter().flatten();
         let routes = present.filter_map(|(&(length, key), route)| definition(length, key, route));
         routes.filter(|route| !defaults.contains(route)).collect()
@@ -92,8 +108,7 @@ pub(super) fn entries(vpc: &ProxyVpc) -> Result<Entries, Error> {
     if vpc.routes.is_empty() {
         return Ok(Entries::new());
     }
-    let defaults = defaults(vpc.cidr, vpc.gateway);
-    let table = Table::new(&vpc.routes, &defaults, vpc.shared_address.into());
+    let table = Table::new(&vpc.routes, &vpc.default_routes(), &vpc.shared_addresses());
     let table = table.map_err(Error::Routes)?;
     let ipv4 = RouteKey { vni: vpc.vni, address: RouteKey::IPV4 };
     let none = Route::new(Route::NONE);
@@ -135,6 +150,7 @@ fn definition(length: u32, key: RouteKey, route: &Route) -> Option<Definition> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ProxyVpcV6;
     use super::*;
 
     fn vpc(routes: &[&str]) -> ProxyVpc {
@@ -144,7 +160,11 @@ mod tests {
             shared_address: [10, 1, 0, 9].into(),
             cidr: "10.1.0.0/16".parse().unwrap(),
             gateway: Some([10, 1, 0, 1].into()),
-            v6: None,
+            v6: Some(ProxyVpcV6 {
+                shared_address: "2001:db8:1::9".parse().unwrap(),
+                cidr: "2001:db8:1::/64".parse().unwrap(),
+                gateway: Some("fe80::1".parse().unwrap()),
+            }),
             holders: vec![],
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
         }
@@ -156,7 +176,7 @@ mod tests {
         let entries = entries(&vpc(&routes)).unwrap();
         let lengths: Vec<_> = entries.keys().map(|(length, _)| *length).collect();
         // The default route of IPv4 stands where otherwise the entry is that keeps it from `::/0`.
-        assert_eq!(lengths, [40, 96, 128, 144, 144]);
+        assert_eq!(lengths, [32, 40, 96, 96, 128, 144, 144]);
         let mut found: Vec<_> = entries
             .iter()
             .filter_map(|(&(length, key), route)| definition(length, key, route))
@@ -165,6 +185,7 @@ mod tests {
         found.sort();
         let mut wanted = routes.to_vec();
         wanted.extend(["0.0.0.0/0 via 10.1.0.1", "10.1.0.0/16 local"]);
+        wanted.extend(["::/0 via fe80::1", "2001:db8:1::/64 local"]);
         wanted.sort_unstable();
         assert_eq!(found, wanted);
     }

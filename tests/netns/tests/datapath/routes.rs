@@ -309,8 +309,8 @@ fn packets_go_where_the_longest_prefix_says() {
         for ((vni, routes), capture) in [VNI_A, VNI_B].into_iter().zip(tables).zip(&captures) {
             let vpc = with_routes(vni, routes.clone());
             bed.topology.proxy.run(|| bed.proxy().apply_vpc(&vpc)).expect("it takes the VPC");
-            let own = defaults(vpc.cidr, vpc.gateway);
-            let model = Table::new(&routes, &own, SHARED.into()).expect("it is a table");
+            let own = defaults(vpc.cidr.into(), vpc.gateway.map(Into::into)).collect::<Vec<_>>();
+            let model = Table::new(&routes, &own, &[SHARED.into()]).expect("it is a table");
             // Each destination twice: looked up, and from the cache.
             let mut wanted = BTreeMap::new();
             for (number, &destination) in (0u8..).zip(destinations.iter().chain(&destinations)) {
