@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use warren_proto::endpoint::Endpoint;
+use warren_proto::limits::Limits;
 
 use crate::error::EXIT_CODES;
 use crate::flows::Moment;
 use crate::probe::Operation;
+use crate::security::{GuardArguments, SecurityGroupCommand};
 
 /// Runs microVMs that stand in your VPCs.
 #[derive(Debug, Parser)]
@@ -58,6 +60,9 @@ pub enum Command {
     /// Where packets go in a VPC.
     #[command(subcommand)]
     Route(RouteCommand),
+    /// Which flows microVMs may have.
+    #[command(subcommand)]
+    SecurityGroup(SecurityGroupCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -66,6 +71,9 @@ pub enum VpcCommand {
     Create(VpcCreate),
     /// List the VPCs.
     Ls,
+    /// Show or change what holds for a VPC's microVMs that have no security groups or limits of
+    /// their own. Without a flag it shows it; what no flag names stays.
+    Guard(GuardArguments),
 }
 
 #[derive(Debug, Args)]
@@ -274,6 +282,13 @@ pub struct VmRun {
     /// Host to start on; the one with the most free slots otherwise.
     #[arg(long)]
     pub host: Option<String>,
+    /// Security group of the VPC, instead of its default ones. May be repeated.
+    #[arg(long = "security-group", value_name = "NAME")]
+    pub security_groups: Vec<String>,
+    /// Limits instead of the VPC's, such as packets=20k,bits=1G,new-flows=100,flows=2000,ports=500;
+    /// none: no limits.
+    #[arg(long = "limit", value_name = "LIMITS")]
+    pub limits: Option<Limits>,
     /// How many to start, at the same time.
     #[arg(long, value_name = "NUMBER", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..))]

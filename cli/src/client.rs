@@ -5,11 +5,13 @@ use tonic::{Response, Status};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
-    AddRoutesRequest, CallInstanceRequest, CreateVpcRequest, DeleteRoutesRequest,
-    FindFleetMappingsRequest, Host, HostDrops, HostFlows, HostMappings, Instance,
+    AddRoutesRequest, CallInstanceRequest, ChangeSecurityRulesRequest, CreateSecurityGroupRequest,
+    CreateVpcRequest, DeleteRoutesRequest, DeleteSecurityGroupRequest, FindFleetMappingsRequest,
+    GetSecurityRequest, GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, Instance,
     ListFleetDropsRequest, ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest,
     ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route,
-    RunInstanceRequest, RunInstanceResponse, StopInstanceRequest, Vpc,
+    RunInstanceRequest, RunInstanceResponse, SecurityDefaults, SecurityGroup,
+    SetSecurityDefaultsRequest, StopInstanceRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -100,6 +102,43 @@ impl Client {
 
     pub async fn routes(&mut self, vpc: String) -> Result<ListRoutesResponse, Error> {
         let answer = self.service.list_routes(ListRoutesRequest { vpc }).await;
+        self.unwrap(answer)
+    }
+
+    pub async fn create_group(
+        &mut self,
+        request: CreateSecurityGroupRequest,
+    ) -> Result<SecurityGroup, Error> {
+        let answer = self.service.create_security_group(request).await;
+        self.unwrap(answer)?.group.ok_or(Error::Incomplete("the security group"))
+    }
+
+    pub async fn change_rules(
+        &mut self,
+        request: ChangeSecurityRulesRequest,
+    ) -> Result<SecurityGroup, Error> {
+        let answer = self.service.change_security_rules(request).await;
+        self.unwrap(answer)?.group.ok_or(Error::Incomplete("the security group"))
+    }
+
+    pub async fn delete_group(&mut self, request: DeleteSecurityGroupRequest) -> Result<(), Error> {
+        let answer = self.service.delete_security_group(request).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn set_defaults(
+        &mut self,
+        request: SetSecurityDefaultsRequest,
+    ) -> Result<SecurityDefaults, Error> {
+        let answer = self.service.set_security_defaults(request).await;
+        self.unwrap(answer)?.defaults.ok_or(Error::Incomplete("the defaults"))
+    }
+
+    pub async fn security(
+        &mut self,
+        request: GetSecurityRequest,
+    ) -> Result<GetSecurityResponse, Error> {
+        let answer = self.service.get_security(request).await;
         self.unwrap(answer)
     }
 

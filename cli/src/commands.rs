@@ -18,6 +18,7 @@ use crate::flows;
 use crate::probe::Operation;
 use crate::render::{self, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 use crate::route;
+use crate::security;
 
 /// Runs the command and prints its result on standard output.
 pub async fn run(arguments: Arguments) -> Result<(), Error> {
@@ -36,6 +37,9 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
             let rows: Vec<_> = client.vpcs().await?.into_iter().map(VpcRow::from).collect();
             print(&render::list(output, &rows))
         }
+        Command::Vpc(VpcCommand::Guard(arguments)) => {
+            security::guard(client, output, arguments).await
+        }
         Command::Host(HostCommand::Ls) => {
             let rows: Vec<_> = client.hosts().await?.into_iter().map(HostRow::from).collect();
             print(&render::list(output, &rows))
@@ -49,6 +53,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Flows(arguments) => flows::show(client, output, arguments).await,
         Command::NatLog(arguments) => flows::nat_log(client, output, arguments).await,
         Command::Route(command) => route::run(client, output, command).await,
+        Command::SecurityGroup(command) => security::run(client, output, command).await,
         Command::Vm(VmCommand::Ls) => {
             let rows = instance_rows(client.instances().await?);
             print(&render::list(output, &rows))
@@ -85,6 +90,8 @@ async fn start(client: Client, output: Output, run: VmRun) -> Result<(), Error> 
         hostname: run.hostname.unwrap_or_default(),
         host: run.host.unwrap_or_default(),
         invocation: None,
+        security_groups: run.security_groups,
+        limits: run.limits.map(Into::into),
     };
     let mut starts = JoinSet::new();
     for _ in 0..run.count {

@@ -34,6 +34,12 @@ pub enum Error {
     /// A host does not tell of its flows.
     #[error("the flows of {host} are not known: {problem}")]
     FlowsUnknown { host: String, problem: String },
+    /// A host does not tell how often its rules decided.
+    #[error("the counters of {host} are not known: {problem}")]
+    HitsUnknown { host: String, problem: String },
+    /// No such security group.
+    #[error("VPC \"{vpc}\" has no security group \"{name}\"")]
+    NoGroup { vpc: String, name: String },
     /// The instance does not run the probe.
     #[error("the instance's answer is not a probe's")]
     NotAProbe,
@@ -65,11 +71,15 @@ impl Error {
             Self::Incomplete(_) | Self::NotAProbe => {
                 Some("are warren, warren-control and warrend of the same version?".into())
             }
+            Self::NoGroup { vpc, .. } => {
+                Some(format!("`warren security-group ls {vpc}` lists them"))
+            }
             Self::Some { first, .. } => first.hint(),
             Self::Refused { .. }
             | Self::Usage(_)
             | Self::DropsUnknown { .. }
             | Self::FlowsUnknown { .. }
+            | Self::HitsUnknown { .. }
             | Self::Probe(_)
             | Self::Output(_) => None,
         }
@@ -80,8 +90,11 @@ impl Error {
         match self {
             Self::Incomplete(_) | Self::NotAProbe | Self::Output(_) => 1,
             Self::Usage(_) | Self::Ambiguous { .. } => 2,
-            Self::Connect(_) | Self::DropsUnknown { .. } | Self::FlowsUnknown { .. } => 3,
-            Self::NoInstance(_) => 4,
+            Self::Connect(_)
+            | Self::DropsUnknown { .. }
+            | Self::FlowsUnknown { .. }
+            | Self::HitsUnknown { .. } => 3,
+            Self::NoInstance(_) | Self::NoGroup { .. } => 4,
             Self::Probe(_) => 6,
             Self::Some { first, .. } => first.exit_code(),
             Self::Refused { status, .. } => match status.code() {

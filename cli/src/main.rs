@@ -9,6 +9,7 @@ mod flows;
 mod probe;
 mod render;
 mod route;
+mod security;
 
 use std::process::ExitCode;
 

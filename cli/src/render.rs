@@ -5,6 +5,7 @@ mod flows;
 mod probe;
 mod routes;
 mod rows;
+mod security;
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
@@ -16,6 +17,7 @@ pub use flows::{FlowRow, MappingRow};
 pub use probe::probe;
 pub use routes::{RouteRow, route_rows};
 pub use rows::{HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+pub use security::{DeletedGroupRow, GuardRow, group_rows, rule_rows};
 
 /// Something that is a row of a table and an object in JSON.
 pub trait Row: Serialize {

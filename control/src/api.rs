@@ -3,16 +3,20 @@
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use warren_proto::limits::Limits;
 use warren_proto::v1::control_service_server::ControlService;
 use warren_proto::v1::{
     AddRoutesRequest, AddRoutesResponse, CallInstanceRequest, CallInstanceResponse,
-    CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
-    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, InvokeInstanceRequest,
-    ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse,
-    ListHostsRequest, ListHostsResponse, ListInstancesRequest, ListInstancesResponse,
-    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
-    ReplaceRoutesResponse, RunInstanceRequest, RunInstanceResponse, StartInstanceRequest,
-    StopInstanceRequest, StopInstanceResponse,
+    ChangeSecurityRulesRequest, ChangeSecurityRulesResponse, CreateSecurityGroupRequest,
+    CreateSecurityGroupResponse, CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest,
+    DeleteRoutesResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse,
+    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, GetSecurityRequest,
+    GetSecurityResponse, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
+    ListFleetFlowsRequest, ListFleetFlowsResponse, ListHostsRequest, ListHostsResponse,
+    ListInstancesRequest, ListInstancesResponse, ListRoutesRequest, ListRoutesResponse,
+    ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest, ReplaceRoutesResponse, RuleHits,
+    RunInstanceRequest, RunInstanceResponse, SetSecurityDefaultsRequest,
+    SetSecurityDefaultsResponse, StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
@@ -21,7 +25,7 @@ use crate::fleet::Fleet;
 use crate::name::{self, InvalidName};
 use crate::status::of_agent;
 use crate::store::Store;
-use crate::{flows, routes, vpc};
+use crate::{flows, routes, security, vpc};
 
 /// The service.
 pub struct Api {
@@ -68,7 +72,8 @@ impl ControlService for Api {
         &self,
         request: Request<RunInstanceRequest>,
     ) -> Result<Response<RunInstanceResponse>, Status> {
-        let RunInstanceRequest { vpc, hostname, host, invocation } = request.into_inner();
+        let RunInstanceRequest { vpc, hostname, host, invocation, security_groups, limits } =
+            request.into_inner();
         if !hostname.is_empty() {
             name::label(&hostname).map_err(|InvalidName(problem)| {
                 Status::invalid_argument(format!("hostname: {problem}"))
@@ -77,10 +82,16 @@ impl ControlService for Api {
         if !self.deployer.knows(&vpc).await? {
             return Err(DeployError::UnknownVpc(vpc).into());
         }
+        self.deployer
+            .with_security(&vpc, |known| security::check_groups(known, &vpc, &security_groups))?;
+        if let Some(limits) = &limits {
+            Limits::try_from(limits)
+                .map_err(|problem| Status::invalid_argument(format!("limits: {problem}")))?;
+        }
         let wanted = (!host.is_empty()).then_some(host.as_str());
         let mut place = self.fleet.reserve(wanted)?;
         self.deployer.ensure(&vpc, &place.host, place.session).await?;
-        let start = StartInstanceRequest { vpc, hostname, invocation };
+        let start = StartInstanceRequest { vpc, hostname, invocation, security_groups, limits };
         let started = place
             .agent
             .start_instance(start)
@@ -198,5 +209,63 @@ impl ControlService for Api {
         let messages = |routes: Vec<_>| routes.into_iter().map(Into::into).collect();
         let (routes, defaults) = (messages(routes), messages(defaults));
         Ok(Response::new(ListRoutesResponse { routes, defaults }))
+    }
+    async fn create_security_group(
+        &self,
+        request: Request<CreateSecurityGroupRequest>,
+    ) -> Result<Response<CreateSecurityGroupResponse>, Status> {
+        let CreateSecurityGroupRequest { vpc, name, rules } = request.into_inner();
+        let security = security::create(&*self.store, &vpc, &name, &rules).await?;
+        self.deployer.take_in_security(&vpc).await?;
+        let group = security.group_message(&name);
+        Ok(Response::new(CreateSecurityGroupResponse { group }))
+    }
+
+    async fn delete_security_group(
+        &self,
+        request: Request<DeleteSecurityGroupRequest>,
+    ) -> Result<Response<DeleteSecurityGroupResponse>, Status> {
+        let DeleteSecurityGroupRequest { vpc, name } = request.into_inner();
+        security::delete(&*self.store, &self.fleet, &vpc, &name).await?;
+        self.deployer.take_in_security(&vpc).await?;
+        Ok(Response::new(DeleteSecurityGroupResponse {}))
+    }
+
+    async fn change_security_rules(
+        &self,
+        request: Request<ChangeSecurityRulesRequest>,
+    ) -> Result<Response<ChangeSecurityRulesResponse>, Status> {
+        let request = request.into_inner();
+        let security = security::change_rules(&*self.store, &self.fleet, &request).await?;
+        self.deployer.take_in_security(&request.vpc).await?;
+        let group = security.group_message(&request.group);
+        Ok(Response::new(ChangeSecurityRulesResponse { group }))
+    }
+
+    async fn set_security_defaults(
+        &self,
+        request: Request<SetSecurityDefaultsRequest>,
+    ) -> Result<Response<SetSecurityDefaultsResponse>, Status> {
+        let request = request.into_inner();
+        let defaults = security::set_defaults(&*self.store, &request).await?;
+        self.deployer.take_in_security(&request.vpc).await?;
+        let defaults = Some((&defaults).into());
+        Ok(Response::new(SetSecurityDefaultsResponse { defaults }))
+    }
+
+    async fn get_security(
+        &self,
+        request: Request<GetSecurityRequest>,
+    ) -> Result<Response<GetSecurityResponse>, Status> {
+        let GetSecurityRequest { vpc, with_hits } = request.into_inner();
+        let counted = if with_hits {
+            security::count(&*self.store, &self.fleet, &vpc).await?
+        } else {
+            let security = security::get(&*self.store, &vpc).await?;
+            security::Counted { security, ..security::Counted::default() }
+        };
+        let security::Counted { security, hits, silent } = counted;
+        let hits = hits.into_iter().map(|(id, hits)| RuleHits { id, hits }).collect();
+        Ok(Response::new(GetSecurityResponse { security: Some((&security).into()), hits, silent }))
     }
 }

@@ -14,12 +14,14 @@ use tokio::time::Instant;
 use tokio_stream::StreamExt;
 use tonic::Status;
 use warren_proto::route::Route;
+use warren_proto::security::Security;
 use warren_proto::v1::{self, ApplyVpcRequest};
 
 use crate::fleet::{Agent, Fleet, Peer, Session};
 use crate::plan::{Node, Plan, plan};
 use crate::ports::{Exhausted, Leases};
 use crate::routes::ROUTES_PREFIX;
+use crate::security::{SECURITY_PREFIX, Stored};
 use crate::store::{Event, Events, Precondition, Revision, Store, StoreError, Write, decode};
 use crate::vpc::{self, VPC_PREFIX, Vpc};
 
@@ -110,9 +112,20 @@ struct State {
 struct Network {
     vpc: Option<Vpc>,
     routes: Vec<v1::Route>,
+    security: Secured,
     leases: Leases,
     agents: HashMap<String, Told>,
     plan: Plan,
+}
+
+/// The security of a VPC.
+#[derive(Default)]
+struct Secured {
+    security: Security,
+    /// None was ever stored, if there is none.
+    message: Option<v1::VpcSecurity>,
+    /// When it was stored.
+    revision: Revision,
 }
 
 /// What one agent was told of one VPC.
@@ -139,7 +152,7 @@ impl Deployer {
         let (revision, entries) = store.list("").await?;
         let mut state = State::default();
         for entry in entries {
-            state.take_in(&entry.key, Some(&entry.value))?;
+            state.take_in(&entry.key, Some(&entry.value), entry.revision)?;
         }
         let deployer = Arc::new(Self {
             store,
@@ -189,6 +202,26 @@ impl Deployer {
         }
         // It may have been stored a moment ago.
         Ok(vpc::get(&*self.store, vpc).await?.is_some())
+    }
+
+    /// Takes in the security of a VPC as it is stored now: whatever starts after this waits until
+    /// its host has it.
+    pub async fn take_in_security(&self, vpc: &str) -> Result<(), StoreError> {
+        let key = format!("{SECURITY_PREFIX}{vpc}");
+        if let Some(entry) = self.store.get(&key).await? {
+            self.lock().take_in(&key, Some(&entry.value), entry.revision)?;
+            self.wake.send_replace(());
+        }
+        Ok(())
+    }
+
+    /// The security of a VPC, as far as it is taken in.
+    pub fn with_security<T>(&self, vpc: &str, look: impl FnOnce(&Security) -> T) -> T {
+        let state = self.lock();
+        match state.networks.get(vpc) {
+            Some(network) => look(&network.security.security),
+            None => look(&Security::default()),
+        }
     }
 
     /// Leases the host its ports of the VPC's shared address, if it has none.
@@ -349,7 +382,12 @@ impl Deployer {
 
 impl State {
     /// Takes in a key of the store.
-    fn take_in(&mut self, key: &str, value: Option<&[u8]>) -> Result<(), StoreError> {
+    fn take_in(
+        &mut self,
+        key: &str,
+        value: Option<&[u8]>,
+        revision: Revision,
+    ) -> Result<(), StoreError> {
         let name = if let Some(name) = key.strip_prefix(VPC_PREFIX) {
             self.network(name).vpc = value.map(|value| decode(key, value)).transpose()?;
             name
@@ -360,6 +398,18 @@ impl State {
         } else if let Some(name) = key.strip_prefix(ROUTES_PREFIX) {
             let routes: Option<Vec<Route>> = value.map(|value| decode(key, value)).transpose()?;
             self.network(name).routes = routes.into_iter().flatten().map(Into::into).collect();
+            name
+        } else if let Some(name) = key.strip_prefix(SECURITY_PREFIX) {
+            let stored: Option<Stored> = value.map(|value| decode(key, value)).transpose()?;
+            let network = self.network(name);
+            // It may have been taken in before the event came.
+            if revision <= network.security.revision {
+                return Ok(());
+            }
+            let security = stored.unwrap_or_default().security;
+            let message = Some((&security).into());
+            network.security = Secured { security, message, revision };
+            network.plan.ready.clear();
             name
         } else {
             return Ok(());
@@ -396,7 +446,9 @@ impl Network {
             };
             (name.clone(), node)
         };
-        let mut plan = plan(vpc, &self.routes, &self.leases, &peers.iter().map(node).collect());
+        let nodes = peers.iter().map(node).collect();
+        let mut plan =
+            plan(vpc, &self.routes, self.security.message.as_ref(), &self.leases, &nodes);
         if !settled {
             // The proxy that hosts send to may be about to register again: do not move them.
             plan.pushes.retain(|name, _| plan.proxies.contains(name));
@@ -446,7 +498,7 @@ async fn run(deployer: std::sync::Weak<Deployer>, mut seen: Revision, mut events
                 match event {
                     Some(Ok(Event { key, value, revision })) => {
                         seen = revision;
-                        if let Err(error) = deployer.lock().take_in(&key, value.as_deref()) {
+                        if let Err(error) = deployer.lock().take_in(&key, value.as_deref(), revision) {
                             tracing::error!(%error, "not deployed");
                         }
                     }

@@ -1,7 +1,8 @@
 //! The control plane: its API, its state, and what follows from them.
 //!
 //! [`store`] holds what must outlive the process: VPCs ([`vpc`]), the ports that hosts hold of
-//! their shared addresses ([`ports`]), their route tables ([`routes`]), who the hosts and proxies are. [`fleet`] knows from
+//! their shared addresses ([`ports`]), their route tables ([`routes`]) and security groups
+//! ([`security`]), who the hosts and proxies are. [`fleet`] knows from
 //! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
 //! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
 //! host of an instance, [`drops`] collects what was dropped, [`flows`] who talks to whom.
@@ -21,6 +22,7 @@ pub mod placement;
 pub mod plan;
 pub mod ports;
 pub mod routes;
+pub mod security;
 pub mod status;
 pub mod store;
 pub mod vpc;

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use warren_proto::v1::apply_vpc_request::Role as Apply;
-use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route};
+use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route, VpcSecurity};
 
 use crate::fleet::{Role, Session};
 use crate::ports::Leases;
@@ -40,10 +40,11 @@ pub struct Plan {
     pub proxies: BTreeSet<String>,
 }
 
-/// Plans the deployment of one VPC, with its own routes, on all nodes.
+/// Plans the deployment of one VPC, with its own routes and security, on all nodes.
 pub fn plan(
     vpc: &Vpc,
     routes: &[Route],
+    security: Option<&VpcSecurity>,
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
 ) -> Plan {
@@ -75,6 +76,7 @@ pub fn plan(
                 proxy_address: owner.underlay_address.to_string(),
                 resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
                 search_domain: vpc.search_domain.clone(),
+                security: security.cloned(),
             }),
         );
         if host.acknowledged != Some(&request) {
@@ -174,6 +176,7 @@ mod tests {
     struct World {
         leases: Leases,
         routes: Vec<Route>,
+        security: Option<VpcSecurity>,
         nodes: BTreeMap<String, (Role, Option<Session>)>,
         acknowledged: BTreeMap<String, ApplyVpcRequest>,
     }
@@ -203,7 +206,8 @@ mod tests {
                 };
                 (name.clone(), node)
             });
-            plan(&vpc(), &self.routes, &self.leases, &nodes.collect())
+            let security = self.security.as_ref();
+            plan(&vpc(), &self.routes, security, &self.leases, &nodes.collect())
         }
 
         /// Plans, and lets these agents acknowledge; fails if nothing was to be pushed to one.
@@ -324,6 +328,18 @@ mod tests {
         world.acknowledged.remove("p1");
         assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
         world.acknowledge(&["p1"]);
+        assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn a_host_is_ready_again_when_it_knows_the_new_rules() {
+        let mut world = World::with(&["h1", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        world.acknowledge(&["h1"]);
+        world.security = Some(VpcSecurity::default());
+        assert_eq!((world.pushes(), world.ready()), (vec!["h1".into()], vec![]));
+        world.acknowledge(&["h1"]);
         assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
     }
 

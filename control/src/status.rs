@@ -8,6 +8,7 @@ use crate::fleet::{InstanceError, RegisterError};
 use crate::flows::FlowsError;
 use crate::placement::PlacementError;
 use crate::routes::RoutesError;
+use crate::security::SecurityError;
 use crate::store::StoreError;
 use crate::vpc::CreateVpcError;
 
@@ -127,6 +128,27 @@ impl From<RoutesError> for Status {
             RoutesError::UnknownVpc(_) | RoutesError::NoRoute { .. } => Code::NotFound,
             RoutesError::Exists { .. } => Code::AlreadyExists,
             RoutesError::Route(_) | RoutesError::Table(_) => Code::InvalidArgument,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<SecurityError> for Status {
+    fn from(error: SecurityError) -> Self {
+        let code = match error {
+            SecurityError::Store(error) => return error.into(),
+            SecurityError::UnknownVpc(_)
+            | SecurityError::UnknownGroup { .. }
+            | SecurityError::NoRule { .. } => Code::NotFound,
+            SecurityError::Exists { .. } => Code::AlreadyExists,
+            SecurityError::IsDefault { .. } | SecurityError::InUse { .. } => {
+                Code::FailedPrecondition
+            }
+            SecurityError::Name(_)
+            | SecurityError::Rule(_)
+            | SecurityError::Limits(_)
+            | SecurityError::TooManyRules { .. }
+            | SecurityError::TooManyGroups(_) => Code::InvalidArgument,
         };
         status(code, &error)
     }

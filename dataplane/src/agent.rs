@@ -6,13 +6,14 @@ use std::sync::Arc;
 use prometheus_client::registry::Registry;
 use tonic::{Request, Response, Status};
 use warren_proto::route::{InvalidRoute, Route};
+use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_proto::v1::agent_service_server::AgentService;
 use warren_proto::v1::apply_vpc_request::Role as VpcRole;
 use warren_vmm::client::ClientError;
 
 use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc, ProxyVpcV6};
-use crate::host::{Host, HostError, Started};
+use crate::host::{Host, HostError, Own, Started};
 use crate::metrics::flows::Flows;
 use crate::metrics::{self, Snapshot};
 use crate::pool::PoolError;
@@ -166,6 +167,20 @@ fn naming(vpc: &v1::HostVpc) -> Result<Naming, Status> {
     Ok(Naming { resolver, search_domain })
 }
 
+fn security(vpc: &v1::HostVpc) -> Result<Security, Status> {
+    let security = vpc.security.as_ref().map(TryInto::try_into).transpose();
+    let security = security
+        .map_err(|problem| Status::invalid_argument(format!("host.security: {problem}")))?;
+    Ok(security.unwrap_or_default())
+}
+
+fn own(request: &v1::StartInstanceRequest) -> Result<Own, Status> {
+    let limits = request.limits.as_ref().map(TryInto::try_into).transpose();
+    let limits =
+        limits.map_err(|problem| Status::invalid_argument(format!("limits: {problem}")))?;
+    Ok(Own { groups: request.security_groups.iter().cloned().collect(), limits })
+}
+
 fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyVpc, Status> {
     let holders = vpc.holders.iter().map(|holder| {
         let range = ports("proxy.holders.ports", holder.ports)?;
@@ -213,9 +228,9 @@ impl From<HostError> for Status {
     fn from(error: HostError) -> Self {
         let text = error.to_string();
         match error {
-            HostError::UnknownVpc(_) | HostError::VpcInUse { .. } => {
-                Self::failed_precondition(text)
-            }
+            HostError::UnknownVpc(_)
+            | HostError::UnknownGroup { .. }
+            | HostError::VpcInUse { .. } => Self::failed_precondition(text),
             HostError::Pool(PoolError::NoSlot) => Self::resource_exhausted(text),
             HostError::NoInstance(_) => Self::not_found(text),
             HostError::Hostname(_) | HostError::Query(_) => Self::invalid_argument(text),
@@ -253,7 +268,8 @@ impl AgentService for Agent {
         let request = request.into_inner();
         match (self, &request.role) {
             (Self::Host(host), Some(VpcRole::Host(vpc))) => {
-                host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?, naming(vpc)?)?;
+                let (naming, security) = (naming(vpc)?, security(vpc)?);
+                host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?, naming, security)?;
             }
             (Self::Proxy(proxy), Some(VpcRole::Proxy(vpc))) => {
                 proxy.apply_vpc(&proxy_vpc(&request, vpc)?)?;
@@ -286,9 +302,10 @@ impl AgentService for Agent {
         request: Request<v1::StartInstanceRequest>,
     ) -> Result<Response<v1::StartInstanceResponse>, Status> {
         let request = request.into_inner();
+        let own = own(&request)?;
         let Started { instance, timings, reply } = self
             .host()?
-            .start(&request.vpc, &request.hostname, request.invocation.as_deref())
+            .start(&request.vpc, &request.hostname, own, request.invocation.as_deref())
             .await?;
         let (instance, timings) = (Some(instance), Some(timings));
         Ok(Response::new(v1::StartInstanceResponse { instance, timings, reply }))
@@ -331,6 +348,14 @@ impl AgentService for Agent {
         request: Request<v1::FindMappingsRequest>,
     ) -> Result<Response<v1::FindMappingsResponse>, Status> {
         Ok(Response::new(self.host()?.find_mappings(request.into_inner()).await?))
+    }
+
+    async fn list_rule_hits(
+        &self,
+        request: Request<v1::ListRuleHitsRequest>,
+    ) -> Result<Response<v1::ListRuleHitsResponse>, Status> {
+        let vni = vni(request.into_inner().vni)?;
+        Ok(Response::new(v1::ListRuleHitsResponse { hits: self.host()?.rule_hits(vni)? }))
     }
 
     async fn list_drops(

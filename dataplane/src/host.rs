@@ -2,6 +2,7 @@
 
 mod directory;
 mod flows;
+mod guards;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
+use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
 use warren_vmm::control::{
@@ -29,6 +31,8 @@ use crate::pool::{Pool, PoolError, Taken};
 use crate::refill::Policy;
 use crate::services::{self, Naming};
 
+pub use guards::Own;
+
 /// The longest an invocation may take.
 const INVOCATION_LIMIT: Duration = Duration::from_mins(5);
 /// Instances that ended by themselves are shown until so many newer ones did.
@@ -40,6 +44,14 @@ pub enum HostError {
     /// The VPC was never applied here.
     #[error("VPC \"{0}\" is not known on this host: apply it first")]
     UnknownVpc(String),
+    /// The VPC that was applied here has no such group.
+    #[error("VPC \"{vpc}\" has no security group \"{group}\" on this host: create it first")]
+    UnknownGroup {
+        /// VPC.
+        vpc: String,
+        /// Group.
+        group: String,
+    },
     /// It has instances.
     #[error("VPC {vni} has {instances} instances on this host: end them first")]
     VpcInUse {
@@ -99,6 +111,9 @@ struct Record {
     vpc: String,
     vni: u32,
     hostname: String,
+    /// Records of former versions have nothing of it.
+    #[serde(default)]
+    own: Own,
 }
 
 struct Instance {
@@ -119,6 +134,7 @@ struct State {
     /// Those that ended by themselves, oldest first.
     failed: VecDeque<Uuid>,
     vpcs: vpcs::Vpcs,
+    guards: guards::Guards,
     /// Names of VPCs, by their VNI: of those that were removed, too, since their flows end later.
     names: HashMap<u32, NamedVpc>,
     owners: Owners,
@@ -170,6 +186,7 @@ impl Host {
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;
         }
+        host.tidy_policies()?;
         tokio::spawn(host.pool.clone().fill());
         Ok(host)
     }
@@ -200,12 +217,21 @@ impl Host {
     }
 
     /// Makes a VPC known, or replaces what was known of it.
-    pub fn apply_vpc(&self, name: &str, vpc: &HostVpc, naming: Naming) -> Result<(), HostError> {
+    pub fn apply_vpc(
+        &self,
+        name: &str,
+        vpc: &HostVpc,
+        naming: Naming,
+        security: Security,
+    ) -> Result<(), HostError> {
         self.datapath.apply_vpc(vpc)?;
         let HostVpc { vni, shared_address, shared_address_v6, .. } = *vpc;
         let mut state = self.state();
+        if state.vpcs.get(name).is_none_or(|known| known.vni != vni || known.security != security) {
+            state.secure(&self.datapath, vni, &security)?;
+        }
         state.vpcs.retain(|_, other| other.vni != vni);
-        let vpc = vpcs::Vpc { vni, shared_address, naming };
+        let vpc = vpcs::Vpc { vni, shared_address, naming, security };
         state.names.insert(vni, named(name, &vpc, shared_address_v6));
         state.vpcs.insert(name.to_owned(), vpc);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
@@ -220,6 +246,7 @@ impl Host {
             return Err(HostError::VpcInUse { vni, instances });
         }
         self.datapath.remove_vpc(vni)?;
+        state.forget_policies(&self.datapath, vni)?;
         state.vpcs.retain(|_, other| other.vni != vni);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
@@ -260,6 +287,7 @@ impl Host {
         self: &Arc<Self>,
         vpc: &str,
         hostname: &str,
+        own: Own,
         invocation: Option<&[u8]>,
     ) -> Result<Started, HostError> {
         let clock = Clock::start();
@@ -269,9 +297,8 @@ impl Host {
             name if is_hostname(name) => name.to_owned(),
             name => return Err(HostError::Hostname(name.to_owned())),
         };
-        let vni = self.state().vpcs.get(vpc).map(|vpc| vpc.vni);
-        let vni = vni.ok_or_else(|| HostError::UnknownVpc(vpc.to_owned()))?;
-        let record = Record { id, vpc: vpc.to_owned(), vni, hostname };
+        let vni = self.state().vni_for(vpc, &own)?;
+        let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own };
         let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));
         let work = tokio::spawn(async move { host.start_to_end(clock, record, invocation).await });
         work.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
@@ -344,8 +371,7 @@ impl Host {
         let released = async {
             timings.attach_start_ns = clock.elapsed();
             // Connected first: the guest may send as soon as it is released.
-            let generation = self.datapath.attach(slot.number, record.vni)?;
-            self.state().owners.attached(slot.number, generation, record.id);
+            self.attach(record, slot)?;
             timings.attach_end_ns = clock.elapsed();
             Ok(microvm.release(&self.release_request(record, slot)?).await?)
         };
@@ -436,6 +462,7 @@ impl Host {
             pid: *pid as u32,
             state: state.into(),
             reason: failed.clone().unwrap_or_default(),
+            security_groups: record.own.groups.iter().cloned().collect(),
         }
     }
 
@@ -448,6 +475,10 @@ impl Host {
         let watcher = tokio::spawn(self.clone().watch(id, microvm, stopped));
         if let Some(generation) = self.generation(slot.number) {
             state.owners.attached(slot.number, generation, id);
+        }
+        // Rules may have changed since it was attached.
+        if let Err(error) = state.restrict(&self.datapath, &record, slot.number) {
+            tracing::error!(%id, slot = slot.number, "security groups not in force: {error}");
         }
         let instance = Instance { record, slot, pid, failed: None, stop, watcher };
         let described = self.describe(&instance);

@@ -1,6 +1,7 @@
 //! `warren.v1`: clients, servers and messages generated from `proto/warren/v1/*.proto`, where they
 //! are documented; [`endpoint`]: how a server is reached; [`server`]: how one is run; [`route`]: what
-//! makes a route table; [`policy`]: what makes a rule of a security group.
+//! makes a route table; [`policy`]: what makes a rule of a security group; [`limits`]: limits of an
+//! instance; [`security`]: a VPC's groups and defaults.
 #![deny(missing_docs)]
 
 /// Package `warren.v1`.
@@ -13,6 +14,8 @@ pub mod v1 {
 }
 
 pub mod endpoint;
+pub mod limits;
 pub mod policy;
 pub mod route;
+pub mod security;
 pub mod server;

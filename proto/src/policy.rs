@@ -251,6 +251,15 @@ impl TryFrom<v1::SecurityAction> for Action {
     }
 }
 
+impl Action {
+    /// That of the number of a [`v1::SecurityAction`].
+    pub fn from_number(number: i32) -> Result<Self, InvalidRule> {
+        v1::SecurityAction::try_from(number)
+            .map_err(|_| InvalidRule(format!("{number} is no action that is known here")))?
+            .try_into()
+    }
+}
+
 impl From<Action> for v1::SecurityAction {
     fn from(action: Action) -> Self {
         match action {
@@ -266,8 +275,7 @@ impl TryFrom<&v1::SecurityRule> for Rule {
     /// The rule without its number.
     fn try_from(rule: &v1::SecurityRule) -> Result<Self, InvalidRule> {
         let invalid = |what, value| InvalidRule(format!("{value} is no {what} that is known here"));
-        let action = v1::SecurityAction::try_from(rule.action)
-            .map_err(|_| invalid("action", rule.action))?;
+        let action = Action::from_number(rule.action)?;
         let protocol = match v1::SecurityProtocol::try_from(rule.protocol) {
             Ok(v1::SecurityProtocol::Unspecified) => Protocol::Any,
             Ok(v1::SecurityProtocol::Tcp) => Protocol::Tcp,
@@ -284,7 +292,7 @@ impl TryFrom<&v1::SecurityRule> for Rule {
             "" => None,
             text => Some(parse_prefix(text)?),
         };
-        Self::new(rule.priority, action.try_into()?, protocol, ports, peers)
+        Self::new(rule.priority, action, protocol, ports, peers)
     }
 }
 

@@ -164,6 +164,8 @@ pub struct InstanceRow {
     pid: u32,
     state: &'static str,
     reason: Option<String>,
+    /// None: the default ones of its VPC.
+    security_groups: Vec<String>,
 }
 
 impl InstanceRow {
@@ -185,6 +187,7 @@ impl InstanceRow {
             pid: instance.pid,
             state,
             reason: some(instance.reason),
+            security_groups: instance.security_groups,
         }
     }
 }
@@ -309,6 +312,7 @@ mod tests {
             pid: 4711,
             state: v1::InstanceState::Running.into(),
             reason: String::new(),
+            security_groups: vec![],
         }
     }
 

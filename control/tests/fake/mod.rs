@@ -231,6 +231,7 @@ pub struct Behaviour {
     pub reply: Mutex<Option<Vec<u8>>>,
     pub drops: Mutex<Vec<DropCount>>,
     pub flows: Mutex<Vec<Flow>>,
+    pub hits: Mutex<Vec<RuleHits>>,
 }
 
 impl Behaviour {
@@ -289,6 +290,7 @@ impl FakeAgent {
             reply: Mutex::default(),
             drops: Mutex::default(),
             flows: Mutex::default(),
+            hits: Mutex::default(),
         });
         let service = AgentServiceServer::new(Agent(behaviour.clone()));
         let server = Server::start(&endpoint, Services::default().with(service)).await;
@@ -389,6 +391,7 @@ impl AgentService for Agent {
             hostname: request.hostname,
             slot: instances.len() as u32 + 1,
             state: InstanceState::Running.into(),
+            security_groups: request.security_groups,
             ..Instance::default()
         };
         instances.insert(instance.id.clone(), instance.clone());
@@ -469,6 +472,15 @@ impl AgentService for Agent {
         let mappings: Vec<_> = mappings.collect();
         let total = mappings.len() as u64;
         Ok(Response::new(FindMappingsResponse { mappings, total, ..Default::default() }))
+    }
+
+    async fn list_rule_hits(
+        &self,
+        _: Request<ListRuleHitsRequest>,
+    ) -> Result<Response<ListRuleHitsResponse>, Status> {
+        let agent = &self.0;
+        agent.until_open().await;
+        Ok(Response::new(ListRuleHitsResponse { hits: agent.hits.lock().unwrap().clone() }))
     }
 
     async fn list_drops(

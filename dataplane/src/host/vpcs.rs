@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use warren_proto::security::Security;
 
 use super::HostError;
 use crate::services::Naming;
@@ -16,6 +17,8 @@ pub(super) struct Vpc {
     pub vni: u32,
     pub shared_address: Ipv4Addr,
     pub naming: Naming,
+    #[serde(default)]
+    pub security: Security,
 }
 
 /// VPCs by name.

@@ -217,16 +217,16 @@ fn an_upgrade_of_the_layout_that_fails_half_way_leaves_the_former_programs_at_wo
     let before = (hooks(&bed), pins(&bed));
     let options = bed.host_options();
     let streamed = during(
-        || stream(&guest.namespace, 6000),
+        || stream(&guest.namespace, 2500),
         || {
             try_open(&bed, &options).expect_err("something is in the way");
             assert_eq!((hooks(&bed), pins(&bed)), before);
         },
     );
-    assert_eq!(streamed, 6000);
+    assert_eq!(streamed, 2500);
     std::fs::remove_file(obstacle).expect("it can be unpinned");
-    let streamed = during(|| stream(&guest.namespace, 6000), || bed.reopen_host());
-    assert_eq!(streamed, 6000);
+    let streamed = during(|| stream(&guest.namespace, 2500), || bed.reopen_host());
+    assert_eq!(streamed, 2500);
     assert!(hooks(&bed).iter().all(|program| !before.0.contains(program)));
 }
 
@@ -252,13 +252,13 @@ fn an_upgrade_that_fails_half_way_puts_the_former_programs_back() {
     bed.host = None;
     let options = bed.host_options();
     let streamed = during(
-        || stream(&guest.namespace, 6000),
+        || stream(&guest.namespace, 2500),
         || {
             try_open(&bed, &options).expect_err("something is in the way");
             assert_eq!((hooks(&bed), pins(&bed)), before);
         },
     );
-    assert_eq!(streamed, 6000);
+    assert_eq!(streamed, 2500);
     std::fs::remove_file(obstacle).expect("it can be unpinned");
     bed.reopen_host();
     assert!(hooks(&bed).iter().all(|program| !before.0.contains(program)));
@@ -290,14 +290,14 @@ fn programs_that_the_kernel_rejects_change_nothing() {
         let mut options = bed.host_options();
         options.object = broken(&options.object, program);
         let streamed = during(
-            || stream(&guest.namespace, 6000),
+            || stream(&guest.namespace, 2500),
             || {
                 let error = try_open(&bed, &options).expect_err("the kernel rejects it");
                 let named = matches!(&error, Error::Program { object, .. } if object == program);
                 assert!(named, "{error}");
             },
         );
-        assert_eq!(streamed, 6000);
+        assert_eq!(streamed, 2500);
         assert_eq!((hooks(&bed), pins(&bed)), before);
     }
     bed.reopen_host();
