@@ -126,6 +126,25 @@ pub fn kvm_or_skip(test: &str) -> bool {
 impl Fleet {
     /// Starts everything, makes both VPCs, and waits until the pool is full.
     pub async fn start(options: FleetOptions) -> Result<Self> {
+        let fleet = Self::without_vpcs(options).await?;
+        for (vpc, interface) in VPCS.iter().zip(VPC_INTERFACES) {
+            let vpc = v1::Vpc {
+                name: (*vpc).to_owned(),
+                cidr: CIDR.to_owned(),
+                shared_address: SHARED.to_string(),
+                interface: interface.to_owned(),
+                resolver: SERVER.to_string(),
+                search_domain: "corp.internal".to_owned(),
+                ..v1::Vpc::default()
+            };
+            let request = v1::CreateVpcRequest { vpc: Some(vpc) };
+            fleet.control().await?.create_vpc(request).await?;
+        }
+        Ok(fleet)
+    }
+
+    /// Starts everything, and waits until the pool is full.
+    pub async fn without_vpcs(options: FleetOptions) -> Result<Self> {
         let topology = Topology::new()?;
         let run = RunDir::new()?;
         let template = template(&run, options.guest)?;
@@ -140,19 +159,6 @@ impl Fleet {
             fleet.wait_listening(daemon)?;
         }
         fleet.wait_registered().await?;
-        for (vpc, interface) in VPCS.iter().zip(VPC_INTERFACES) {
-            let vpc = v1::Vpc {
-                name: (*vpc).to_owned(),
-                cidr: CIDR.to_owned(),
-                shared_address: SHARED.to_string(),
-                interface: interface.to_owned(),
-                resolver: SERVER.to_string(),
-                search_domain: "corp.internal".to_owned(),
-                ..v1::Vpc::default()
-            };
-            let request = v1::CreateVpcRequest { vpc: Some(vpc) };
-            fleet.control().await?.create_vpc(request).await?;
-        }
         fleet.wait_parked(options.parked).await?;
         Ok(fleet)
     }
