@@ -57,6 +57,8 @@ pub enum Command {
     Flows(FlowsArguments),
     /// Who had a port of a VPC's shared address at some time.
     NatLog(NatLogArguments),
+    /// Packets of a microVM, on both sides of the NAT, as pcapng.
+    Capture(CaptureArguments),
     /// Where packets go in a VPC.
     #[command(subcommand)]
     Route(RouteCommand),
@@ -174,6 +176,24 @@ pub struct NatLogArguments {
     #[arg(long, value_name = "NUMBER", default_value_t = 1000,
         value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub limit: u32,
+}
+
+#[derive(Debug, Args)]
+pub struct CaptureArguments {
+    /// Id of the microVM, or its beginning.
+    pub instance: String,
+    /// As of tcpdump, such as 'tcp port 80'; applied on both sides, inside the tunnel.
+    #[arg(long, value_name = "EXPRESSION")]
+    pub filter: Option<String>,
+    /// End it after so many packets, of both sides together.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// End it after so many seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub seconds: Option<u32>,
+    /// File to write, or - for standard output.
+    #[arg(long, short, value_name = "FILE")]
+    pub write: PathBuf,
 }
 
 /// A protocol that has ports, or something like them.

@@ -1,17 +1,18 @@
 //! Calls to the control plane.
 
 use tonic::transport::Channel;
-use tonic::{Response, Status};
+use tonic::{Response, Status, Streaming};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
-    AddRoutesRequest, CallInstanceRequest, ChangeSecurityRulesRequest, CreateSecurityGroupRequest,
-    CreateVpcRequest, DeleteRoutesRequest, DeleteSecurityGroupRequest, FindFleetMappingsRequest,
-    GetSecurityRequest, GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, Instance,
-    ListFleetDropsRequest, ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest,
-    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route,
-    RunInstanceRequest, RunInstanceResponse, SecurityDefaults, SecurityGroup,
-    SetSecurityDefaultsRequest, StopInstanceRequest, Vpc,
+    AddRoutesRequest, CallInstanceRequest, CapturePacketsRequest, CapturePacketsResponse,
+    ChangeSecurityRulesRequest, CreateSecurityGroupRequest, CreateVpcRequest, DeleteRoutesRequest,
+    DeleteSecurityGroupRequest, FindFleetMappingsRequest, GetSecurityRequest, GetSecurityResponse,
+    Host, HostDrops, HostFlows, HostMappings, Instance, ListFleetDropsRequest,
+    ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest, ListRoutesRequest,
+    ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route, RunInstanceRequest,
+    RunInstanceResponse, SecurityDefaults, SecurityGroup, SetSecurityDefaultsRequest,
+    StopInstanceRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -142,10 +143,24 @@ impl Client {
         self.unwrap(answer)
     }
 
+    /// Packets of an instance, from now on.
+    pub async fn capture(
+        &mut self,
+        request: CapturePacketsRequest,
+    ) -> Result<Streaming<CapturePacketsResponse>, Error> {
+        let answer = self.service.capture_packets(request).await;
+        self.unwrap(answer)
+    }
+
+    /// The control plane's error.
+    pub fn refused(&self, status: Status) -> Error {
+        Error::Refused { endpoint: self.endpoint.clone(), status }
+    }
+
     fn unwrap<T>(&self, answer: Result<Response<T>, Status>) -> Result<T, Error> {
         match answer {
             Ok(response) => Ok(response.into_inner()),
-            Err(status) => Err(Error::Refused { endpoint: self.endpoint.clone(), status }),
+            Err(status) => Err(self.refused(status)),
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::args::{
     Arguments, Command, DropsArguments, HostCommand, Output, VmCommand, VmRun, VpcCommand,
     VpcCreate,
 };
+use crate::capture;
 use crate::client::Client;
 use crate::drops;
 use crate::error::Error;
@@ -52,6 +53,7 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         }
         Command::Flows(arguments) => flows::show(client, output, arguments).await,
         Command::NatLog(arguments) => flows::nat_log(client, output, arguments).await,
+        Command::Capture(arguments) => capture::run(client, output, arguments).await,
         Command::Route(command) => route::run(client, output, command).await,
         Command::SecurityGroup(command) => security::run(client, output, command).await,
         Command::Vm(VmCommand::Ls) => {

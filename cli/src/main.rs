@@ -1,6 +1,7 @@
 //! warren: drives the control plane from a shell.
 
 mod args;
+mod capture;
 mod client;
 mod commands;
 mod drops;

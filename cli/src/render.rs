@@ -1,5 +1,6 @@
 //! Results as text: tables for people, JSON for programs.
 
+mod capture;
 mod drops;
 mod flows;
 mod probe;
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 use crate::args::Output;
 
+pub use capture::CaptureRow;
 pub use drops::{DropRow, Scope, drop_rows};
 pub use flows::{FlowRow, MappingRow};
 pub use probe::probe;

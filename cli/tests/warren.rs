@@ -3,11 +3,14 @@
 #[path = "../../control/tests/fake/mod.rs"]
 mod fake;
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Output, Stdio};
 
 use fake::{Told, World};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pcap_file::pcapng::blocks::interface_statistics::InterfaceStatisticsOption;
+use pcap_file::pcapng::{Block, PcapNgReader};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout};
@@ -323,4 +326,56 @@ async fn routes_are_added_listed_replaced_and_deleted() {
         assert_eq!(got, code, "{line}: {error}");
         assert!(error.contains(part), "{line}: {error}");
     }
+}
+
+#[tokio::test]
+async fn a_capture_is_a_file_of_its_owners_with_what_was_lost() {
+    let world = World::new().await;
+    done(&world, CREATE).await;
+    let _h1 = world.host("h1", 1).await;
+    let _p1 = world.proxy("p1", 9).await;
+    let started = json(&world, "vm run --vpc blue").await;
+    let id = started[0]["id"].as_str().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.pcapng");
+    let line = format!("capture {} -o json -w {}", &id[..13], path.display());
+
+    let output = warren(&world, &format!("{line} --filter tcp")).await;
+    assert!(output.status.success(), "{output:?}");
+    let row: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&row["instance"], &row["ended"]), (&id.into(), &"instance".into()));
+    assert_eq!((&row["inside"], &row["outside"]), (&1.into(), &1.into()), "{row}");
+    assert_eq!((&row["inside_lost"], &row["outside_lost"]), (&0.into(), &3.into()), "{row}");
+    let metadata = std::fs::metadata(&path).unwrap();
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
+
+    let file = std::fs::read(&path).unwrap();
+    let mut reader = PcapNgReader::new(&file[..]).unwrap();
+    let (mut packets, mut lost) = (vec![], vec![]);
+    while let Some(block) = reader.next_block() {
+        match block.unwrap().0 {
+            Block::EnhancedPacket(packet) => {
+                let ns = packet.timestamp.as_nanos();
+                assert_eq!((&*packet.data, packet.original_len), (&b"tcp"[..], 100));
+                packets.push((packet.interface_id, ns));
+            }
+            Block::InterfaceStatistics(statistics) => {
+                lost.extend(statistics.options.into_iter().filter_map(|option| match option {
+                    InterfaceStatisticsOption::IsbOsDrop(lost) => Some(lost),
+                    _ => None,
+                }));
+            }
+            _ => {}
+        }
+    }
+    assert_eq!((packets, lost), (vec![(0, 5), (1, 6)], vec![0, 3]));
+
+    let (code, error) = failed(&world, &format!("{line} --filter wrong")).await;
+    assert_eq!((code, error.as_str()), (2, "error: host h1: filter: syntax error\n"));
+    assert_eq!(std::fs::read(&path).unwrap(), file, "a wrong filter leaves the file alone");
+    let nowhere = format!("capture {id} -w {}", directory.path().join("no/x").display());
+    let (code, error) = failed(&world, &nowhere).await;
+    assert!(code == 1 && error.contains("no/x: No such file"), "{error}");
+    let (code, _) = failed(&world, "capture 9 -w -").await;
+    assert_eq!(code, 4);
 }

@@ -1,22 +1,25 @@
 //! `warren.v1.ControlService`: what people and programs ask for.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 use warren_proto::limits::Limits;
 use warren_proto::v1::control_service_server::ControlService;
 use warren_proto::v1::{
     AddRoutesRequest, AddRoutesResponse, CallInstanceRequest, CallInstanceResponse,
-    ChangeSecurityRulesRequest, ChangeSecurityRulesResponse, CreateSecurityGroupRequest,
-    CreateSecurityGroupResponse, CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest,
-    DeleteRoutesResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse,
-    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, GetSecurityRequest,
-    GetSecurityResponse, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
-    ListFleetFlowsRequest, ListFleetFlowsResponse, ListHostsRequest, ListHostsResponse,
-    ListInstancesRequest, ListInstancesResponse, ListRoutesRequest, ListRoutesResponse,
-    ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest, ReplaceRoutesResponse, RuleHits,
-    RunInstanceRequest, RunInstanceResponse, SetSecurityDefaultsRequest,
-    SetSecurityDefaultsResponse, StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
+    CapturePacketsRequest, CapturePacketsResponse, ChangeSecurityRulesRequest,
+    ChangeSecurityRulesResponse, CreateSecurityGroupRequest, CreateSecurityGroupResponse,
+    CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
+    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, EndInstanceRequest,
+    FindFleetMappingsRequest, FindFleetMappingsResponse, GetSecurityRequest, GetSecurityResponse,
+    InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest,
+    ListFleetFlowsResponse, ListHostsRequest, ListHostsResponse, ListInstancesRequest,
+    ListInstancesResponse, ListRoutesRequest, ListRoutesResponse, ListVpcsRequest,
+    ListVpcsResponse, ReplaceRoutesRequest, ReplaceRoutesResponse, RuleHits, RunInstanceRequest,
+    RunInstanceResponse, SetSecurityDefaultsRequest, SetSecurityDefaultsResponse,
+    StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
@@ -171,6 +174,24 @@ impl ControlService for Api {
         let query = query.ok_or_else(|| Status::invalid_argument("query: is missing"))?;
         let hosts = flows::find_mappings(&*self.store, &self.fleet, &host, query).await?;
         Ok(Response::new(FindFleetMappingsResponse { hosts }))
+    }
+
+    type CapturePacketsStream =
+        Pin<Box<dyn Stream<Item = Result<CapturePacketsResponse, Status>> + Send>>;
+
+    async fn capture_packets(
+        &self,
+        request: Request<CapturePacketsRequest>,
+    ) -> Result<Response<Self::CapturePacketsStream>, Status> {
+        let request = request.into_inner();
+        let (host, mut agent) = self.fleet.host_of(&request.instance)?;
+        let captured =
+            agent.capture_packets(request).await.map_err(|error| of_agent(&host, &error))?;
+        // What nobody takes from here is not taken from the agent either.
+        let passed_on = captured
+            .into_inner()
+            .map(move |message| message.map_err(|error| of_agent(&host, &error)));
+        Ok(Response::new(Box::pin(passed_on)))
     }
 
     async fn add_routes(

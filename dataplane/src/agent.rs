@@ -12,8 +12,9 @@ use warren_proto::v1::agent_service_server::AgentService;
 use warren_proto::v1::apply_vpc_request::Role as VpcRole;
 use warren_vmm::client::ClientError;
 
+use crate::capture::CaptureError;
 use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc, ProxyVpcV6};
-use crate::host::{Host, HostError, Own, Started};
+use crate::host::{Captured, Host, HostError, Own, Started};
 use crate::metrics::flows::Flows;
 use crate::metrics::{self, Snapshot};
 use crate::pool::PoolError;
@@ -231,15 +232,23 @@ impl From<HostError> for Status {
             HostError::UnknownVpc(_)
             | HostError::UnknownGroup { .. }
             | HostError::VpcInUse { .. } => Self::failed_precondition(text),
-            HostError::Pool(PoolError::NoSlot) => Self::resource_exhausted(text),
-            HostError::NoInstance(_) => Self::not_found(text),
-            HostError::Hostname(_) | HostError::Query(_) => Self::invalid_argument(text),
-            HostError::Ended { .. } => Self::aborted(text),
-            HostError::Datapath(error) => error.into(),
-            HostError::Vmm(ClientError::Timeout(_)) => Self::deadline_exceeded(text),
-            HostError::Pool(_) | HostError::Vmm(_) | HostError::Record(_) | HostError::Log(_) => {
-                Self::internal(text)
+            HostError::Pool(PoolError::NoSlot) | HostError::Captures(_) => {
+                Self::resource_exhausted(text)
             }
+            HostError::NoInstance(_) => Self::not_found(text),
+            HostError::Hostname(_)
+            | HostError::Query(_)
+            | HostError::Capture(CaptureError::Filter(_)) => Self::invalid_argument(text),
+            HostError::Ended { .. } => Self::aborted(text),
+            HostError::Datapath(error) | HostError::Capture(CaptureError::Datapath(error)) => {
+                error.into()
+            }
+            HostError::Vmm(ClientError::Timeout(_)) => Self::deadline_exceeded(text),
+            HostError::Pool(_)
+            | HostError::Vmm(_)
+            | HostError::Record(_)
+            | HostError::Log(_)
+            | HostError::Capture(CaptureError::Socket(_)) => Self::internal(text),
         }
     }
 }
@@ -356,6 +365,15 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::ListRuleHitsResponse>, Status> {
         let vni = vni(request.into_inner().vni)?;
         Ok(Response::new(v1::ListRuleHitsResponse { hits: self.host()?.rule_hits(vni)? }))
+    }
+
+    type CapturePacketsStream = Captured;
+
+    async fn capture_packets(
+        &self,
+        request: Request<v1::CapturePacketsRequest>,
+    ) -> Result<Response<Captured>, Status> {
+        Ok(Response::new(self.host()?.capture(request.into_inner()).await?))
     }
 
     async fn list_drops(

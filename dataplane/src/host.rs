@@ -1,5 +1,6 @@
 //! A host: the instances that run, the VPCs they are in.
 
+mod capture;
 mod directory;
 mod flows;
 mod guards;
@@ -12,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 use warren_proto::security::Security;
@@ -22,6 +23,7 @@ use warren_vmm::control::{
     EndReason, PublicIdentity, Ready, ReleaseRequest, State as VmState, Status, socket_path,
 };
 
+use crate::capture::CaptureError;
 use crate::clock::Clock;
 use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
 use crate::flowlog::FlowLog;
@@ -89,10 +91,18 @@ pub enum HostError {
     /// The log of flows cannot be read.
     #[error("cannot read the log of flows: {0}")]
     Log(#[from] std::io::Error),
+    /// A capture cannot begin.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// Too many go on.
+    #[error("{0} captures go on: end one of them first")]
+    Captures(usize),
     /// What a restart needs could not be kept.
     #[error("cannot keep {0}")]
     Record(String),
 }
+
+pub use self::capture::Captured;
 
 /// What a start yielded.
 pub struct Started {
@@ -160,6 +170,8 @@ pub struct Host {
     log: OnceLock<FlowLog>,
     /// Flows that the last sweep left in the table.
     flows: AtomicU32,
+    /// Captures that may begin.
+    captures: Arc<Semaphore>,
 }
 
 impl Host {
@@ -182,7 +194,9 @@ impl Host {
             }
         }
         let (starts, log, flows) = (Starts::default(), OnceLock::new(), AtomicU32::new(0));
-        let host = Arc::new(Self { options, datapath, pool, state, starts, log, flows });
+        let captures = Arc::new(Semaphore::new(capture::CAPTURES));
+        let host = Self { options, datapath, pool, state, starts, log, flows, captures };
+        let host = Arc::new(host);
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;
         }

@@ -3,10 +3,12 @@
 //! [`datapath`] is what the kernel runs: programs, maps, slots, the tunnel device. [`host`] and
 //! [`proxy`] are the two roles over it; [`agent`] serves them by gRPC, [`heartbeat`] tells the
 //! control plane of them, [`services`] is what guests reach beside their VPC, [`metrics`] tells Prometheus,
-//! [`flowlog`] writes down who talked to whom, [`config`] is what an operator writes.
+//! [`flowlog`] writes down who talked to whom, [`capture`] shows what a slot sends and receives,
+//! [`config`] is what an operator writes.
 #![deny(missing_docs)]
 
 pub mod agent;
+pub mod capture;
 pub mod clock;
 pub mod config;
 pub mod datapath;

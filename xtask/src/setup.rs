@@ -20,6 +20,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("zlib1g-dev", "bpf-linker"),
     ("libzstd-dev", "bpf-linker"),
     ("libxml2-dev", "bpf-linker"),
+    ("libpcap-dev", "filters of `warren capture`"),
     ("iproute2", "namespaces of the tests and the demo"),
     ("redis-server", "a real server in a tenant's VPC"),
     ("redis-tools", "its client"),

@@ -483,6 +483,33 @@ impl AgentService for Agent {
         Ok(Response::new(ListRuleHitsResponse { hits: agent.hits.lock().unwrap().clone() }))
     }
 
+    type CapturePacketsStream =
+        tokio_stream::Iter<std::vec::IntoIter<Result<CapturePacketsResponse, Status>>>;
+
+    /// One packet of each side, of what the filter says; then the instance ends.
+    async fn capture_packets(
+        &self,
+        request: Request<CapturePacketsRequest>,
+    ) -> Result<Response<Self::CapturePacketsStream>, Status> {
+        let request = request.into_inner();
+        if request.filter == "wrong" {
+            return Err(Status::invalid_argument("filter: syntax error"));
+        }
+        let packet = |(side, unix_ns): (CaptureSide, _)| CapturedPacket {
+            side: side.into(),
+            unix_ns,
+            length: 100,
+            frame: request.filter.clone().into_bytes(),
+        };
+        let packets = [(CaptureSide::Inside, 5), (CaptureSide::Outside, 6)].map(packet).to_vec();
+        let lost = CapturePacketsResponse { outside_lost: 3, ..Default::default() };
+        let messages = vec![
+            Ok(CapturePacketsResponse { packets, ..lost.clone() }),
+            Ok(CapturePacketsResponse { ended: "instance".into(), ..lost }),
+        ];
+        Ok(Response::new(tokio_stream::iter(messages)))
+    }
+
     async fn list_drops(
         &self,
         _: Request<ListDropsRequest>,

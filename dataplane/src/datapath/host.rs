@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap as StdHashMap};
 use std::fmt::{self, Debug, Formatter};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -229,6 +230,11 @@ impl HostDatapath {
         underlay::inner_mtu(&self.underlay)
     }
 
+    /// Index of the underlay's interface, and the address that is this end of the tunnels.
+    pub fn underlay(&self) -> (u32, IpAddr) {
+        (self.underlay.ifindex, self.underlay.address.into())
+    }
+
     /// Name of the TUN device of the link-local services: see [`crate::services`].
     pub fn services_device(&self) -> &str {
         &self.services.name
@@ -386,6 +392,11 @@ impl HostDatapath {
         Ok((vni != 0).then_some(Attachment { vni, generation }))
     }
 
+    /// Of a slot's attachment, or of the last one it had.
+    pub fn generation(&self, slot: u32) -> Result<u32, Error> {
+        Ok(self.lock().slots.attachment(slot)?.generation())
+    }
+
     /// The counters that are not zero, by slot; 0 is of no slot.
     pub fn drops(&self) -> Result<Vec<DropCount>, Error> {
         let mut found = Vec::new();
@@ -406,6 +417,11 @@ impl HostDatapath {
     /// What the guest received in a flow; nothing if that is gone.
     pub fn received(&self, flow: &LiveFlow) -> maps::Traffic {
         self.claims.received(flow)
+    }
+
+    /// Who claimed a tuple on a VPC's shared address.
+    pub fn claim(&self, claim: &maps::InKey) -> Option<maps::InFlow> {
+        self.claims.get(claim)
     }
 
     /// How many ports are in use, by VPC and protocol: a pass through the whole table.
@@ -479,7 +495,8 @@ impl HostDatapath {
         netlink.delete(&interfaces)
     }
 
-    fn slot(&self, number: u32) -> Result<&Slot, Error> {
+    /// A slot.
+    pub fn slot(&self, number: u32) -> Result<&Slot, Error> {
         let index = (number as usize).checked_sub(1).ok_or(Error::NoSlot(number))?;
         self.slots.get(index).ok_or(Error::NoSlot(number))
     }

@@ -42,10 +42,15 @@ impl Claims {
         Self { map }
     }
 
+    /// Who has a claim.
+    pub fn get(&self, claim: &InKey) -> Option<InFlow> {
+        self.map.get(claim, 0).ok()
+    }
+
     /// What a flow received; nothing if it is gone meanwhile.
     pub fn received(&self, LiveFlow { key, flow }: &LiveFlow) -> Traffic {
         let claim = key.claim(flow.vni, flow.port);
-        self.map.get(&claim, 0).map_or(Traffic::NONE, |claim| claim.received)
+        self.get(&claim).map_or(Traffic::NONE, |claim| claim.received)
     }
 }
 

@@ -1,23 +1,18 @@
 //! Frames as an interface saw them, with the kernel's time stamps.
 
-use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::cmsg_space;
-use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, bind,
-    recv, recvmsg, send, setsockopt, socket, sockopt,
-};
-use nix::sys::time::TimeSpec;
+use nix::sys::socket::{MsgFlags, recv, send};
+use warren_dataplane::capture::{PacketSocket, Received};
 
 use crate::netns::Namespace;
 
 /// A packet socket on one interface.
 #[derive(Debug)]
 pub struct Capture {
-    socket: OwnedFd,
+    socket: PacketSocket,
 }
 
 /// A frame and when the kernel saw it.
@@ -32,35 +27,10 @@ pub struct Frame {
 impl Capture {
     /// Captures from now on, incoming and outgoing frames.
     pub fn start(namespace: &Namespace, interface: &str) -> Result<Self> {
-        let socket = namespace.run(|| -> Result<OwnedFd> {
-            let socket = socket(
-                AddressFamily::Packet,
-                SockType::Raw,
-                SockFlag::SOCK_CLOEXEC,
-                SockProtocol::EthAll,
-            )?;
+        let socket = namespace.run(|| -> Result<PacketSocket> {
             let index = nix::net::if_::if_nametoindex(interface)
                 .with_context(|| format!("no interface {interface}"))?;
-            let address = libc::sockaddr_ll {
-                sll_family: libc::AF_PACKET as u16,
-                sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
-                sll_ifindex: index as i32,
-                sll_hatype: 0,
-                sll_pkttype: 0,
-                sll_halen: 0,
-                sll_addr: [0; 8],
-            };
-            // SAFETY: the pointer and the length are those of a whole sockaddr_ll.
-            let address = unsafe {
-                <LinkAddr as nix::sys::socket::SockaddrLike>::from_raw(
-                    (&raw const address).cast(),
-                    Some(size_of::<libc::sockaddr_ll>() as u32),
-                )
-            };
-            bind(socket.as_raw_fd(), &address.context("not a link address")?)?;
-            setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
-            setsockopt(&socket, sockopt::RcvBuf, &(8 << 20))?;
-            Ok(socket)
+            Ok(PacketSocket::open(index, None, 8 << 20)?)
         })?;
         Ok(Self { socket })
     }
@@ -110,21 +80,8 @@ impl Capture {
             return Ok(None);
         }
         let mut bytes = vec![0; 65536];
-        let mut space = cmsg_space!(TimeSpec);
-        let mut parts = [IoSliceMut::new(&mut bytes)];
-        let message = recvmsg::<()>(
-            self.socket.as_raw_fd(),
-            &mut parts,
-            Some(&mut space),
-            MsgFlags::empty(),
-        )?;
-        let stamp = message.cmsgs()?.find_map(|message| match message {
-            ControlMessageOwned::ScmTimestampns(time) => Some(time),
-            _ => None,
-        });
-        let stamp = stamp.context("the kernel gave no time stamp")?;
-        let unix_ns = stamp.tv_sec() as u64 * 1_000_000_000 + stamp.tv_nsec() as u64;
-        let length = message.bytes;
+        let received = self.socket.receive(&mut bytes)?;
+        let Some(Received { unix_ns, length }) = received else { return Ok(None) };
         bytes.truncate(length);
         Ok(Some(Frame { unix_ns, bytes }))
     }
