@@ -376,6 +376,6 @@ async fn a_capture_is_a_file_of_its_owners_with_what_was_lost() {
     let nowhere = format!("capture {id} -w {}", directory.path().join("no/x").display());
     let (code, error) = failed(&world, &nowhere).await;
     assert!(code == 1 && error.contains("no/x: No such file"), "{error}");
-    let (code, _) = failed(&world, "capture 9 -w -").await;
+    let (code, _) = failed(&world, "capture nobody -w -").await;
     assert_eq!(code, 4);
 }
