@@ -177,8 +177,9 @@ fn flows_of_the_first_release_go_on_with_no_packet_lost() {
     install_first_release(&mut bed);
     assert!(pins(&bed).contains(&"CT_OUT".to_owned()));
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let ports = tell_ports(&vpc, stop.clone());
+    // The server stops after the last of its clients has: a closed port answers ICMP 3/3.
+    let (stop, stop_server) = (AtomicBool::new(false), Arc::new(AtomicBool::new(false)));
+    let ports = tell_ports(&vpc, stop_server.clone());
     let namespace = guest.namespace.clone();
     let traffic = || {
         std::thread::scope(|scope| {
@@ -197,6 +198,7 @@ fn flows_of_the_first_release_go_on_with_no_packet_lost() {
         bed.reopen_host();
         opened += 1;
     });
+    stop_server.store(true, Ordering::SeqCst);
     ports.join().expect("it does not panic");
     assert_eq!(streamed, 4000, "datagrams");
     assert!(downloaded);
