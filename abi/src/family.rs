@@ -96,8 +96,6 @@ pub trait Family: Copy {
         direction: Direction,
         address: Self::Address,
     ) -> u32;
-    /// A header of the data path's own, of internetwork control.
-    fn answer(source: Self::Address, destination: Self::Address, payload: u16) -> Self::Header;
     /// The sum of the header's words (RFC 1071).
     fn sum(header: &Self::Header) -> u32;
     /// The sum of what its ICMP's checksum covers besides the message.
@@ -106,6 +104,12 @@ pub trait Family: Copy {
     fn is_error(kind: u8) -> bool;
     /// Whether its ICMP has other messages of this type that nobody may answer with an error.
     fn is_other_error(kind: u8) -> bool;
+}
+
+/// A family in which the data path has something to say itself.
+pub trait Answering: Family {
+    /// A header of internetwork control.
+    fn answer(source: Self::Address, destination: Self::Address, payload: u16) -> Self::Header;
 }
 
 /// What a program needs of an IP header.

@@ -7,10 +7,10 @@
 use core::marker::PhantomData;
 
 use crate::drop::Drop;
-use crate::family::{Family, Fields, V4};
+use crate::family::{Family, Fields, V4, V6};
 use crate::flow::Direction;
 use crate::maps::{HostVpc, ProxyVpc, Slot};
-use crate::wire::{Be16, Ethernet, ICMP, Ip, IpHeader, Mac, TCP, UDP};
+use crate::wire::{Be16, Ethernet, ICMP, Ip, Ip6Fragment, Ip6Header, IpHeader, Mac, TCP, UDP};
 
 /// Datagrams of one slot's or VPC's, in one direction, that are known at one time.
 pub const CELLS: u32 = 32;
@@ -20,16 +20,14 @@ pub const DATAGRAMS: u32 = 1 << 14;
 /// receiver waits for the rest of it (RFC 791, section 3.2).
 pub const LIFE: u32 = 15;
 
-/// Largest IP packet.
-const MAX_PACKET: u32 = 65_535;
-
 /// Where a fragment came from.
 pub mod origin {
     /// Host: a slot's TAP. Its owner is the TAP, its mark the attachment's generation.
     pub const SLOT: u8 = 1;
     /// Host: the tunnel. Its owner is the VNI.
     pub const PROXY: u8 = 2;
-    /// Proxy: the tunnel. Its owner is the VNI, its mark the host's underlay address.
+    /// Proxy: the tunnel. Its owner is the VNI. The tunnel's other end, an [`Ip`](crate::wire::Ip),
+    /// is between the tag and the packet.
     pub const HOST: u8 = 3;
     /// Proxy: a VPC. Its owner is the interface.
     pub const VPC: u8 = 4;
@@ -141,12 +139,12 @@ impl Piece {
     /// # Errors
     /// If not.
     #[inline(always)]
-    pub const fn check(&self, protocol: u8, header: u32) -> Result<(), Drop> {
+    pub const fn check<F: Fragmented>(&self, protocol: u8) -> Result<(), Drop> {
         let Self { offset, length, more, .. } = *self;
         let least = if protocol == TCP { 20 } else { 8 };
         let is_broken = more && length % 8 != 0
             || length == 0
-            || offset + length + header > MAX_PACKET
+            || offset + length > F::LARGEST
             || offset == 0 && length < least
             || offset != 0 && offset < least;
         if is_broken { Err(Drop::BadFragment) } else { Ok(()) }
@@ -163,6 +161,8 @@ pub struct DatagramKey {
     pub owner: u32,
     /// [`Tag::mark`].
     pub mark: u32,
+    /// The tunnel's other end, of [`origin::HOST`]; else unspecified.
+    pub remote: Ip,
     /// The address of the peer in the VPC.
     pub peer: Ip,
     /// Its identification.
@@ -181,14 +181,19 @@ impl DatagramKey {
     /// Whether both are the same: at once, since the compiler would compare word by word.
     #[inline(always)]
     pub const fn is(&self, other: &Self) -> bool {
-        let (a, b) = (self.peer.0, other.peer.0);
-        let peers = (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]);
+        const fn difference(a: &Ip, b: &Ip) -> u32 {
+            let (a, b) = (a.0, b.0);
+            (a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3])
+        }
+
+        let addresses =
+            difference(&self.peer, &other.peer) | difference(&self.remote, &other.remote);
         let owners = (self.origin ^ other.origin)
             | (self.owner ^ other.owner)
             | (self.mark ^ other.mark)
             | (self.id ^ other.id)
             | (self.protocol ^ other.protocol);
-        peers | owners == 0
+        addresses | owners == 0
     }
 }
 
@@ -217,10 +222,12 @@ pub struct Datagram {
     pub seen: i32,
     /// The identification that it has from here on.
     pub id: u32,
-    /// Who gets it: index of a TAP, or a host's underlay address.
-    pub to: u32,
+    /// On a host: index of the TAP that gets it.
+    pub ifindex: u32,
     /// The attachment of that TAP.
     pub generation: u32,
+    /// On a proxy: underlay address of the host that gets it.
+    pub host: Ip,
     /// The port on the guests' side.
     pub local_port: Be16,
     /// The port of the peer.
@@ -259,18 +266,50 @@ impl Datagram {
     }
 }
 
-/// A family whose packets may be fragments.
+/// A family's packets in fragments.
 pub trait Fragmented: Family {
-    /// What a fragment's header says of it, and the header's fields; none if it is no fragment.
+    /// The header of a fragment: IP's, and what tells of the fragment.
+    type Fragment: Copy;
+
+    /// Most bytes that all fragments of a datagram carry.
+    const LARGEST: u32;
+
+    /// The IP header.
+    fn ip_header(fragment: &Self::Fragment) -> &Self::Header;
+    /// The same.
+    fn ip_header_mut(fragment: &mut Self::Fragment) -> &mut Self::Header;
+    /// The sum of the words of the whole header (RFC 1071).
+    fn whole_sum(fragment: &Self::Fragment) -> u32;
+    /// What a fragment's header says of it, and the fields, the protocol being the datagram's; none
+    /// if it is no fragment.
     ///
     /// # Errors
     /// If it is not one that is translated.
-    fn piece(header: &Self::Header) -> Result<Option<(Piece, Fields<Self>)>, Drop>;
+    fn piece(fragment: &Self::Fragment) -> Result<Option<(Piece, Fields<Self>)>, Drop>;
     /// Gives the datagram another identification.
-    fn identify(header: &mut Self::Header, id: u32);
+    fn identify(fragment: &mut Self::Fragment, id: u32);
 }
 
 impl Fragmented for V4 {
+    type Fragment = IpHeader;
+
+    const LARGEST: u32 = 65_535 - Self::HEADER as u32;
+
+    #[inline(always)]
+    fn ip_header(fragment: &IpHeader) -> &IpHeader {
+        fragment
+    }
+
+    #[inline(always)]
+    fn ip_header_mut(fragment: &mut IpHeader) -> &mut IpHeader {
+        fragment
+    }
+
+    #[inline(always)]
+    fn whole_sum(fragment: &IpHeader) -> u32 {
+        Self::sum(fragment)
+    }
+
     #[inline(always)]
     fn piece(ip: &IpHeader) -> Result<Option<(Piece, Fields<Self>)>, Drop> {
         if ip.version_length != IpHeader::PLAIN {
@@ -296,6 +335,59 @@ impl Fragmented for V4 {
     }
 }
 
+/// Fragments' headers follow IP's at once: other extension headers are not accepted.
+impl Fragmented for V6 {
+    type Fragment = Ip6Fragment;
+
+    const LARGEST: u32 = 65_535;
+
+    #[inline(always)]
+    fn ip_header(fragment: &Ip6Fragment) -> &Ip6Header {
+        &fragment.ip
+    }
+
+    #[inline(always)]
+    fn ip_header_mut(fragment: &mut Ip6Fragment) -> &mut Ip6Header {
+        &mut fragment.ip
+    }
+
+    #[inline(always)]
+    fn whole_sum(fragment: &Ip6Fragment) -> u32 {
+        let [a, b, c, d] = fragment.identification;
+        Self::sum(&fragment.ip)
+            + u16::from_ne_bytes([fragment.next_header, fragment.reserved]) as u32
+            + fragment.offset.0 as u32
+            + u16::from_ne_bytes([a, b]) as u32
+            + u16::from_ne_bytes([c, d]) as u32
+    }
+
+    #[inline(always)]
+    fn piece(header: &Ip6Fragment) -> Result<Option<(Piece, Fields<Self>)>, Drop> {
+        let ip = &header.ip;
+        if !ip.is_version_6() {
+            return Err(Drop::BadHeader);
+        }
+        if ip.next_header != Ip6Header::FRAGMENT {
+            return Ok(None);
+        }
+        let protocol = Self::transport(header.next_header)?;
+        let offset = header.offset.get();
+        let length = (ip.payload_length.get() as u32).saturating_sub(Ip6Fragment::LENGTH);
+        let piece = Piece {
+            id: u32::from_be_bytes(header.identification),
+            offset: (offset & Ip6Fragment::OFFSET) as u32,
+            length,
+            more: offset & Ip6Fragment::MORE != 0,
+        };
+        Ok(Some((piece, Fields { protocol, ..Self::read(ip) })))
+    }
+
+    #[inline(always)]
+    fn identify(fragment: &mut Ip6Fragment, id: u32) {
+        fragment.identification = id.to_be_bytes();
+    }
+}
+
 /// A family's packets of which only the beginning is there: first fragments are read and translated
 /// as whole packets are.
 #[derive(Clone, Copy, Debug)]
@@ -303,7 +395,7 @@ pub struct First<F>(PhantomData<F>);
 
 impl<F: Fragmented> Family for First<F> {
     type Address = F::Address;
-    type Header = F::Header;
+    type Header = F::Fragment;
 
     const ETHERTYPE: Be16 = F::ETHERTYPE;
     const ICMP: u8 = F::ICMP;
@@ -358,7 +450,7 @@ impl<F: Fragmented> Family for First<F> {
     }
     /// Only first fragments.
     #[inline(always)]
-    fn fields(header: &F::Header) -> Result<Fields<Self>, Drop> {
+    fn fields(header: &F::Fragment) -> Result<Fields<Self>, Drop> {
         match F::piece(header)? {
             Some((Piece { offset: 0, .. }, fields)) => {
                 let Fields { tos, ttl, protocol, length, source, destination } = fields;
@@ -369,44 +461,40 @@ impl<F: Fragmented> Family for First<F> {
     }
     /// None: an error that is in fragments is not translated.
     #[inline(always)]
-    fn embedded(_: &F::Header) -> Result<Fields<Self>, Drop> {
+    fn embedded(_: &F::Fragment) -> Result<Fields<Self>, Drop> {
         Err(Drop::IcmpError)
     }
     #[inline(always)]
-    fn length(header: &F::Header) -> u32 {
-        F::length(header)
+    fn length(header: &F::Fragment) -> u32 {
+        F::length(F::ip_header(header))
     }
     #[inline(always)]
-    fn source(header: &F::Header) -> F::Address {
-        F::source(header)
+    fn source(header: &F::Fragment) -> F::Address {
+        F::source(F::ip_header(header))
     }
     #[inline(always)]
-    fn is_whole(header: &F::Header) -> bool {
-        F::is_whole(header)
+    fn is_whole(header: &F::Fragment) -> bool {
+        F::is_whole(F::ip_header(header))
     }
     #[inline(always)]
-    fn readdress(header: &mut F::Header, direction: Direction, address: F::Address) {
-        F::readdress(header, direction, address);
+    fn readdress(header: &mut F::Fragment, direction: Direction, address: F::Address) {
+        F::readdress(F::ip_header_mut(header), direction, address);
     }
     #[inline(always)]
     fn readdress_embedded(
-        header: &mut F::Header,
+        header: &mut F::Fragment,
         direction: Direction,
         address: F::Address,
     ) -> u32 {
-        F::readdress_embedded(header, direction, address)
+        F::readdress_embedded(F::ip_header_mut(header), direction, address)
     }
     #[inline(always)]
-    fn answer(source: F::Address, destination: F::Address, payload: u16) -> F::Header {
-        F::answer(source, destination, payload)
+    fn sum(header: &F::Fragment) -> u32 {
+        F::whole_sum(header)
     }
     #[inline(always)]
-    fn sum(header: &F::Header) -> u32 {
-        F::sum(header)
-    }
-    #[inline(always)]
-    fn pseudo_sum(header: &F::Header) -> u32 {
-        F::pseudo_sum(header)
+    fn pseudo_sum(header: &F::Fragment) -> u32 {
+        F::pseudo_sum(F::ip_header(header))
     }
     #[inline(always)]
     fn is_error(kind: u8) -> bool {

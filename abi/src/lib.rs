@@ -25,6 +25,7 @@ pub mod maps;
 pub mod microvm;
 pub mod mss;
 pub mod nat;
+pub mod packet;
 pub mod policy;
 #[cfg(feature = "probe")]
 pub mod probe;

@@ -80,6 +80,10 @@ pub mod layouts {
     pub const PROXY_VPCS: u32 = 2;
     /// Of `BLOCKS`. 2: addresses of either family.
     pub const BLOCKS: u32 = 2;
+    /// Of `CHANGES`. 2: it can be mapped.
+    pub const CHANGES: u32 = 2;
+    /// Of `DATAGRAMS`. 2: tunnels' ends of either family.
+    pub const DATAGRAMS: u32 = 2;
     /// Of `DROPS`: as many counters.
     pub const DROPS: u32 = crate::drop::Drop::COUNTERS as u32;
 }
@@ -132,8 +136,47 @@ pub mod programs {
     pub const FRAGMENTS_FIRST: &str = "fragments_first";
     /// tcx ingress on a host's device for fragments, behind the other: all others.
     pub const FRAGMENTS_REST: &str = "fragments_rest";
+    /// What [`FRAGMENTS_FIRST`] ends with, in IPv6.
+    pub const FRAGMENTS_FIRST_V6: &str = "fragments_first_v6";
+    /// What [`FRAGMENTS_FIRST_V6`] ends with.
+    pub const TRANSLATE_FIRST_V6: &str = "translate_first_v6";
+    /// What [`FRAGMENTS_REST`] ends with, for a guest's in IPv6.
+    pub const FRAGMENTS_REST_V6: &str = "fragments_rest_v6";
+    /// What [`FRAGMENTS_REST`] ends with, for a proxy's in IPv6.
+    pub const FRAGMENTS_TO_GUEST_V6: &str = "fragments_to_guest_v6";
+    /// What [`FRAGMENTS_TO_GUEST_V6`] ends with, for a first one.
+    pub const FIRST_TO_GUEST_V6: &str = "first_to_guest_v6";
     /// tcx ingress on a proxy's device for fragments.
     pub const FRAGMENTS_PROXY: &str = "fragments_proxy";
+    /// What [`FRAGMENTS_PROXY`] ends with, in IPv6.
+    pub const FRAGMENTS_PROXY_V6: &str = "fragments_proxy_v6";
+
+    /// All of a host's.
+    pub const OF_HOST: [&str; 20] = [
+        TAP,
+        TAP_V6,
+        TO_GUEST_V6,
+        ERROR_TO_VPC,
+        ERROR_TO_VPC_V6,
+        RESOLVE_V6,
+        TRANSLATE_V6,
+        ANSWER,
+        ANSWER_V6,
+        TUNNEL_HOST,
+        UNDERLAY_HOST,
+        SWEEP,
+        SERVICES,
+        FRAGMENTS_FIRST,
+        FRAGMENTS_FIRST_V6,
+        TRANSLATE_FIRST_V6,
+        FRAGMENTS_REST,
+        FRAGMENTS_REST_V6,
+        FRAGMENTS_TO_GUEST_V6,
+        FIRST_TO_GUEST_V6,
+    ];
+    /// All of a proxy's.
+    pub const OF_PROXY: [&str; 7] =
+        [TUNNEL_PROXY, UNDERLAY_PROXY, VPC, ANSWER, ANSWER_V6, FRAGMENTS_PROXY, FRAGMENTS_PROXY_V6];
 }
 
 /// Places of the programs that others end with, in [`names::TAILS`].
@@ -156,8 +199,20 @@ pub mod tails {
     pub const ANSWER_V6: u32 = 6;
     /// [`programs::ANSWER`].
     pub const ANSWER: u32 = 7;
+    /// [`programs::FRAGMENTS_FIRST_V6`].
+    pub const FRAGMENTS_FIRST_V6: u32 = 8;
+    /// [`programs::TRANSLATE_FIRST_V6`].
+    pub const TRANSLATE_FIRST_V6: u32 = 9;
+    /// [`programs::FRAGMENTS_REST_V6`].
+    pub const FRAGMENTS_REST_V6: u32 = 10;
+    /// [`programs::FRAGMENTS_PROXY_V6`].
+    pub const FRAGMENTS_PROXY_V6: u32 = 11;
+    /// [`programs::FRAGMENTS_TO_GUEST_V6`].
+    pub const FRAGMENTS_TO_GUEST_V6: u32 = 12;
+    /// [`programs::FIRST_TO_GUEST_V6`].
+    pub const FIRST_TO_GUEST_V6: u32 = 13;
     /// All of them.
-    pub const ALL: [(u32, &str); 8] = [
+    pub const ALL: [(u32, &str); 14] = [
         (TAP_V6, programs::TAP_V6),
         (TO_GUEST_V6, programs::TO_GUEST_V6),
         (ERROR_TO_VPC, programs::ERROR_TO_VPC),
@@ -166,6 +221,12 @@ pub mod tails {
         (TRANSLATE_V6, programs::TRANSLATE_V6),
         (ANSWER_V6, programs::ANSWER_V6),
         (ANSWER, programs::ANSWER),
+        (FRAGMENTS_FIRST_V6, programs::FRAGMENTS_FIRST_V6),
+        (TRANSLATE_FIRST_V6, programs::TRANSLATE_FIRST_V6),
+        (FRAGMENTS_REST_V6, programs::FRAGMENTS_REST_V6),
+        (FRAGMENTS_PROXY_V6, programs::FRAGMENTS_PROXY_V6),
+        (FRAGMENTS_TO_GUEST_V6, programs::FRAGMENTS_TO_GUEST_V6),
+        (FIRST_TO_GUEST_V6, programs::FIRST_TO_GUEST_V6),
     ];
     /// Room for them, and for those of later versions.
     pub const COUNT: u32 = 16;
@@ -563,7 +624,7 @@ without_padding!(
     Underlay = 24,
     Timers = 28,
     Cell = 8,
-    Datagram = 64,
+    Datagram = 96,
     Slot = 32,
     HostVpc = 44,
     OutKey = 32,

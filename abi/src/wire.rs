@@ -425,6 +425,31 @@ impl Ip6Header {
     }
 }
 
+/// IPv6 header, and a fragment's behind it (RFC 8200, section 4.5).
+#[repr(C, packed(2))]
+#[derive(Clone, Copy, Debug)]
+pub struct Ip6Fragment {
+    /// The IPv6 header.
+    pub ip: Ip6Header,
+    /// The datagram's protocol, or extension header.
+    pub next_header: u8,
+    /// Nothing.
+    pub reserved: u8,
+    /// [`Ip6Fragment::OFFSET`] and [`Ip6Fragment::MORE`].
+    pub offset: Be16,
+    /// Identification of the datagram: it is not aligned.
+    pub identification: [u8; 4],
+}
+
+impl Ip6Fragment {
+    /// Length of the fragment's header, in bytes.
+    pub const LENGTH: u32 = (size_of::<Self>() - size_of::<Ip6Header>()) as u32;
+    /// Where the payload belongs, in bytes.
+    pub const OFFSET: u16 = 0xfff8;
+    /// Others follow.
+    pub const MORE: u16 = 1;
+}
+
 /// Neighbour solicitation or advertisement (RFC 4861, sections 4.3 and 4.4), with an option for a
 /// link-layer address.
 #[repr(C, packed(2))]

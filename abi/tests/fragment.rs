@@ -25,7 +25,15 @@ fn header(fragment: u16, length: u16, protocol: u8) -> IpHeader {
 
 fn key(id: u32) -> DatagramKey {
     let origin = u32::from(origin::VPC);
-    DatagramKey { origin, owner: 7, mark: 0, peer: Ip::UNSPECIFIED, id, protocol: 17 }
+    DatagramKey {
+        origin,
+        owner: 7,
+        mark: 0,
+        remote: Ip::UNSPECIFIED,
+        peer: Ip::UNSPECIFIED,
+        id,
+        protocol: 17,
+    }
 }
 
 fn datagram(first: u32, began: u32) -> Datagram {
@@ -35,8 +43,9 @@ fn datagram(first: u32, began: u32) -> Datagram {
         first,
         seen: first as i32,
         id: 0,
-        to: 0,
+        ifindex: 0,
         generation: 0,
+        host: Ip::UNSPECIFIED,
         local_port: Be16(0),
         peer_port: Be16(0),
     }
@@ -62,7 +71,7 @@ fn a_header_tells_of_its_fragment() {
 #[test]
 fn what_hides_a_header_or_cannot_be_put_together_is_refused() {
     let check = |protocol, offset, length, more| {
-        Piece { id: 1, offset, length, more }.check(protocol, 20).is_ok()
+        Piece { id: 1, offset, length, more }.check::<V4>(protocol).is_ok()
     };
     for (protocol, least) in [(TCP, 24), (UDP, 8), (ICMP, 8)] {
         for length in (0..64).step_by(8) {
@@ -124,9 +133,10 @@ proptest! {
     }
 
     #[test]
-    fn keys_that_differ_are_told_apart(a in any::<[u32; 5]>(), b in any::<[u32; 5]>(), same: bool) {
-        let of = |[owner, mark, id, protocol, peer]: [u32; 5]| {
-            DatagramKey { origin: 1, owner, mark, peer: Ip::v4(Ipv4(peer)), id, protocol }
+    fn keys_that_differ_are_told_apart(a in any::<[u32; 6]>(), b in any::<[u32; 6]>(), same: bool) {
+        let of = |[owner, mark, id, protocol, peer, remote]: [u32; 6]| {
+            let [peer, remote] = [peer, remote].map(|address| Ip::v4(Ipv4(address)));
+            DatagramKey { origin: 1, owner, mark, remote, peer, id, protocol }
         };
         let b = if same { a } else { b };
         prop_assert_eq!(of(a).is(&of(b)), a == b);

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use warren_abi::checksum::fold;
-use warren_abi::family::{Family, V6};
+use warren_abi::family::{Answering, Family, V6};
 use warren_abi::flow::Direction;
 use warren_abi::icmp::{IcmpError, IcmpErrorTcp, v6};
 use warren_abi::wire::{Be16, ICMPV6, Ip, Ip6Header, TCP, UDP};

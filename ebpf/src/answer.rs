@@ -11,7 +11,8 @@ use aya_ebpf::maps::PerCpuArray;
 use aya_ebpf::programs::TcContext;
 use warren_abi::checksum::{fold, settled};
 use warren_abi::drop::Drop;
-use warren_abi::family::{Family, V4, V6};
+use warren_abi::family::{Answering, Family, V4, V6};
+use warren_abi::fragment::First;
 use warren_abi::icmp::Reason;
 use warren_abi::rate;
 use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, ICMP, Mac, TCP, UDP};
@@ -34,13 +35,13 @@ pub struct Answerer<F: Family> {
 
 /// The answer, which embeds `N` words of the packet's transport.
 #[repr(C, packed(2))]
-struct Message<F: Family, const N: usize> {
+struct Message<F: Family, G: Family, const N: usize> {
     ethernet: Ethernet,
     ip: F::Header,
     kind: [u8; 2],
     checksum: u16,
     rest: [Be16; 2],
-    about: F::Header,
+    about: G::Header,
     l4: [u16; N],
 }
 
@@ -75,7 +76,7 @@ pub fn answer(ctx: TcContext) -> i32 {
     let answer = ORDER.get(0).and_then(|order| {
         let Answerer { mac, address, ifindex, scope } = order.from;
         let from = Answerer::<V4> { mac, address: address.to_v4()?, ifindex, scope };
-        now(&ctx, &from, order.reason)
+        now::<_, V4>(&ctx, &from, order.reason)
     });
     answer.unwrap_or(TC_ACT_SHOT)
 }
@@ -83,34 +84,41 @@ pub fn answer(ctx: TcContext) -> i32 {
 /// The rest of [`send`], in IPv6.
 #[classifier]
 pub fn answer_v6(ctx: TcContext) -> i32 {
-    let answer = ORDER.get(0).and_then(|order| now(&ctx, &order.from, order.reason));
+    let answer = ORDER.get(0).and_then(|order| {
+        now::<_, V6>(&ctx, &order.from, order.reason)
+            .or_else(|| now::<_, First<V6>>(&ctx, &order.from, order.reason))
+    });
     answer.unwrap_or(TC_ACT_SHOT)
 }
 
-/// Sends the answer, if one is due.
+/// Sends the answer, if one is due to a packet of `G`.
 #[inline(always)]
-fn now<F: Family>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Option<i32> {
+fn now<F, G>(ctx: &TcContext, from: &Answerer<F>, reason: Drop) -> Option<i32>
+where
+    F: Answering,
+    G: Family<Address = F::Address>,
+{
     let why = Reason::of::<F>(reason, End::inner_mtu() as u16)?;
     // SAFETY: `at` checked the bounds; every bit pattern is a value.
-    let (ip, [kind, _]) = unsafe { (&*at::<F::Header>(ctx, IP)?, *at::<[u8; 2]>(ctx, l4::<F>())?) };
+    let (ip, [kind, _]) = unsafe { (&*at::<G::Header>(ctx, IP)?, *at::<[u8; 2]>(ctx, l4::<G>())?) };
     // Others may be fragmented on their way.
-    if reason == Drop::TooBig && !F::is_whole(ip) {
+    if reason == Drop::TooBig && !G::is_whole(ip) {
         return None;
     }
-    let protocol = F::fields(ip).ok()?.protocol;
+    let protocol = G::fields(ip).ok()?.protocol;
     // Never an error about an error (RFC 1122, section 3.2.2; RFC 4443, section 2.4).
     let is_due = match protocol {
         TCP | UDP => true,
-        ICMP => !F::is_error(kind),
+        ICMP => !G::is_error(kind),
         _ => false,
     };
     if !is_due || !admits(from.scope) {
         return None;
     }
     match protocol {
-        TCP => message::<F, 10>(ctx, from, &why, 8),
-        UDP => message::<F, 4>(ctx, from, &why, 3),
-        _ => message::<F, 4>(ctx, from, &why, 1),
+        TCP => message::<F, G, 10>(ctx, from, &why, 8),
+        UDP => message::<F, G, 4>(ctx, from, &why, 3),
+        _ => message::<F, G, 4>(ctx, from, &why, 1),
     }
 }
 
@@ -137,24 +145,28 @@ fn admits(scope: u32) -> bool {
 /// Makes the message of the packet, in whose transport header the checksum is the word at `index`.
 /// What it embeds stays where it is.
 #[inline(always)]
-fn message<F: Family, const N: usize>(
+fn message<F, G, const N: usize>(
     ctx: &TcContext,
     from: &Answerer<F>,
     why: &Reason,
     index: usize,
-) -> Option<i32> {
+) -> Option<i32>
+where
+    F: Answering,
+    G: Family<Address = F::Address>,
+{
     // SAFETY: `at` checked the bounds.
     if unsafe { (*at::<Ethernet>(ctx, 0)?).destination.is_multicast() } {
         return None;
     }
-    let whole = size_of::<Message<F, N>>();
-    let length = l4::<F>() + size_of::<[u16; N]>();
+    let whole = size_of::<Message<F, G, N>>();
+    let length = l4::<G>() + size_of::<[u16; N]>();
     // SAFETY: the context is the kernel's for as long as the program runs.
     if unsafe { bpf_skb_change_tail(ctx.skb.skb, length as u32, 0) } != 0 {
         return None;
     }
     ctx.adjust_room((whole - length) as i32, BPF_ADJ_ROOM_MAC, 0).ok()?;
-    let message = at::<Message<F, N>>(ctx, 0)?;
+    let message = at::<Message<F, G, N>>(ctx, 0)?;
     // SAFETY: `at` checked the bounds, and headers are 2-byte aligned in packets.
     unsafe {
         let about = &*(&raw const (*message).about);
@@ -168,10 +180,10 @@ fn message<F: Family, const N: usize>(
         l4[index] = settled(fold(rest));
 
         let ip = &mut *(&raw mut (*message).ip);
-        *ip = F::answer(from.address, F::source(about), (whole - IP - F::HEADER) as u16);
+        *ip = F::answer(from.address, G::source(about), (whole - IP - F::HEADER) as u16);
         let Reason { kind, rest: words } = *why;
         let sum = u16::from_ne_bytes(kind) as u32 + words[0].0 as u32 + words[1].0 as u32;
-        let sum = sum + F::pseudo_sum(ip) + F::sum(about) + rest + l4[index] as u32;
+        let sum = sum + F::pseudo_sum(ip) + G::sum(about) + rest + l4[index] as u32;
         (*message).kind = kind;
         (*message).checksum = !fold(sum);
         (*message).rest = words;

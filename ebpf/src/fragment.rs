@@ -7,7 +7,7 @@
 
 use core::arch::asm;
 
-use aya_ebpf::bindings::BPF_F_INGRESS;
+use aya_ebpf::bindings::{BPF_F_INGRESS, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::generated::{bpf_ktime_get_coarse_ns, bpf_redirect};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
@@ -16,9 +16,10 @@ use warren_abi::drop::Drop;
 use warren_abi::family::{Family, Fields};
 use warren_abi::flow::{tcp, tick};
 use warren_abi::fragment::{Cell, Datagram, DatagramKey, Fragmented, Piece, Tag};
-use warren_abi::wire::{Be16, ETHERTYPE_IPV4, Ethernet, Ip};
+use warren_abi::maps::Slot;
+use warren_abi::wire::{Be16, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ethernet, Ip};
 
-use crate::maps::{DATAGRAMS, fragments_ifindex};
+use crate::maps::{DATAGRAMS, End, fragments_ifindex};
 use crate::parse::{IP, Packet, at};
 use crate::{drops, parse};
 
@@ -43,11 +44,19 @@ pub fn or_divert<F: Family>(
     tag: Tag,
 ) -> Result<i32, Drop> {
     match result {
-        // IPv6's are not translated.
-        Err(Drop::Fragment) if F::ETHERTYPE == ETHERTYPE_IPV4 => to_program(ctx, tag),
+        // Nobody divides a packet of IPv6 but who made it (RFC 8200, section 5).
+        Err(Drop::Fragment) if F::ETHERTYPE == ETHERTYPE_IPV6 && is_too_big(ctx) => {
+            Err(Drop::TooBig)
+        }
+        Err(Drop::Fragment) => to_program(ctx, tag),
         Err(Drop::TooBig) if is_divisible::<F>(ctx) => to_daemon(ctx, tag),
         result => result,
     }
+}
+
+#[inline(always)]
+fn is_too_big(ctx: &TcContext) -> bool {
+    ctx.len() - IP as u32 > End::inner_mtu()
 }
 
 #[inline(always)]
@@ -61,6 +70,29 @@ fn is_divisible<F: Family>(ctx: &TcContext) -> bool {
 #[inline(always)]
 pub fn to_program(ctx: &TcContext, tag: Tag) -> Result<i32, Drop> {
     redirect(ctx, tag, BPF_F_INGRESS as u64)
+}
+
+/// Hands a packet from the tunnel to the program of fragments of a proxy, which needs to know the
+/// tunnel's other end: that stands in front of the packet, for the tag has no room.
+#[inline(always)]
+pub fn to_program_from(ctx: &TcContext, tag: Tag, remote: &Ip) -> Result<i32, Drop> {
+    ctx.adjust_room(size_of::<Ip>() as i32, BPF_ADJ_ROOM_MAC, 0).map_err(|_| Drop::Internal)?;
+    let place = at::<Ip>(ctx, IP).ok_or(Drop::Internal)?;
+    // SAFETY: `at` checked the bounds.
+    unsafe { *place = *remote };
+    to_program(ctx, tag)
+}
+
+/// The tunnel's other end, taken from in front of the packet.
+#[inline(always)]
+pub fn take_remote(ctx: &TcContext) -> Result<Ip, Drop> {
+    parse::pull(ctx, (IP + size_of::<Ip>()) as u32);
+    let place = at::<Ip>(ctx, IP).ok_or(Drop::Truncated)?;
+    // SAFETY: `at` checked the bounds. What was put in as zeroes is taken out as such: a sum of all
+    // bytes, if the kernel has one, stays right.
+    let remote = unsafe { core::mem::replace(&mut *place, Ip::UNSPECIFIED) };
+    ctx.adjust_room(-(size_of::<Ip>() as i32), BPF_ADJ_ROOM_MAC, 0).map_err(|_| Drop::Truncated)?;
+    Ok(remote)
 }
 
 /// Hands a packet to the daemon, which writes it back: later, or in parts.
@@ -94,9 +126,9 @@ pub fn piece<F: Fragmented>(ctx: &TcContext) -> Result<(Piece, Fields<F>), Drop>
         return Err(Drop::Internal);
     }
     // SAFETY: `at` checked the bounds.
-    let header = unsafe { &*at::<F::Header>(ctx, IP).ok_or(Drop::Truncated)? };
+    let header = unsafe { &*at::<F::Fragment>(ctx, IP).ok_or(Drop::Truncated)? };
     let (piece, fields) = F::piece(header)?.ok_or(Drop::Internal)?;
-    piece.check(fields.protocol, F::HEADER as u32)?;
+    piece.check::<F>(fields.protocol)?;
     if fields.length + IP as u32 > ctx.len() {
         return Err(Drop::Truncated);
     }
@@ -117,7 +149,7 @@ pub fn is_translated<F: Family>(packet: &Packet<F>) -> Result<(), Drop> {
 #[inline(always)]
 pub fn identify<F: Fragmented>(ctx: &TcContext, id: u32) -> Result<(), Drop> {
     // SAFETY: `at` checked the bounds.
-    F::identify(unsafe { &mut *at::<F::Header>(ctx, IP).ok_or(Drop::Internal)? }, id);
+    F::identify(unsafe { &mut *at::<F::Fragment>(ctx, IP).ok_or(Drop::Internal)? }, id);
     Ok(())
 }
 
@@ -133,26 +165,39 @@ fn scratch() -> Result<*mut Scratch, Drop> {
 /// Looks for a fragment's datagram: what is known of that is in the scratch from here on.
 #[inline(always)]
 pub fn look_for(tag: Tag, peer: Ip, piece: &Piece, protocol: u8) -> Result<(), Drop> {
+    look_for_from(tag, Ip::UNSPECIFIED, peer, piece, protocol)
+}
+
+/// [`look_for`], where it came out of the tunnel of a proxy, whose other end is `remote`.
+#[inline(always)]
+pub fn look_for_from(
+    tag: Tag,
+    remote: Ip,
+    peer: Ip,
+    piece: &Piece,
+    protocol: u8,
+) -> Result<(), Drop> {
     let Tag { origin, owner, mark, .. } = tag;
     let Piece { id, length: first, .. } = *piece;
     let (origin, protocol) = (origin as u32, protocol as u32);
-    let key = DatagramKey { origin, owner, mark, peer, id, protocol };
     let scratch = scratch()?;
     // SAFETY: it is a map value, and nobody else's at this time, so below; the helper has no
     // preconditions.
     unsafe {
-        (*scratch).cell = key.cell();
         (*scratch).datagram = Datagram {
-            key,
+            key: DatagramKey { origin, owner, mark, remote, peer, id, protocol },
             began: tick(bpf_ktime_get_coarse_ns()),
             first,
-            seen: first as i32,
+            // One that is all there is concerns no others (RFC 6946, section 4).
+            seen: if piece.more { first as i32 } else { 0 },
             id,
-            to: 0,
+            ifindex: 0,
             generation: 0,
+            host: Ip::UNSPECIFIED,
             local_port: Be16(0),
             peer_port: Be16(0),
         };
+        (*scratch).cell = (*scratch).datagram.key.cell();
     }
     Ok(())
 }
@@ -184,12 +229,24 @@ pub fn identify_first<F: Fragmented>(ctx: &TcContext) -> Result<(), Drop> {
     identify::<F>(ctx, id)
 }
 
-/// Tells who gets the datagram.
+/// Tells who gets the datagram: a slot's guest.
 #[inline(always)]
-pub fn direct(to: u32, generation: u32) -> Result<(), Drop> {
+pub fn direct(slot: &Slot) -> Result<(), Drop> {
     let scratch = scratch()?;
     // SAFETY: as above.
-    unsafe { ((*scratch).datagram.to, (*scratch).datagram.generation) = (to, generation) };
+    unsafe {
+        (*scratch).datagram.ifindex = slot.ifindex;
+        (*scratch).datagram.generation = slot.attachment.generation();
+    }
+    Ok(())
+}
+
+/// Tells who gets the datagram: a host.
+#[inline(always)]
+pub fn direct_to(host: &Ip) -> Result<(), Drop> {
+    let scratch = scratch()?;
+    // SAFETY: as above.
+    unsafe { (*scratch).datagram.host = *host };
     Ok(())
 }
 
@@ -198,6 +255,9 @@ pub fn direct(to: u32, generation: u32) -> Result<(), Drop> {
 pub fn begin<F: Family>(scope: u32, packet: &Packet<F>) -> Result<(), Drop> {
     // SAFETY: as above.
     let Scratch { cell, datagram } = unsafe { &mut *scratch()? };
+    if datagram.seen == 0 {
+        return Ok(());
+    }
     // SAFETY: as in `find`.
     if let Some(former) = DATAGRAMS.get_ptr(&*cell).map(|former| unsafe { &*former })
         && former.is_awaited(datagram.began)

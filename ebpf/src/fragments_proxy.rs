@@ -3,24 +3,39 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
-use warren_abi::family::{Fields, V4};
+use warren_abi::family::{Fields, V4, V6};
 use warren_abi::flow::Direction;
 use warren_abi::fragment::{First, Fragmented, Tag, origin};
 use warren_abi::maps::ProxyVpc;
-use warren_abi::wire::{Ip, Ipv4};
+use warren_abi::packet::Packet;
+use warren_abi::wire::ETHERTYPE_IPV6;
 
 use crate::fragment::{
-    begin, direct, find, identify, identify_first, is_translated, look_for, piece, tag, to_daemon,
-    wait,
+    begin, direct_to, find, identify, identify_first, is_translated, look_for, look_for_from,
+    piece, tag, take_remote, to_daemon, wait,
 };
 use crate::maps::End;
-use crate::{blocks, cache, drops, encap, parse, tunnel};
+use crate::{blocks, cache, drops, encap, parse, tail, tunnel};
 
 /// Deals with a fragment as its first one was dealt with.
 #[classifier]
 pub fn fragments_proxy(ctx: TcContext) -> i32 {
-    let Some(tag) = tag(&ctx) else {
-        return drops::verdict(&ctx, 0, Err(Drop::Internal));
+    match parse::ethertype(&ctx) {
+        ETHERTYPE_IPV6 => tail::call(&ctx, tail::FRAGMENTS_PROXY_V6),
+        _ => any::<V4>(&ctx),
+    }
+}
+
+/// [`fragments_proxy`], in IPv6.
+#[classifier]
+pub fn fragments_proxy_v6(ctx: TcContext) -> i32 {
+    any::<V6>(&ctx)
+}
+
+#[inline(always)]
+fn any<F: Fragmented>(ctx: &TcContext) -> i32 {
+    let Some(tag) = tag(ctx) else {
+        return drops::verdict(ctx, 0, Err(Drop::Internal));
     };
     let vpc = match tag.origin {
         origin::VPC => cache::vpc_of(tag.owner),
@@ -28,13 +43,11 @@ pub fn fragments_proxy(ctx: TcContext) -> i32 {
         _ => None,
     };
     match vpc {
-        // A tag has no room for a host's address of IPv6.
-        Some(vpc) if End::is_v6() => drops::verdict(&ctx, vpc.scope, Err(Drop::Fragment)),
         Some(vpc) if tag.origin == origin::VPC => {
-            drops::verdict(&ctx, vpc.scope, to_host::<V4>(&ctx, vpc, tag))
+            drops::verdict(ctx, vpc.scope, to_host::<F>(ctx, vpc, tag))
         }
-        Some(vpc) => drops::verdict(&ctx, vpc.scope, to_vpc::<V4>(&ctx, vpc, tag)),
-        None => drops::verdict(&ctx, 0, Err(Drop::UnknownVpc)),
+        Some(vpc) => drops::verdict(ctx, vpc.scope, to_vpc::<F>(ctx, vpc, tag)),
+        None => drops::verdict(ctx, 0, Err(Drop::UnknownVpc)),
     }
 }
 
@@ -54,34 +67,35 @@ fn to_host<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i
         let packet = parse::packet::<First<F>>(ctx, Direction::In)?;
         is_translated(&packet)?;
         let host = blocks::holder(vpc, packet.local_port).ok_or(Drop::NoBlockHolder)?;
-        direct(host.0[3], 0)?;
+        direct_to(host)?;
         begin(vpc.scope, &packet)?;
         return encap::send(ctx, &packet, vpc.vni, host);
     }
     let Some(datagram) = find(&piece)? else { return wait(ctx, tag) };
-    let packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
-    encap::send(ctx, &packet, vpc.vni, &Ip::v4(Ipv4(datagram.to)))
+    let packet = Packet::of(&fields, datagram.local_port, datagram.peer_port);
+    encap::send(ctx, &packet, vpc.vni, &datagram.host)
 }
 
 /// From a host: into the VPC, or back to a host. They come in order, as the host sent them.
 #[inline(always)]
 fn to_vpc<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i32, Drop> {
+    let remote = take_remote(ctx)?;
     let (piece, fields) = piece::<F>(ctx)?;
     let Fields { protocol, source, destination, .. } = fields;
     if !F::same(source, F::shared_on_proxy(vpc)?) {
         return Err(Drop::SpoofedAddress);
     }
-    look_for(tag, F::ip(destination), &piece, protocol)?;
+    look_for_from(tag, remote, F::ip(destination), &piece, protocol)?;
     if piece.offset == 0 {
         let mut packet = parse::packet::<First<F>>(ctx, Direction::Out)?;
         is_translated(&packet)?;
         identify_first::<F>(ctx)?;
-        let action = tunnel::forward(ctx, vpc, &Ip::v4(Ipv4(tag.mark)), &mut packet)?;
+        let action = tunnel::forward(ctx, vpc, &remote, &mut packet)?;
         begin(vpc.scope, &packet)?;
         return Ok(action);
     }
     let datagram = find(&piece)?.ok_or(Drop::Fragment)?;
-    let packet = parse::rest(&fields, datagram.local_port, datagram.peer_port);
+    let packet = Packet::of(&fields, datagram.local_port, datagram.peer_port);
     identify::<F>(ctx, datagram.id)?;
     tunnel::leave(ctx, vpc, &packet)
 }

@@ -7,7 +7,9 @@ use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
 use warren_abi::maps::tails;
 pub use warren_abi::maps::tails::{
-    ANSWER, ANSWER_V6, ERROR_TO_VPC, ERROR_TO_VPC_V6, RESOLVE_V6, TAP_V6, TO_GUEST_V6, TRANSLATE_V6,
+    ANSWER, ANSWER_V6, ERROR_TO_VPC, ERROR_TO_VPC_V6, FIRST_TO_GUEST_V6, FRAGMENTS_FIRST_V6,
+    FRAGMENTS_PROXY_V6, FRAGMENTS_REST_V6, FRAGMENTS_TO_GUEST_V6, RESOLVE_V6, TAP_V6, TO_GUEST_V6,
+    TRANSLATE_FIRST_V6, TRANSLATE_V6,
 };
 
 use crate::drops;

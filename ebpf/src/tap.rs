@@ -8,7 +8,7 @@ use warren_abi::conntrack::Ports;
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4, V6};
 use warren_abi::flow::Direction;
-use warren_abi::fragment::{Tag, origin};
+use warren_abi::fragment::{First, Tag, origin};
 use warren_abi::icmp::v6::NEIGHBOUR_SOLICITATION;
 use warren_abi::maps::{HostVpc, Slot};
 use warren_abi::wire::{
@@ -108,7 +108,7 @@ fn ingress_v6(ctx: &TcContext, slot: &Slot, _: PhantomData<V6>) -> Result<i32, D
 /// Translates a packet and sends it to the proxy of the slot's VPC. `packet` becomes what it is
 /// outside.
 #[inline(always)]
-pub fn to_vpc<F: Family>(
+pub fn to_vpc<F: Translated>(
     ctx: &TcContext,
     slot: &Slot,
     packet: &mut Packet<F>,
@@ -134,15 +134,38 @@ pub fn to_vpc<F: Family>(
         return Ok(tail::call(ctx, if is_v4 { tail::ERROR_TO_VPC } else { tail::ERROR_TO_VPC_V6 }));
     }
     let port = conntrack::outward(slot, ports, packet)?;
-    if F::ETHERTYPE == ETHERTYPE_IPV6 {
-        // SAFETY: the context is the kernel's for as long as the program runs.
-        unsafe {
-            (*ctx.skb.skb).cb[0] = vni;
-            (*ctx.skb.skb).cb[1] = port.0 as u32;
-        }
-        return Ok(tail::call(ctx, tail::TRANSLATE_V6));
+    let Some(program) = F::PROGRAM else {
+        return translate(ctx, packet, vni, vpc, port);
+    };
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    unsafe {
+        (*ctx.skb.skb).cb[0] = vni;
+        (*ctx.skb.skb).cb[1] = port.0 as u32;
+        (*ctx.skb.skb).cb[2] = slot.number;
     }
-    translate(ctx, packet, vni, vpc, port)
+    Ok(tail::call(ctx, program))
+}
+
+/// What guests send.
+pub trait Translated: Family {
+    /// The place of the program that [`to_vpc`] ends with, if the stack has no room for the rest.
+    const PROGRAM: Option<u32>;
+}
+
+impl Translated for V4 {
+    const PROGRAM: Option<u32> = None;
+}
+
+impl Translated for First<V4> {
+    const PROGRAM: Option<u32> = None;
+}
+
+impl Translated for V6 {
+    const PROGRAM: Option<u32> = Some(tail::TRANSLATE_V6);
+}
+
+impl Translated for First<V6> {
+    const PROGRAM: Option<u32> = Some(tail::TRANSLATE_FIRST_V6);
 }
 
 /// The rest of [`to_vpc`]: puts the VPC's shared address and this port in the place of the guest's.
@@ -166,19 +189,28 @@ fn translate<F: Family>(
 /// [`translate`], in IPv6.
 #[classifier]
 pub fn translate_v6(ctx: TcContext) -> i32 {
+    rest::<V6>(&ctx, |_, _| Ok(()))
+}
+
+/// [`translate`], of a first fragment in IPv6.
+#[classifier]
+pub fn translate_first_v6(ctx: TcContext) -> i32 {
+    rest::<First<V6>>(&ctx, fragment::begin)
+}
+
+/// The rest of [`to_vpc`] in a program of its own, and what comes after it.
+#[inline(always)]
+fn rest<F: Family>(ctx: &TcContext, then: impl FnOnce(u32, &Packet<F>) -> Result<(), Drop>) -> i32 {
     // SAFETY: the context is the kernel's for as long as the program runs.
-    let [vni, port, ..] = unsafe { (*ctx.skb.skb).cb };
+    let [vni, port, scope, ..] = unsafe { (*ctx.skb.skb).cb };
     let vpc = cache::host_vpc(vni).ok_or(Drop::UnknownVpc);
     let result = vpc.and_then(|vpc| {
-        let mut packet = parse::packet::<V6>(&ctx, Direction::Out)?;
-        translate(&ctx, &mut packet, vni, vpc, Be16(port as u16))
+        let mut packet = parse::packet::<F>(ctx, Direction::Out)?;
+        let action = translate(ctx, &mut packet, vni, vpc, Be16(port as u16))?;
+        then(scope, &packet)?;
+        Ok(action)
     });
-    if result.is_ok() {
-        return drops::verdict(&ctx, 0, result);
-    }
-    // SAFETY: as above.
-    let scope = cache::slot(unsafe { (*ctx.skb.skb).ifindex }).map_or(0, |slot| slot.number);
-    drops::verdict(&ctx, scope, result)
+    drops::verdict(ctx, scope, result)
 }
 
 /// The slot that a packet came from, or the daemon's stand-in.

@@ -56,16 +56,7 @@ pub fn host(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
             unsafe { (*ctx.skb.skb).cb[0] = vni };
             tail::call(ctx, tail::TO_GUEST_V6)
         }
-        _ => {
-            let result = match to_guest::<V4>(ctx, vni, vpc) {
-                Err((0, Drop::Fragment)) => {
-                    let tag = Tag::new(origin::PROXY, vni, 0);
-                    fragment::to_program(ctx, tag).map_err(|reason| (0, reason))
-                }
-                result => result,
-            };
-            finish(ctx, result)
-        }
+        _ => finish(ctx, vni, to_guest::<V4>(ctx, vni, vpc)),
     }
 }
 
@@ -75,11 +66,18 @@ pub fn to_guest_v6(ctx: TcContext) -> i32 {
     // SAFETY: as above.
     let vni = unsafe { (*ctx.skb.skb).cb[0] };
     let vpc = cache::host_vpc(vni).ok_or((0, Drop::UnknownVpc));
-    finish(&ctx, vpc.and_then(|vpc| to_guest::<V6>(&ctx, vni, vpc)))
+    finish(&ctx, vni, vpc.and_then(|vpc| to_guest::<V6>(&ctx, vni, vpc)))
 }
 
 #[inline(always)]
-fn finish(ctx: &TcContext, result: Result<i32, (u32, Drop)>) -> i32 {
+fn finish(ctx: &TcContext, vni: u32, result: Result<i32, (u32, Drop)>) -> i32 {
+    let result = match result {
+        Err((0, Drop::Fragment)) => {
+            let tag = Tag::new(origin::PROXY, vni, 0);
+            fragment::to_program(ctx, tag).map_err(|reason| (0, reason))
+        }
+        result => result,
+    };
     match migration::or_former(result) {
         Ok(action) => drops::verdict(ctx, 0, Ok(action)),
         Err((scope, reason)) => drops::verdict(ctx, scope, Err(reason)),
@@ -148,12 +146,13 @@ pub fn proxy(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
     };
     let result = match parse::ethertype(ctx) {
         ETHERTYPE_IPV6 => to_vpc::<V6>(ctx, vpc, remote),
-        _ => match to_vpc::<V4>(ctx, vpc, remote) {
-            Err(Drop::Fragment) => {
-                fragment::to_program(ctx, Tag::new(origin::HOST, vni, remote.0[3]))
-            }
-            result => result,
-        },
+        _ => to_vpc::<V4>(ctx, vpc, remote),
+    };
+    let result = match result {
+        Err(Drop::Fragment) => {
+            fragment::to_program_from(ctx, Tag::new(origin::HOST, vni, 0), remote)
+        }
+        result => result,
     };
     drops::verdict(ctx, vpc.scope, result)
 }

@@ -1,6 +1,6 @@
 //! IPv4 (RFC 791).
 
-use super::{Family, Fields};
+use super::{Answering, Family, Fields};
 use crate::checksum::{difference, fold, update};
 use crate::drop::Drop;
 use crate::flow::Direction;
@@ -176,25 +176,6 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn answer(source: Ipv4, destination: Ipv4, payload: u16) -> IpHeader {
-        let mut ip = IpHeader {
-            version_length: IpHeader::PLAIN,
-            // Internetwork control (RFC 1812, section 4.3.2.5).
-            tos: 0xc0,
-            total_length: Be16::new(Self::HEADER as u16 + payload),
-            identification: Be16(0),
-            fragment: IpHeader::DF,
-            ttl: 64,
-            protocol: ICMP,
-            checksum: 0,
-            source,
-            destination,
-        };
-        ip.checksum = !fold(ip.sum());
-        ip
-    }
-
-    #[inline(always)]
     fn sum(ip: &IpHeader) -> u32 {
         ip.sum()
     }
@@ -212,5 +193,26 @@ impl Family for V4 {
     #[inline(always)]
     fn is_other_error(kind: u8) -> bool {
         matches!(kind, icmp::SOURCE_QUENCH | icmp::REDIRECT)
+    }
+}
+
+impl Answering for V4 {
+    #[inline(always)]
+    fn answer(source: Ipv4, destination: Ipv4, payload: u16) -> IpHeader {
+        let mut ip = IpHeader {
+            version_length: IpHeader::PLAIN,
+            // Internetwork control (RFC 1812, section 4.3.2.5).
+            tos: 0xc0,
+            total_length: Be16::new(Self::HEADER as u16 + payload),
+            identification: Be16(0),
+            fragment: IpHeader::DF,
+            ttl: 64,
+            protocol: ICMP,
+            checksum: 0,
+            source,
+            destination,
+        };
+        ip.checksum = !fold(ip.sum());
+        ip
     }
 }

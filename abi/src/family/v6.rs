@@ -1,6 +1,6 @@
 //! IPv6 (RFC 8200).
 
-use super::{Family, Fields};
+use super::{Answering, Family, Fields};
 use crate::drop::Drop;
 use crate::flow::Direction;
 use crate::icmp::v6 as icmp;
@@ -21,8 +21,19 @@ const fn is_extension(next_header: u8) -> bool {
 pub struct V6;
 
 impl V6 {
+    /// The protocol that a next header stands for, if it is one that is translated.
     #[inline(always)]
-    fn read(ip: &Ip6Header) -> Fields<Self> {
+    pub(crate) const fn transport(next_header: u8) -> Result<u8, Drop> {
+        match next_header {
+            TCP | UDP => Ok(next_header),
+            ICMPV6 => Ok(ICMP),
+            next if is_extension(next) => Err(Drop::ExtensionHeader),
+            _ => Err(Drop::UnsupportedProtocol),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn read(ip: &Ip6Header) -> Fields<Self> {
         Fields {
             tos: ip.traffic_class(),
             ttl: ip.hop_limit,
@@ -121,12 +132,10 @@ impl Family for V6 {
         if !ip.is_version_6() {
             return Err(Drop::BadHeader);
         }
-        match ip.next_header {
-            TCP | UDP | ICMPV6 => Ok(Self::read(ip)),
-            Ip6Header::FRAGMENT => Err(Drop::Fragment),
-            next if is_extension(next) => Err(Drop::ExtensionHeader),
-            _ => Err(Drop::UnsupportedProtocol),
+        if ip.next_header == Ip6Header::FRAGMENT {
+            return Err(Drop::Fragment);
         }
+        Ok(Fields { protocol: Self::transport(ip.next_header)?, ..Self::read(ip) })
     }
 
     #[inline(always)]
@@ -179,19 +188,6 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn answer(source: Ip, destination: Ip, payload: u16) -> Ip6Header {
-        Ip6Header {
-            // Internetwork control.
-            version: [0x6c, 0, 0, 0],
-            payload_length: Be16::new(payload),
-            next_header: ICMPV6,
-            hop_limit: 64,
-            source,
-            destination,
-        }
-    }
-
-    #[inline(always)]
     fn sum(ip: &Ip6Header) -> u32 {
         let [a, b, c, d] = ip.version;
         u16::from_ne_bytes([a, b]) as u32
@@ -221,5 +217,20 @@ impl Family for V6 {
     #[inline(always)]
     fn is_other_error(kind: u8) -> bool {
         kind < icmp::ECHO_REQUEST || kind == icmp::REDIRECT
+    }
+}
+
+impl Answering for V6 {
+    #[inline(always)]
+    fn answer(source: Ip, destination: Ip, payload: u16) -> Ip6Header {
+        Ip6Header {
+            // Internetwork control.
+            version: [0x6c, 0, 0, 0],
+            payload_length: Be16::new(payload),
+            next_header: ICMPV6,
+            hop_limit: 64,
+            source,
+            destination,
+        }
     }
 }

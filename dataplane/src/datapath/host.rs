@@ -130,28 +130,13 @@ impl HostDatapath {
                 MapSpec::new::<u32, maps::FlowCounts>(names::FLOW_COUNTS, 1),
                 policies,
                 rule_hits,
-                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
+                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS)
+                    .layout(layouts::DATAGRAMS),
                 limits,
                 held,
                 Changes::map_spec(),
             ],
-            &[
-                programs::TAP,
-                programs::TAP_V6,
-                programs::TO_GUEST_V6,
-                programs::ERROR_TO_VPC,
-                programs::ERROR_TO_VPC_V6,
-                programs::RESOLVE_V6,
-                programs::TRANSLATE_V6,
-                programs::ANSWER,
-                programs::ANSWER_V6,
-                programs::TUNNEL_HOST,
-                programs::UNDERLAY_HOST,
-                programs::SWEEP,
-                programs::SERVICES,
-                programs::FRAGMENTS_FIRST,
-                programs::FRAGMENTS_REST,
-            ],
+            &programs::OF_HOST,
         )?;
         let changes = Changes::open(&mut programs)?;
         let table = SlotTable::new(Table::open(&mut programs, names::SLOTS, &changes)?);
@@ -163,7 +148,7 @@ impl HostDatapath {
         let limits = SlotLimits::open(&mut programs)?;
         let mut state = State { slots: table, vpcs, vnis, policies, limits };
         let counters = Counters::new(programs.map(names::DROPS)?);
-        let flows = programs.flows()?;
+        let flows = programs.data(names::CT_OUT)?;
         let claims = Claims::new(programs.map(names::CT_IN)?);
         let flow_counters = FlowCounters::new(&mut programs)?;
         let flow_events = Mutex::new(Some(FlowEvents::new(&mut programs)?));

@@ -92,17 +92,11 @@ impl ProxyDatapath {
                 MapSpec::new::<BlockKey, Ip>(names::BLOCKS, MAX_BLOCKS).layout(layouts::BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
-                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS),
+                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS)
+                    .layout(layouts::DATAGRAMS),
                 Changes::map_spec(),
             ],
-            &[
-                programs::TUNNEL_PROXY,
-                programs::UNDERLAY_PROXY,
-                programs::VPC,
-                programs::ANSWER,
-                programs::ANSWER_V6,
-                programs::FRAGMENTS_PROXY,
-            ],
+            &programs::OF_PROXY,
         )?;
         let _expedited = ExpeditedRcu::new();
         underlay::open_device(

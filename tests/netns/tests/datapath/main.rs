@@ -6,6 +6,7 @@ mod bed;
 mod flowlog;
 mod flows;
 mod fragments;
+mod fragments_v6;
 mod guest;
 mod hairpin;
 mod hostile;

@@ -54,7 +54,7 @@ pub fn round_trip(guest: &Namespace, to: (Ipv6Addr, u16)) -> bool {
 }
 
 /// The beginning of a packet that this guest may send.
-fn packet(guest: &RawGuest, to: Ipv6Addr, hops: u8) -> PacketBuilderStep<IpHeaders> {
+pub fn packet(guest: &RawGuest, to: Ipv6Addr, hops: u8) -> PacketBuilderStep<IpHeaders> {
     from(guest, own(1), to, hops)
 }
 
@@ -65,7 +65,7 @@ fn from(guest: &RawGuest, from: Ipv6Addr, to: Ipv6Addr, hops: u8) -> PacketBuild
 }
 
 /// The address of a slot's guest.
-fn own(slot: u32) -> Ipv6Addr {
+pub fn own(slot: u32) -> Ipv6Addr {
     slot_address_v6(slot).into()
 }
 

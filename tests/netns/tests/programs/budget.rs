@@ -16,7 +16,7 @@ struct Budget {
 
 /// A third above what they were when this was last looked at. Raise one with the reason in the
 /// commit's message.
-const BUDGETS: [Budget; 15] = [
+const BUDGETS: [Budget; 25] = [
     Budget { program: programs::TAP, verified: 85_000, translated: 69_000, jited: 40_000 },
     Budget { program: programs::TUNNEL_HOST, verified: 51_000, translated: 43_700, jited: 25_700 },
     Budget { program: programs::TUNNEL_PROXY, verified: 11_600, translated: 17_200, jited: 10_200 },
@@ -28,7 +28,7 @@ const BUDGETS: [Budget; 15] = [
     Budget { program: programs::ERROR_TO_VPC, verified: 38_600, translated: 14_100, jited: 7_800 },
     Budget { program: programs::RESOLVE_V6, verified: 3_400, translated: 6_700, jited: 4_000 },
     Budget { program: programs::ANSWER, verified: 1_500, translated: 8_200, jited: 4_700 },
-    Budget { program: programs::ANSWER_V6, verified: 1_500, translated: 8_200, jited: 4_700 },
+    Budget { program: programs::ANSWER_V6, verified: 4_600, translated: 16_500, jited: 9_600 },
     Budget {
         program: programs::FRAGMENTS_FIRST,
         verified: 66_000,
@@ -47,10 +47,68 @@ const BUDGETS: [Budget; 15] = [
         translated: 25_600,
         jited: 14_600,
     },
+    Budget {
+        program: programs::FRAGMENTS_FIRST_V6,
+        verified: 57_300,
+        translated: 66_800,
+        jited: 40_200,
+    },
+    Budget {
+        program: programs::TRANSLATE_FIRST_V6,
+        verified: 8_670,
+        translated: 9_900,
+        jited: 5_650,
+    },
+    Budget {
+        program: programs::FRAGMENTS_REST_V6,
+        verified: 6_140,
+        translated: 13_800,
+        jited: 7_970,
+    },
+    Budget {
+        program: programs::FRAGMENTS_TO_GUEST_V6,
+        verified: 4_840,
+        translated: 11_300,
+        jited: 6_630,
+    },
+    Budget {
+        program: programs::FIRST_TO_GUEST_V6,
+        verified: 74_800,
+        translated: 38_200,
+        jited: 22_100,
+    },
+    Budget {
+        program: programs::FRAGMENTS_PROXY_V6,
+        verified: 17_500,
+        translated: 37_700,
+        jited: 22_200,
+    },
+    Budget {
+        program: programs::ERROR_TO_VPC_V6,
+        verified: 34_400,
+        translated: 17_700,
+        jited: 10_100,
+    },
+    Budget { program: programs::SERVICES, verified: 86_300, translated: 63_800, jited: 38_100 },
+    Budget {
+        program: programs::UNDERLAY_HOST,
+        verified: 68_500,
+        translated: 52_200,
+        jited: 30_600,
+    },
+    Budget {
+        program: programs::UNDERLAY_PROXY,
+        verified: 12_800,
+        translated: 25_400,
+        jited: 14_800,
+    },
 ];
 
 #[test]
 fn programs_stay_within_their_budgets() {
+    for program in programs::OF_HOST.into_iter().chain(programs::OF_PROXY) {
+        assert!(BUDGETS.iter().any(|budget| budget.program == program), "{program} has none");
+    }
     let mut all = Programs::load();
     let mut over = String::new();
     for Budget { program, verified, translated, jited } in BUDGETS {

@@ -10,24 +10,27 @@ use warren_abi::wire::GATEWAY_MAC;
 
 use crate::frames::{Way, exhaustive, malformed};
 use crate::run::{
-    HOST, IFINDEX, PEER, PORT, PROXY, Programs, REDIRECT, Run, SHARED, SHOT, VNI, VPC_MAC,
-    guest_address, guest_mac,
+    HOST, IFINDEX, PEER, PORT, PROXY, Programs, REDIRECT, Run, SHARED, SHARED_V6, SHOT, VNI,
+    VPC_MAC, guest_address, guest_mac,
 };
+use crate::v6;
 
 /// Left to the program behind (`TCX_NEXT` of `linux/bpf.h`).
 const NEXT: i32 = -1;
 
-/// Valid frames, as fragments: the first, and a later one.
-fn fragments(way: Way, tag: Tag) -> Vec<Vec<u8>> {
+/// Frames as fragments: the first, and a later one.
+fn fragments(frames: Vec<Vec<u8>>, tag: Tag) -> Vec<Vec<u8>> {
     let mut fragments = Vec::new();
-    for frame in way.frames() {
-        for fragment in [[0x20, 0], [0, 4]] {
-            let mut frame = frame.clone();
-            frame[20..22].copy_from_slice(&fragment);
-            // A multiple of 8 bytes.
-            let length = (frame.len() - 34).next_multiple_of(8);
-            frame.resize(34 + length, 0);
-            frame[16..18].copy_from_slice(&(20 + length as u16).to_be_bytes());
+    for frame in frames {
+        for is_later in [false, true] {
+            let mut frame = match frame[12..14] {
+                [0x86, 0xdd] => piece_v6(&frame, is_later),
+                _ => piece(&frame, is_later),
+            };
+            if tag.origin == origin::HOST {
+                // The tunnel's other end.
+                frame.splice(14..14, [vec![0; 10], vec![0xff; 2], HOST.to_vec()].concat());
+            }
             tag.write(&mut frame);
             fragments.push(frame);
         }
@@ -35,13 +38,42 @@ fn fragments(way: Way, tag: Tag) -> Vec<Vec<u8>> {
     fragments
 }
 
+/// A payload of a multiple of 8 bytes.
+fn padded(payload: &[u8]) -> Vec<u8> {
+    let mut payload = payload.to_vec();
+    payload.resize(payload.len().next_multiple_of(8), 0);
+    payload
+}
+
+fn piece(frame: &[u8], is_later: bool) -> Vec<u8> {
+    let payload = padded(&frame[34..]);
+    let mut frame = frame[..34].to_vec();
+    frame[20..22].copy_from_slice(if is_later { &[0, 4] } else { &[0x20, 0] });
+    frame[16..18].copy_from_slice(&(20 + payload.len() as u16).to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+fn piece_v6(frame: &[u8], is_later: bool) -> Vec<u8> {
+    let payload = padded(&frame[54..]);
+    let mut frame = frame[..54].to_vec();
+    frame[18..20].copy_from_slice(&(8 + payload.len() as u16).to_be_bytes());
+    let protocol = std::mem::replace(&mut frame[20], 44);
+    frame.extend([protocol, 0, 0, if is_later { 32 } else { 1 }, 0, 0, 0, 1]);
+    frame.extend(payload);
+    frame
+}
+
 /// Whether it has an offset.
 fn is_later(frame: &[u8]) -> bool {
-    u16::from_be_bytes([frame[20], frame[21]]) & 0x1fff != 0
+    match frame[12..14] {
+        [0x86, 0xdd] => frame.len() >= 58 && u16::from_be_bytes([frame[56], frame[57]]) >= 8,
+        _ => u16::from_be_bytes([frame[20], frame[21]]) & 0x1fff != 0,
+    }
 }
 
 /// Runs a program on fragments of a way, as they are and as they are not.
-fn run(program: &'static str, way: Way, tag: Tag, goes_on: impl Fn(&Run) -> bool) {
+fn run(program: &'static str, frames: Vec<Vec<u8>>, tag: Tag, goes_on: impl Fn(&Run) -> bool) {
     let check = |run: &Run| {
         prop_assert!(run.drops.len() <= 1, "one reason each: {run:?}");
         match run.action {
@@ -64,7 +96,7 @@ fn run(program: &'static str, way: Way, tag: Tag, goes_on: impl Fn(&Run) -> bool
         Ok(())
     };
     let mut programs = Programs::load();
-    let valid = fragments(way, tag);
+    let valid = fragments(frames, tag);
     for frame in exhaustive(&valid) {
         let mut tagged = frame.clone();
         tag.write(&mut tagged);
@@ -87,6 +119,20 @@ fn run(program: &'static str, way: Way, tag: Tag, goes_on: impl Fn(&Run) -> bool
         .expect("nothing passes");
 }
 
+/// The frame is in a tunnel to the proxy.
+fn to_proxy(run: &Run) -> bool {
+    run.frame[30..34] == PROXY && run.frame[26..30] == HOST
+}
+
+/// The frame is in a tunnel to the host.
+fn to_host(run: &Run) -> bool {
+    run.frame[30..34] == HOST
+}
+
+fn to_guest(run: &Run) -> bool {
+    run.frame[..6] == guest_mac()
+}
+
 #[test]
 fn nothing_malformed_of_a_guest_s_fragments_passes() {
     let way = Way {
@@ -97,8 +143,11 @@ fn nothing_malformed_of_a_guest_s_fragments_passes() {
         source_port: 1000,
         destination_port: 7000,
     };
-    let into_the_tunnel = |run: &Run| run.frame[30..34] == PROXY && run.frame[26..30] == HOST;
-    run(programs::FRAGMENTS_FIRST, way, Tag::new(origin::SLOT, IFINDEX, 1), into_the_tunnel);
+    let tag = Tag::new(origin::SLOT, IFINDEX, 1);
+    for frames in [way.frames(), v6::Way::out().frames()] {
+        run(programs::FRAGMENTS_FIRST, frames.clone(), tag, to_proxy);
+        run(programs::FRAGMENTS_REST, frames, tag, to_proxy);
+    }
 }
 
 fn inward() -> Way {
@@ -114,14 +163,16 @@ fn inward() -> Way {
 
 #[test]
 fn nothing_malformed_of_fragments_for_guests_passes() {
-    let to_the_guest = |run: &Run| run.frame[..6] == guest_mac();
-    run(programs::FRAGMENTS_REST, inward(), Tag::new(origin::PROXY, VNI, 0), to_the_guest);
+    for frames in [inward().frames(), v6::Way::back().frames()] {
+        run(programs::FRAGMENTS_REST, frames, Tag::new(origin::PROXY, VNI, 0), to_guest);
+    }
 }
 
 #[test]
 fn nothing_malformed_of_a_vpc_s_fragments_passes() {
-    let into_the_tunnel = |run: &Run| run.frame[30..34] == HOST;
-    run(programs::FRAGMENTS_PROXY, inward(), Tag::new(origin::VPC, IFINDEX, 0), into_the_tunnel);
+    for frames in [inward().frames(), v6::Way::back().frames()] {
+        run(programs::FRAGMENTS_PROXY, frames, Tag::new(origin::VPC, IFINDEX, 0), to_host);
+    }
 }
 
 #[test]
@@ -133,8 +184,12 @@ fn nothing_malformed_of_a_host_s_fragments_passes() {
         destination_port: 7000,
         ..inward()
     };
-    let host = u32::from_ne_bytes(HOST);
     // The frame is the VPC's own: from the shared address.
-    let into_the_vpc = |run: &Run| run.frame[26..30] == SHARED;
-    run(programs::FRAGMENTS_PROXY, way, Tag::new(origin::HOST, VNI, host), into_the_vpc);
+    let into_the_vpc = |run: &Run| match run.frame[12..14] {
+        [0x86, 0xdd] => run.frame[22..38] == SHARED_V6.octets(),
+        _ => run.frame[26..30] == SHARED,
+    };
+    for frames in [way.frames(), v6::Way::translated().frames()] {
+        run(programs::FRAGMENTS_PROXY, frames, Tag::new(origin::HOST, VNI, 0), into_the_vpc);
+    }
 }

@@ -85,8 +85,12 @@ impl Programs {
         }
         loader.map_max_entries(names::DATAGRAMS, DATAGRAMS);
         let mut ebpf = loader.load(&object).expect("the object can be loaded");
-        for name in PROGRAMS {
+        for name in programs::OF_HOST.into_iter().chain(programs::OF_PROXY) {
             let program = program(&mut ebpf, name);
+            if program.fd().is_ok() {
+                // Both have it.
+                continue;
+            }
             program.load().unwrap_or_else(|error| panic!("{name}: {error}"));
         }
         let map = ebpf.take_map(names::TAILS).expect("the map is there");
@@ -195,25 +199,6 @@ impl Programs {
         (0..Drop::COUNTERS).map(|reason| values.iter().map(|drops| drops[reason]).sum()).collect()
     }
 }
-
-const PROGRAMS: [&str; 16] = [
-    programs::TAP,
-    programs::TAP_V6,
-    programs::TO_GUEST_V6,
-    programs::ERROR_TO_VPC,
-    programs::ERROR_TO_VPC_V6,
-    programs::RESOLVE_V6,
-    programs::TRANSLATE_V6,
-    programs::ANSWER,
-    programs::ANSWER_V6,
-    programs::TUNNEL_HOST,
-    programs::TUNNEL_PROXY,
-    programs::VPC,
-    programs::SWEEP,
-    programs::FRAGMENTS_FIRST,
-    programs::FRAGMENTS_REST,
-    programs::FRAGMENTS_PROXY,
-];
 
 const HOST_ADDRESS: Ip = Ip::v4(Ipv4::new(HOST));
 

@@ -17,7 +17,7 @@ use crate::run::{
 const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 
 /// Who sends to whom.
-struct Way {
+pub struct Way {
     macs: ([u8; 6], [u8; 6]),
     source: Ipv6Addr,
     destination: Ipv6Addr,
@@ -27,21 +27,27 @@ struct Way {
 }
 
 impl Way {
-    fn out() -> Self {
+    pub fn out() -> Self {
         let (source, target) = (slot_address_v6(SCOPE).into(), GATEWAY_V6.into());
         let macs = (guest_mac(), GATEWAY_MAC.octets());
         Self { macs, source, destination: PEER_V6, ports: (1000, 7000), target }
     }
 
-    fn back() -> Self {
+    pub fn back() -> Self {
         let macs = (PEER_MAC, VPC_MAC);
         let (source, destination, target) = (PEER_V6, SHARED_V6, SHARED_V6);
         Self { macs, source, destination, ports: (7000, PORT), target }
     }
 
+    /// As a host sends it to the proxy.
+    pub fn translated() -> Self {
+        let (source, destination, target) = (SHARED_V6, PEER_V6, PEER_V6);
+        Self { macs: (PEER_MAC, VPC_MAC), source, destination, ports: (PORT, 7000), target }
+    }
+
     /// A frame of each kind that the programs tell apart, whole and right: UDP, SYN, data, echo
     /// request, echo reply, an error, a solicitation and an advertisement.
-    fn frames(&self) -> Vec<Vec<u8>> {
+    pub fn frames(&self) -> Vec<Vec<u8>> {
         let (source, destination) = (self.source.octets(), self.destination.octets());
         let ip = |hops| {
             PacketBuilder::ethernet2(self.macs.0, self.macs.1).ipv6(source, destination, hops)
