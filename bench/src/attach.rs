@@ -1,6 +1,11 @@
 //! `attach`: what connecting a slot to a VPC costs on a host with 4,000 of them, seen from inside
 //! and from the proxy; what making the slots costs; and what others do for each instance instead.
 //!
+//! Attaching is measured both ways it happens: one slot after another, as when a host scales up, and
+//! a single one out of idleness, when the kernel's side of any system call is no longer in the
+//! processor's caches: a write of the same size to a map that nobody uses tells how much of it that
+//! is.
+//!
 //! A stand-in guest sends datagrams without a pause, all along: those before the attachment are
 //! dropped at its TAP, the first one after it is what the proxy's underlay interface time-stamps.
 
@@ -10,12 +15,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use aya::maps::{HashMap, MapData};
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use etherparse::PacketBuilder;
 use indicatif::ProgressIterator;
-use warren_abi::maps::programs;
+use warren_abi::maps::{self, programs};
 use warren_abi::wire::GATEWAY_MAC;
 use warren_bench::figures::Figures;
 use warren_dataplane::datapath::{
@@ -32,6 +38,11 @@ const VNI: u32 = 4096;
 const SLOTS: u32 = 4000;
 /// How often all of them are made, and adopted.
 const OPENS: u32 = 5;
+/// Slots that are attached one after another, each round.
+const BURST: usize = 32;
+/// For how long nothing is done before a single one is: what is on its way arrives, and is not taken
+/// for its first packet.
+const IDLE: Duration = Duration::from_millis(5);
 
 pub fn run(rounds: u32) -> Result<Figures> {
     let topology = Topology::new()?;
@@ -94,32 +105,51 @@ fn attaches(
     let capture = Capture::start(&topology.proxy, UNDERLAY)?;
     let mut peer = Peer::load(object)?;
     let stop = AtomicBool::new(false);
-    let (mut attaches, mut detaches) = (Vec::new(), Vec::new());
-    let (mut first_packets, mut peers) = (Vec::new(), Vec::new());
+    let mut taken: [Vec<f64>; 6] = Default::default();
+    let [attaches, detaches, singles, floors, first_packets, peers] = &mut taken;
+    let others: Vec<u32> =
+        datapath.slots().iter().skip(1).take(BURST).map(|slot| slot.number).collect();
     std::thread::scope(|scope| -> Result<()> {
         scope.spawn(|| send_until(&stop, &tap, &slot));
         // Whatever happens in here, the sender must end.
         let result = (0..rounds).progress().try_for_each(|_| -> Result<()> {
+            for &other in &others {
+                let clock = Instant::now();
+                datapath.attach(other, VNI)?;
+                attaches.push(micros(clock));
+            }
+            for &other in &others {
+                let clock = Instant::now();
+                datapath.detach(other)?;
+                detaches.push(micros(clock));
+            }
+            peers.push(peer.make()?);
+            std::thread::sleep(IDLE);
+            floors.push(peer.write_map()?);
+            std::thread::sleep(IDLE);
             capture.drain()?;
             let (wall, clock) = (SystemTime::now().duration_since(UNIX_EPOCH)?, Instant::now());
             datapath.attach(slot.number, VNI)?;
-            attaches.push(micros(clock));
+            singles.push(micros(clock));
             let arrived = first_packet(&capture)?;
             first_packets.push(arrived.saturating_sub(wall.as_nanos() as u64) as f64 / 1000.0);
-            let clock = Instant::now();
             datapath.detach(slot.number)?;
-            detaches.push(micros(clock));
-            peers.push(peer.make()?);
-            std::thread::sleep(Duration::from_millis(5));
             Ok(())
         });
         stop.store(true, Ordering::SeqCst);
         result
     })?;
-    figures.distribution("attach_us", attaches);
-    figures.distribution("detach_us", detaches);
-    figures.distribution("first_packet_us", first_packets);
-    figures.distribution("peer_tap_up_tcx_us", peers);
+    let names = [
+        "attach_us",
+        "detach_us",
+        "attach_idle_us",
+        "map_write_idle_us",
+        "first_packet_us",
+        "peer_tap_up_tcx_us",
+    ];
+    for (name, taken) in names.into_iter().zip(taken) {
+        figures.distribution(name, taken);
+    }
     Ok(())
 }
 
@@ -131,6 +161,8 @@ fn micros(since: Instant) -> f64 {
 /// program.
 struct Peer {
     ebpf: Ebpf,
+    /// A map like that of slots, which nobody reads.
+    map: HashMap<MapData, u32, [u8; size_of::<maps::Slot>()]>,
 }
 
 impl Peer {
@@ -139,7 +171,14 @@ impl Peer {
     fn load(object: &[u8]) -> Result<Self> {
         let mut ebpf = EbpfLoader::new().btf(None).load(object)?;
         program(&mut ebpf)?.load()?;
-        Ok(Self { ebpf })
+        Ok(Self { ebpf, map: HashMap::create(SLOTS, 0)? })
+    }
+
+    /// Microseconds that a write to its map takes.
+    fn write_map(&mut self) -> Result<f64> {
+        let clock = Instant::now();
+        self.map.insert(0, [0; size_of::<maps::Slot>()], 0)?;
+        Ok(micros(clock))
     }
 
     /// Microseconds that it takes; what was made is gone afterwards.

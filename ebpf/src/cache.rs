@@ -4,6 +4,7 @@
 //! counts its changes up ([`names::CHANGES`](warren_abi::maps::names::CHANGES)) before they are
 //! promised to anybody; what was found before is then not used any more.
 
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
 use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
@@ -19,7 +20,7 @@ const VPCS: u32 = 256;
 const HOLDERS: u32 = 4096;
 
 #[map]
-static CHANGES: Array<u64> = Array::with_max_entries(1, 0);
+static CHANGES: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map]
 static SLOT_CACHE: PerCpuArray<Cached<Slot>> = PerCpuArray::with_max_entries(SLOTS, 0);
 #[map]

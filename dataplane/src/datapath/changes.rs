@@ -1,40 +1,66 @@
 //! Tables of which programs keep what they found, per CPU, until they are told of a change.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ffi::c_void;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::Pod;
-use aya::maps::{Array, HashMap, MapData, MapError};
-use warren_abi::maps::names;
+use aya::maps::{HashMap, MapData, MapError};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use warren_abi::maps::{layouts, names};
 
 use super::programs::{MapSpec, Programs};
 use super::{Error, is_missing};
 
 /// How often any of the tables was changed.
 #[derive(Clone)]
-pub(super) struct Changes(Arc<Mutex<Counter>>);
+pub(super) struct Changes(Arc<Mapping>);
 
-struct Counter {
-    map: Array<MapData, u64>,
-    count: u64,
+/// The map's only value, mapped: to count costs no system call.
+struct Mapping {
+    address: NonNull<c_void>,
+}
+
+// SAFETY: the mapping is no thread's own, and is written by atomic instructions only.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    const LENGTH: NonZeroUsize = NonZeroUsize::new(size_of::<u64>()).unwrap();
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: it was mapped with this length; nobody has a pointer into it any more.
+        unsafe { munmap(self.address, Self::LENGTH.get()) }.ok();
+    }
 }
 
 impl Changes {
     /// Its map: pinned, since slots beyond the configured number keep programs of former daemons.
     pub fn map_spec() -> MapSpec {
-        MapSpec::new::<u32, u64>(names::CHANGES, 1)
+        MapSpec::new::<u32, u64>(names::CHANGES, 1).layout(layouts::CHANGES)
     }
 
     pub fn open(programs: &mut Programs) -> Result<Self, Error> {
-        let map: Array<_, u64> = programs.map(names::CHANGES)?;
-        let count = map.get(&0, 0).map_err(|source| Error::map(names::CHANGES, source))?;
-        Ok(Self(Arc::new(Mutex::new(Counter { map, count }))))
+        let map = programs.data(names::CHANGES)?;
+        let (rights, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
+        // SAFETY: a new mapping, wherever there is room for it.
+        let address = unsafe { mmap(None, Mapping::LENGTH, rights, flags, map.fd().as_fd(), 0) };
+        let error =
+            |source: nix::Error| Error::system("map into memory", names::CHANGES, source.into());
+        Ok(Self(Arc::new(Mapping { address: address.map_err(error)? })))
     }
 
-    fn count(&self) -> Result<(), Error> {
-        let mut counter = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counter.count += 1;
-        let count = counter.count;
-        counter.map.set(0, count, 0).map_err(|source| Error::map(names::CHANGES, source))
+    /// Whatever was written to a table before is seen by whoever sees the new count.
+    fn count(&self) {
+        // SAFETY: the mapping is there as long as `self`, page-aligned, and of 8 bytes.
+        let count = unsafe { AtomicU64::from_ptr(self.0.address.as_ptr().cast()) };
+        count.fetch_add(1, Ordering::Release);
     }
 }
 
@@ -68,14 +94,16 @@ impl<K: Pod, V: Pod> Table<K, V> {
 
     pub fn insert(&mut self, key: &K, value: &V) -> Result<(), Error> {
         self.map.insert(key, value, 0).map_err(|source| Error::map(self.name, source))?;
-        self.changes.count()
+        self.changes.count();
+        Ok(())
     }
 
     /// Nothing if there is no such entry.
     pub fn remove(&mut self, key: &K) -> Result<(), Error> {
         match self.map.remove(key) {
-            Err(error) if !is_missing(&error) => Err(Error::map(self.name, error)),
+            Err(error) if !is_missing(&error) => return Err(Error::map(self.name, error)),
             _ => self.changes.count(),
         }
+        Ok(())
     }
 }

@@ -2,7 +2,10 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData, MapError, MapInfo, ProgramArray};
@@ -130,12 +133,38 @@ impl Programs {
         let reader = verdicts::Reader::start(&mut ebpf)?;
         let maps = maps.iter().map(MapSpec::pin).chain([tails]).collect();
         let mut programs = Self { ebpf, pins, undo, migrating, maps, _reader: reader };
-        for name in wanted {
-            let program = programs.program(name)?;
-            program.load().map_err(|source| Error::program("load program", *name, source))?;
-        }
+        programs.verify(wanted)?;
         programs.enter_tails(wanted)?;
         Ok(programs)
+    }
+
+    /// Has the kernel take the programs, on all processors: most of a start is spent in its verifier.
+    fn verify(&mut self, wanted: &[&'static str]) -> Result<(), Error> {
+        for name in wanted {
+            self.program(name)?;
+        }
+        let programs = self.ebpf.programs_mut().filter_map(|(name, program)| {
+            let name = *wanted.iter().find(|wanted| **wanted == name)?;
+            Some((name, <&mut SchedClassifier>::try_from(program).ok()?))
+        });
+        let programs: Vec<_> = programs.collect();
+        let threads = available_parallelism().map_or(1, NonZeroUsize::get).min(programs.len());
+        let queue = Mutex::new(programs.into_iter());
+        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let load = || {
+            while let Some((name, program)) = next() {
+                program.load().map_err(|source| Error::program("load program", name, source))?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(load)).collect();
+            let results = threads.into_iter().map(|thread| match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            results.collect()
+        })
     }
 
     /// Enters the programs that others end with, those that are wanted.
@@ -200,11 +229,10 @@ impl Programs {
         T::try_from(map).map_err(|source| Error::map(name, source))
     }
 
-    /// The flow table, for access that `aya` has no type for.
-    pub fn flows(&mut self) -> Result<MapData, Error> {
-        let name = names::CT_OUT;
+    /// A map of the object, for access that `aya` has no type for.
+    pub fn data(&mut self, name: &'static str) -> Result<MapData, Error> {
         match self.ebpf.take_map(name) {
-            Some(Map::HashMap(map)) => Ok(map),
+            Some(Map::HashMap(map) | Map::Array(map)) => Ok(map),
             _ => Err(Error::MissingInObject { name }),
         }
     }
