@@ -288,7 +288,6 @@ fn what_a_guest_may_not_send_goes_nowhere() {
                 .to_vec(),
         ),
         (DropReason::NoChecksum, vec![unchecked]),
-        (DropReason::Fragment, vec![with_next(44)]),
         (DropReason::ExtensionHeader, [0, 43, 51, 60, 135].map(with_next).to_vec()),
         (DropReason::UnsupportedProtocol, [1, 50, 59, 132].map(with_next).to_vec()),
     ] {
