@@ -100,6 +100,9 @@ pub trait Family: Copy {
     fn sum(header: &Self::Header) -> u32;
     /// The sum of what its ICMP's checksum covers besides the message.
     fn pseudo_sum(header: &Self::Header) -> u32;
+    /// The sum of what the checksums of TCP and UDP cover besides the segment: what stands in their
+    /// place while they are left to the device (virtio 1.2, section 5.1.6.2).
+    fn transport_sum(header: &Self::Header) -> u32;
     /// Whether its ICMP has errors of this type that are translated.
     fn is_error(kind: u8) -> bool;
     /// Whether its ICMP has other messages of this type that nobody may answer with an error.

@@ -496,6 +496,11 @@ impl<F: Fragmented> Family for First<F> {
     fn pseudo_sum(header: &F::Fragment) -> u32 {
         F::pseudo_sum(F::ip_header(header))
     }
+    /// Of no fragment is the checksum left to the device.
+    #[inline(always)]
+    fn transport_sum(header: &F::Fragment) -> u32 {
+        F::transport_sum(F::ip_header(header))
+    }
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
         F::is_error(kind)

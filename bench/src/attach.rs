@@ -24,14 +24,13 @@ use indicatif::ProgressIterator;
 use warren_abi::maps::{self, programs};
 use warren_abi::wire::GATEWAY_MAC;
 use warren_bench::figures::Figures;
-use warren_dataplane::datapath::{
-    DEFAULT_FLOWS, FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, Slot, Timers,
-};
+use warren_dataplane::datapath::{HostDatapath, HostOptions, HostVpc, PortRange, Slot};
 use warren_netns::capture::{Capture, vni};
-use warren_netns::fleet::built;
 use warren_netns::guest::open_tap;
 use warren_netns::rundir::RunDir;
-use warren_netns::topology::{HOST, PROXY, SERVER, SHARED, Topology, UNDERLAY};
+use warren_netns::topology::{PROXY, SERVER, SHARED, Topology, UNDERLAY};
+
+use crate::options;
 
 const VNI: u32 = 4096;
 /// Slots of the host.
@@ -47,17 +46,7 @@ const IDLE: Duration = Duration::from_millis(5);
 pub fn run(rounds: u32) -> Result<Figures> {
     let topology = Topology::new()?;
     let run = RunDir::new()?;
-    let options = HostOptions {
-        bpffs: run.bpf().join("host"),
-        object: std::fs::read(built("warren-ebpf.o")?)?,
-        underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: HOST.into(),
-        slots: SLOTS,
-        interface_prefix: "wrn".to_owned(),
-        flows: DEFAULT_FLOWS,
-        timers: Timers::DEFAULT,
-        flow_log: FlowLogOptions::default(),
-    };
+    let options = options::host(&run, SLOTS)?;
     let mut figures = Figures::new("attach");
     let measured = topology.host.run(|| {
         let datapath = opens(&options, &mut figures)?;

@@ -2,6 +2,7 @@
 
 mod attach;
 mod datapath;
+mod options;
 mod packet;
 mod restart;
 mod sequence;

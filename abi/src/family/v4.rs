@@ -186,6 +186,18 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn transport_sum(ip: &IpHeader) -> u32 {
+        let [source, destination] = [Self::words(ip.source), Self::words(ip.destination)];
+        let length = ip.total_length.get().wrapping_sub(Self::HEADER as u16);
+        source[0] as u32
+            + source[1] as u32
+            + destination[0] as u32
+            + destination[1] as u32
+            + Be16::new(ip.protocol as u16).0 as u32
+            + Be16::new(length).0 as u32
+    }
+
+    #[inline(always)]
     fn is_error(kind: u8) -> bool {
         icmp::is_error(kind)
     }

@@ -207,6 +207,11 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn transport_sum(ip: &Ip6Header) -> u32 {
+        Self::pseudo_sum(ip)
+    }
+
+    #[inline(always)]
     fn is_error(kind: u8) -> bool {
         matches!(
             kind,

@@ -7,10 +7,8 @@ use std::net::Ipv4Addr;
 use anyhow::{Context, Result};
 use warren_abi::wire::{GATEWAY, slot_address, slot_mac};
 use warren_dataplane::datapath::{
-    FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions,
-    ProxyVpc,
+    HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc,
 };
-use warren_netns::fleet::built;
 use warren_netns::netns::Namespace;
 use warren_netns::process::Process;
 use warren_netns::rundir::RunDir;
@@ -19,6 +17,7 @@ use warren_netns::topology::{CIDR, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_
 
 use super::pump::Pump;
 use super::tap;
+use crate::options;
 
 /// Largest IP packet of a guest, on all paths: what fits the tunnels.
 pub const MTU: u16 = 1450;
@@ -28,7 +27,6 @@ const PUMPED: u32 = 1;
 pub const MICROVM: u32 = 2;
 
 const VNI: u32 = 4096;
-const PREFIX: &str = "wrn";
 const PORTS: PortRange = PortRange { base: 1024, count: 64_512 };
 /// Addresses of the VXLAN devices' ends, beside the VPC's.
 const VXLAN_HOST: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
@@ -135,25 +133,7 @@ struct Warren {
 
 impl Warren {
     fn open(topology: &Topology, run: &RunDir) -> Result<Self> {
-        let object = std::fs::read(built("warren-ebpf.o")?)?;
-        let host = HostOptions {
-            bpffs: run.bpf().join("host"),
-            object: object.clone(),
-            underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: HOST.into(),
-            slots: MICROVM,
-            interface_prefix: PREFIX.to_owned(),
-            flows: warren_dataplane::datapath::DEFAULT_FLOWS,
-            timers: warren_dataplane::datapath::Timers::DEFAULT,
-            flow_log: FlowLogOptions::default(),
-        };
-        let proxy = ProxyOptions {
-            bpffs: run.bpf().join("proxy"),
-            object,
-            underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: PROXY.into(),
-            interface_prefix: PREFIX.to_owned(),
-        };
+        let (host, proxy) = (options::host(run, MICROVM)?, options::proxy(run)?);
         let datapath = topology.host.run(|| HostDatapath::open(&host))?;
         // From here on, dropping it removes what an error leaves.
         let this = Self {

@@ -17,10 +17,8 @@ use rand_distr::{Distribution, Uniform, Zipf};
 use warren_bench::figures::{Figures, grid, median};
 use warren_bench::interrupt;
 use warren_dataplane::datapath::{
-    FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions,
-    ProxyVpc, Timers,
+    HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath, ProxyOptions, ProxyVpc,
 };
-use warren_netns::fleet::built;
 use warren_netns::netns::Namespace;
 use warren_netns::rundir::RunDir;
 use warren_netns::topology::{
@@ -28,6 +26,7 @@ use warren_netns::topology::{
 };
 use warren_proto::route::{Route, Target};
 
+use crate::options::{self, PREFIX};
 use account::{Account, Accounting, Hook, Program};
 use empty::Empty;
 use traffic::{Exchanged, MAPPINGS, PEERS, SLOTS, Traffic};
@@ -40,7 +39,6 @@ const PACKETS: usize = 20_000;
 const STEP: u32 = 10_000;
 
 const VNI: u32 = 4096;
-const PREFIX: &str = "wrn";
 const PORTS: PortRange = PortRange { base: 1024, count: 64_512 };
 
 /// Flows that are alive, and which of them packets belong to.
@@ -71,25 +69,11 @@ pub fn run(rounds: u32) -> Result<(Figures, Table)> {
     interrupt::catch()?;
     let topology = Topology::new()?;
     let run = RunDir::new()?;
-    let object = std::fs::read(built("warren-ebpf.o")?)?;
     let host = HostOptions {
-        bpffs: run.bpf().join("host"),
-        object: object.clone(),
-        underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: HOST.into(),
-        slots: SLOTS,
-        interface_prefix: PREFIX.to_owned(),
         flows: CASES.iter().map(|case| case.flows).max().unwrap_or(1) + MAPPINGS + 4096,
-        timers: Timers::DEFAULT,
-        flow_log: FlowLogOptions::default(),
+        ..options::host(&run, SLOTS)?
     };
-    let proxy = ProxyOptions {
-        bpffs: run.bpf().join("proxy"),
-        object,
-        underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: PROXY.into(),
-        interface_prefix: PREFIX.to_owned(),
-    };
+    let proxy = options::proxy(&run)?;
     let figures = Bed::open(&topology, &host, &proxy).and_then(|mut bed| bed.measure(rounds));
     topology.host.run(|| HostDatapath::uninstall(&host))?;
     topology.proxy.run(|| ProxyDatapath::uninstall(&proxy))?;

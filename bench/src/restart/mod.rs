@@ -20,16 +20,15 @@ use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::loaded_programs;
 use indicatif::ProgressIterator;
 use warren_bench::figures::Figures;
-use warren_dataplane::datapath::{
-    DEFAULT_FLOWS, FlowLogOptions, HostDatapath, HostOptions, Timers,
-};
+use warren_dataplane::datapath::{HostDatapath, HostOptions};
 use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built};
 use warren_netns::guest::KernelGuest;
 use warren_netns::netns::Namespace;
 use warren_netns::postgres;
 use warren_netns::process::Process;
-use warren_netns::topology::{HOST, SERVER, UNDERLAY};
+use warren_netns::topology::SERVER;
 
+use crate::options;
 use crate::sequence::{Echo, Outcome, stream};
 use standin::StandIn;
 
@@ -55,21 +54,28 @@ pub async fn run() -> Result<Figures> {
     let dir = fleet.run.path().to_owned();
     let _echo = Echo::start(&vpc, ECHO)?;
     let _database = postgres::start(&vpc, &dir)?;
-    let _iperf = iperf_server(&vpc, &dir)?;
+    let bed = Bed { guest: guest.namespace.clone(), vpc, dir };
 
-    let load = Load::start(&guest.namespace, &dir)?;
-    let capacity = calibrate(&guest.namespace)?;
+    let load = Load::start(&bed)?;
+    let capacity = calibrate(&bed.guest)?;
     ensure!(capacity > 0.0, "no datagram comes back");
     load.finish()?;
     let mut rounds = Rounds { rate: capacity / 2.0, ..Rounds::default() };
     for round in (0..ROUNDS).progress() {
-        rounds.with_restarts(&mut fleet, &guest.namespace, &dir, round).await?;
-        rounds.without_restarts(&guest.namespace, &dir)?;
+        rounds.with_restarts(&mut fleet, &bed, round).await?;
+        rounds.without_restarts(&bed)?;
     }
     drop(guest);
     let mut figures = Figures::new("restart");
     rounds.figures(capacity, &mut figures);
     Ok(figures)
+}
+
+/// Between whom traffic goes, and where its programs write.
+struct Bed {
+    guest: Namespace,
+    vpc: Namespace,
+    dir: PathBuf,
 }
 
 /// A guest with a kernel's network stack in the place of an instance in the first tenant's VPC.
@@ -81,14 +87,7 @@ async fn plug(fleet: &mut Fleet) -> Result<(KernelGuest, StandIn)> {
     let stand_in = StandIn::replace(&fleet.dir(Daemon::Host), slot).await?;
     let options = HostOptions {
         bpffs: fleet.run.bpf().join(Daemon::Host.name()),
-        object: std::fs::read(built(OBJECTS[0])?)?,
-        underlay_interface: UNDERLAY.to_owned(),
-        underlay_address: HOST.into(),
-        slots: SLOTS,
-        interface_prefix: "wrn".to_owned(),
-        flows: DEFAULT_FLOWS,
-        timers: Timers::DEFAULT,
-        flow_log: FlowLogOptions::default(),
+        ..options::host(&fleet.run, SLOTS)?
     };
     let guest = fleet.topology.host.run(|| -> Result<KernelGuest> {
         let datapath = HostDatapath::open(&options)?;
@@ -131,32 +130,42 @@ fn iperf_server(vpc: &Namespace, dir: &Path) -> Result<Process> {
 struct Load {
     transfer: Child,
     clients: Child,
-    report: PathBuf,
+    /// What they say.
+    reports: [PathBuf; 2],
+    /// Of the transfer: a server takes no other client until it noticed that the last one is gone.
+    _server: Process,
 }
 
 impl Load {
-    fn start(guest: &Namespace, dir: &Path) -> Result<Self> {
-        let report = dir.join("pgbench.txt");
-        let quiet = |command: &mut Command| {
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    fn start(Bed { guest, vpc, dir }: &Bed) -> Result<Self> {
+        let server = iperf_server(vpc, dir)?;
+        let reports = ["iperf3.txt", "pgbench.txt"].map(|name| dir.join(name));
+        let spawn = |mut command: Command, report: &Path| -> Result<Child> {
+            let report = File::create(report)?;
+            command.stdin(Stdio::null()).stdout(report.try_clone()?).stderr(report);
+            Ok(command.spawn()?)
         };
         let mut transfer = guest.command("iperf3");
-        quiet(&mut transfer);
         transfer.args(["--client", &SERVER.to_string(), "-t", "3600", "-b", TCP_RATE]);
         let mut clients = postgres::pgbench(guest, SERVER)?;
         clients.args(["--no-vacuum", "--client", "2", "-T", "3600", "-P", "1", "postgres"]);
-        quiet(&mut clients);
-        clients.stderr(File::create(&report)?);
-        Ok(Self { transfer: transfer.spawn()?, clients: clients.spawn()?, report })
+        Ok(Self {
+            transfer: spawn(transfer, &reports[0])?,
+            clients: spawn(clients, &reports[1])?,
+            reports,
+            _server: server,
+        })
     }
 
     /// The transactions a second, in each second. Both must still be at it.
     fn finish(mut self) -> Result<Vec<f64>> {
-        let report = std::fs::read_to_string(&self.report)?;
-        ensure!(!report.contains("aborted"), "a client of the database broke off:\n{report}");
-        for (name, child) in [("iperf3", &mut self.transfer), ("pgbench", &mut self.clients)] {
-            ensure!(child.try_wait()?.is_none(), "{name} ended: a connection broke\n{report}");
+        for (child, report) in [&mut self.transfer, &mut self.clients].into_iter().zip(&self.reports)
+        {
+            let said = std::fs::read_to_string(report)?;
+            ensure!(child.try_wait()?.is_none(), "{} ended: {said}", report.display());
         }
+        let report = std::fs::read_to_string(&self.reports[1])?;
+        ensure!(!report.contains("aborted"), "a client of the database broke off:\n{report}");
         let tps = report.lines().filter_map(|line| {
             let (_, rest) = line.strip_prefix("progress: ")?.split_once(", ")?;
             rest.split_once(" tps")?.0.parse().ok()
@@ -208,13 +217,12 @@ impl Rounds {
     async fn with_restarts(
         &mut self,
         fleet: &mut Fleet,
-        guest: &Namespace,
-        dir: &Path,
+        bed: &Bed,
         round: u32,
     ) -> Result<()> {
-        let load = Load::start(guest, dir)?;
+        let load = Load::start(bed)?;
         let (start, wanted) = (Instant::now(), Arc::new(AtomicBool::new(true)));
-        let streaming = self.stream(guest, wanted.clone());
+        let streaming = self.stream(&bed.guest, wanted.clone());
         // Whatever happens in here, the stream must end.
         let result = self.restart(fleet, round).await;
         wanted.store(false, Ordering::SeqCst);
@@ -244,10 +252,10 @@ impl Rounds {
         Ok(())
     }
 
-    fn without_restarts(&mut self, guest: &Namespace, dir: &Path) -> Result<()> {
-        let load = Load::start(guest, dir)?;
+    fn without_restarts(&mut self, bed: &Bed) -> Result<()> {
+        let load = Load::start(bed)?;
         let wanted = Arc::new(AtomicBool::new(true));
-        let streaming = self.stream(guest, wanted.clone());
+        let streaming = self.stream(&bed.guest, wanted.clone());
         std::thread::sleep(self.took);
         wanted.store(false, Ordering::SeqCst);
         let outcome = streaming.join().expect("it does not panic")?;

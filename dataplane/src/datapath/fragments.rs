@@ -1,10 +1,9 @@
 //! The device for fragments: see [`crate::fragments`].
 
-use rtnetlink::packet_route::link::InfoKind;
-
 use super::netlink::{Interface, Netlink};
 use super::programs::Programs;
-use super::{Error, sysctl, tap, underlay};
+use super::tap::{self, Kind};
+use super::{Error, underlay};
 
 /// Names of the device's pinned links, of as many programs as there may be.
 const LINKS: [&str; 2] = ["fragments", "fragments-2"];
@@ -19,19 +18,7 @@ pub(super) fn device_name(prefix: &str) -> Result<String, Error> {
 /// Makes or adopts the device, which is down if it is new. It stays when this process ends:
 /// fragments that come in order pass, others are lost.
 pub(super) fn open_device(netlink: &mut Netlink, name: &str) -> Result<Interface, Error> {
-    match netlink.interface(name) {
-        Ok(device) if device.kind == Some(InfoKind::Tun) => Ok(device),
-        Ok(device) => {
-            let remedy = "remove the interface, or choose another prefix";
-            Err(Error::invalid("kind of interface", device.name, remedy))
-        }
-        Err(Error::NoInterface { .. }) => {
-            tap::create_plain(name)?;
-            sysctl::disable_ipv6(name)?;
-            netlink.interface(name)
-        }
-        Err(error) => Err(error),
-    }
+    tap::adopt(netlink, name, Kind::Tap)
 }
 
 /// Takes the device up, with `wanted` at its ingress, one behind the other, before any packet can

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::thread::available_parallelism;
@@ -138,7 +137,8 @@ impl Programs {
         Ok(programs)
     }
 
-    /// Has the kernel take the programs, on all processors: most of a start is spent in its verifier.
+    /// Has the kernel take the programs: most of a start is spent in its verifier. Half of the
+    /// processors are left to the traffic.
     fn verify(&mut self, wanted: &[&'static str]) -> Result<(), Error> {
         for name in wanted {
             self.program(name)?;
@@ -148,7 +148,7 @@ impl Programs {
             Some((name, <&mut SchedClassifier>::try_from(program).ok()?))
         });
         let programs: Vec<_> = programs.collect();
-        let threads = available_parallelism().map_or(1, NonZeroUsize::get).min(programs.len());
+        let threads = available_parallelism().map_or(1, |count| count.get().div_ceil(2));
         let queue = Mutex::new(programs.into_iter());
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let load = || {

@@ -1,12 +1,12 @@
 //! The TUN device of the link-local services.
 
 use aya::maps::{Array, MapData};
-use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::maps::{ServiceSlot, names, programs};
 
 use super::netlink::{Interface, Netlink};
 use super::programs::Programs;
-use super::{Error, Slot, sysctl, tap, underlay};
+use super::tap::{self, Kind};
+use super::{Error, Slot, underlay};
 
 /// Name of the device's pinned link.
 const LINK: &str = "services";
@@ -19,19 +19,7 @@ pub(super) fn device_name(prefix: &str) -> Result<String, Error> {
 /// Makes or adopts the device, which is down if it is new. It stays when this process ends: what
 /// is sent to it is lost then, and nothing else changes.
 pub(super) fn open_device(netlink: &mut Netlink, name: &str) -> Result<Interface, Error> {
-    match netlink.interface(name) {
-        Ok(device) if device.kind == Some(InfoKind::Tun) => Ok(device),
-        Ok(device) => {
-            let remedy = "remove the interface, or choose another prefix";
-            Err(Error::invalid("kind of interface", device.name, remedy))
-        }
-        Err(Error::NoInterface { .. }) => {
-            tap::create_tun(name)?;
-            sysctl::disable_ipv6(name)?;
-            netlink.interface(name)
-        }
-        Err(error) => Err(error),
-    }
+    tap::adopt(netlink, name, Kind::Tun)
 }
 
 /// Tells the programs of the slots, and takes the device up, with the program at its ingress

@@ -7,7 +7,10 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use super::Error;
+use rtnetlink::packet_route::link::InfoKind;
+
+use super::netlink::{Interface, Netlink};
+use super::{Error, sysctl};
 
 nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::ifreq);
 nix::ioctl_write_int_bad!(tun_set_persist, libc::TUNSETPERSIST);
@@ -26,16 +29,32 @@ pub(super) fn create(name: &str) -> Result<(), Error> {
     persist(name, TAP).map_err(|source| Error::system("create TAP", name, source))
 }
 
-/// Makes a TUN device, of IP packets without any header, that stays.
-pub(super) fn create_tun(name: &str) -> Result<(), Error> {
-    persist(name, libc::IFF_TUN | libc::IFF_NO_PI)
-        .map_err(|source| Error::system("create TUN device", name, source))
+/// A device of the daemon's.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    /// Of IP packets without any header.
+    Tun = libc::IFF_TUN as isize,
+    /// Of plain Ethernet frames.
+    Tap = libc::IFF_TAP as isize,
 }
 
-/// Makes a TAP of plain Ethernet frames that stays.
-pub(super) fn create_plain(name: &str) -> Result<(), Error> {
-    persist(name, libc::IFF_TAP | libc::IFF_NO_PI)
-        .map_err(|source| Error::system("create TAP", name, source))
+/// Makes or adopts a device of the daemon's, which is down if it is new. It stays when nobody has it
+/// open.
+pub(super) fn adopt(netlink: &mut Netlink, name: &str, kind: Kind) -> Result<Interface, Error> {
+    match netlink.interface(name) {
+        Ok(device) if device.kind == Some(InfoKind::Tun) => Ok(device),
+        Ok(device) => {
+            let remedy = "remove the interface, or choose another prefix";
+            Err(Error::invalid("kind of interface", device.name, remedy))
+        }
+        Err(Error::NoInterface { .. }) => {
+            persist(name, kind as libc::c_int | libc::IFF_NO_PI)
+                .map_err(|source| Error::system("create device", name, source))?;
+            sysctl::disable_ipv6(name)?;
+            netlink.interface(name)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Opens a TAP's only queue: non-blocking, header of 12 bytes, no offloads.
