@@ -116,7 +116,7 @@ pub fn stream(
         let mut failed = None;
         while wanted() && failed.is_none() {
             let due = (start.elapsed().as_secs_f64() * rate) as u64;
-            while number < due && failed.is_none() {
+            while number < due && failed.is_none() && wanted() {
                 datagram[..8].copy_from_slice(&number.to_be_bytes());
                 failed = socket.send(&datagram).err();
                 number += 1;

@@ -1,7 +1,7 @@
 //! `restart`: what a kill or an upgrade of the daemons costs the traffic.
 //!
-//! A guest sends numbered datagrams to a server that sends them back, at half the rate that comes
-//! through beside a TCP transfer and a database's clients, which go on meanwhile. In one round
+//! A guest sends numbered datagrams to a server that sends them back, at half the rate at which
+//! none is lost beside a TCP transfer and a database's clients, which go on meanwhile. In one round
 //! daemons are killed and upgraded, in the next they are left alone, in turn.
 
 mod standin;
@@ -40,8 +40,12 @@ const SLOTS: u32 = 8;
 const ECHO: u16 = 7;
 /// Bits a second of the TCP transfer: a part of what goes, so that not its queues lose datagrams.
 const TCP_RATE: &str = "100M";
-/// How long the rate that comes through is looked for.
-const CALIBRATION: Duration = Duration::from_secs(3);
+/// Datagrams a second that are more than anything here can take.
+const MOST: f64 = 200_000.0;
+/// Rates that are tried, each half way between one that came through and one that did not, and for
+/// how long.
+const CALIBRATIONS: u32 = 7;
+const CALIBRATION: Duration = Duration::from_secs(2);
 
 /// Objects that differ, and do the same.
 const OBJECTS: [&str; 2] = ["warren-ebpf.o", "warren-ebpf-other.o"];
@@ -107,13 +111,19 @@ fn program_at_tunnel(fleet: &Fleet, daemon: Daemon) -> Result<u64> {
     Ok(programs.find(|program| program.id() == id).context("no such program")?.tag())
 }
 
-/// Datagrams a second that come back, beside the load.
+/// The most datagrams a second that all come back, beside the load.
 fn calibrate(guest: &Namespace) -> Result<f64> {
-    let start = Instant::now();
-    // More than anything can take: what is too much is lost.
-    let flood =
-        stream(guest, SocketAddrV4::new(SERVER, ECHO), 1e6, || start.elapsed() < CALIBRATION)?;
-    Ok(flood.received as f64 / CALIBRATION.as_secs_f64())
+    let (mut least, mut most) = (0.0, MOST);
+    for _ in (0..CALIBRATIONS).progress() {
+        let rate = f64::midpoint(least, most);
+        let start = Instant::now();
+        let wanted = || start.elapsed() < CALIBRATION;
+        let outcome = stream(guest, SocketAddrV4::new(SERVER, ECHO), rate, wanted)?;
+        // The sender itself may be too slow.
+        let is_enough = outcome.sent as f64 >= 0.95 * rate * CALIBRATION.as_secs_f64();
+        if outcome.lost() == 0 && is_enough { least = rate } else { most = rate }
+    }
+    Ok(least)
 }
 
 fn iperf_server(vpc: &Namespace, dir: &Path) -> Result<Process> {
