@@ -41,6 +41,13 @@ fn sum(bytes: &[u8]) -> u16 {
     fold(words.sum()) % 0xffff
 }
 
+/// A segment's length, and a frame: it is read as another reader reads it.
+pub fn packet(data: &[u8]) {
+    if let Some((&segment, frame)) = data.split_first_chunk() {
+        crate::packet::check(frame, u16::from_le_bytes(segment).into());
+    }
+}
+
 /// TCP's options: what is found is an MSS, and the first that walking the list meets.
 pub fn mss(data: &[u8]) {
     let options = &data[..data.len().min(40)];

@@ -1,23 +1,26 @@
-//! What parses other people's bytes, and what decides about their traffic, fed with any bytes: a function for each target, which panics
-//! if something is wrong. `cargo xtask fuzz TARGET` looks for bytes that make it; `seeds/TARGET`
+//! What parses other people's bytes, and what decides about their traffic, fed with any bytes: a
+//! function for each target, which panics if something is wrong. `cargo xtask fuzz TARGET` looks for bytes that make it; `seeds/TARGET`
 //! is where it begins, and what the tests run.
 
 mod abi;
 #[path = "../../abi/tests/model/mod.rs"]
 mod model;
 mod nat;
+#[path = "../../abi/tests/model/packet.rs"]
+mod packet;
 mod proto;
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("conntrack", nat::conntrack),
     ("endpoint", proto::endpoint),
     ("icmp_error", abi::icmp_error),
     ("messages", proto::messages),
     ("mss", abi::mss),
+    ("packet", abi::packet),
     ("policy", nat::policy),
     ("probe", abi::probe),
     ("route", proto::route),

@@ -169,7 +169,8 @@ impl Load {
 
     /// The transactions a second, in each second. Both must still be at it.
     fn finish(mut self) -> Result<Vec<f64>> {
-        for (child, report) in [&mut self.transfer, &mut self.clients].into_iter().zip(&self.reports)
+        for (child, report) in
+            [&mut self.transfer, &mut self.clients].into_iter().zip(&self.reports)
         {
             let said = std::fs::read_to_string(report)?;
             ensure!(child.try_wait()?.is_none(), "{} ended: {said}", report.display());
@@ -224,12 +225,7 @@ impl Traffic {
 }
 
 impl Rounds {
-    async fn with_restarts(
-        &mut self,
-        fleet: &mut Fleet,
-        bed: &Bed,
-        round: u32,
-    ) -> Result<()> {
+    async fn with_restarts(&mut self, fleet: &mut Fleet, bed: &Bed, round: u32) -> Result<()> {
         let load = Load::start(bed)?;
         let (start, wanted) = (Instant::now(), Arc::new(AtomicBool::new(true)));
         let streaming = self.stream(&bed.guest, wanted.clone());

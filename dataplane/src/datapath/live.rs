@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, MapData};
 use warren_abi::flow::Timers;
+use warren_abi::flowlog::What;
 use warren_abi::maps::{Flow, InFlow, InKey, OutKey, Traffic};
 use warren_abi::wire::UDP;
 
@@ -21,13 +22,15 @@ pub struct LiveFlow {
 
 impl LiveFlow {
     /// Its stage, as [`FlowState::stage`](warren_abi::flow::FlowState::stage) has it; `expired` if
-    /// nothing gets in any more, and its port rests.
+    /// nothing gets in any more, and its port rests, or `denied` if a policy is why.
     pub fn stage(&self, timers: &Timers, now: u32) -> &'static str {
-        let protocol = self.key.protocol as u8;
-        if self.flow.state.is_expired(protocol, timers, now) {
-            "expired"
-        } else {
-            self.flow.state.stage(protocol)
+        let (protocol, state) = (self.key.protocol as u8, self.flow.state);
+        if !state.is_expired(protocol, timers, now) {
+            return state.stage(protocol);
+        }
+        match state.end(false, protocol) {
+            What::Denied => What::Denied.name(),
+            _ => "expired",
         }
     }
 }

@@ -152,6 +152,7 @@ impl Programs {
         let queue = Mutex::new(programs.into_iter());
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let load = || {
+            give_way();
             while let Some((name, program)) = next() {
                 program.load().map_err(|source| Error::program("load program", name, source))?;
             }
@@ -308,6 +309,15 @@ impl Programs {
             Err(source) => Err(error(source)),
         }
     }
+}
+
+/// Has the calling thread give way to all others: what carries traffic must not wait for the
+/// verifier, or its queues overflow.
+fn give_way() {
+    const LEAST: i32 = 19;
+    // SAFETY: the call takes integers. On Linux, it concerns the calling thread alone. If it fails,
+    // nothing but time is lost.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, LEAST) };
 }
 
 /// Whether a map is pinned there, which then has the layout of `spec`.

@@ -1,19 +1,24 @@
 //! Security groups: which flows a guest may have.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 
+use nix::sys::time::{TimeSpec, TimeValLike};
+use nix::time::{ClockId, clock_gettime};
+use warren_abi::flow::tick;
 use warren_abi::icmp::UNREACHABLE;
+use warren_abi::maps::{Flow, OutKey};
 use warren_dataplane::datapath::{
     DropReason, Error, HostDatapath, OTHERWISE, Policy, PolicyId, Restrictions,
 };
-use warren_netns::servers::{udp, udp_echo};
-use warren_netns::topology::{SERVER, SHARED};
+use warren_netns::servers::{udp, udp_at, udp_echo, udp_echo_at};
+use warren_netns::topology::{SERVER, SERVER_V6, SHARED};
 use warren_proto::policy::Action;
 
 use crate::bed::{Bed, VNI_A, VNI_B, eventually};
 use crate::guest::{KernelGuest, PATIENCE, RawGuest, SILENCE, frame};
 use crate::traffic::udp_round_trip;
+use crate::v6;
 
 const PORT: u16 = 7000;
 /// An address of the VPC that no machine has.
@@ -35,6 +40,16 @@ pub fn restrict(bed: &Bed, slot: u32, rules: &[&str], otherwise: Action) {
     let id = policy(bed.host(), rules, otherwise);
     bed.host().restrict(slot, &with(id)).expect("the slot is attached");
     bed.host().retain_policies(&[]).expect("the former one can be removed");
+}
+
+/// The stages of a slot's flows, as they are told to people.
+fn stages(bed: &Bed, slot: u32) -> Vec<&'static str> {
+    let ifindex = bed.host().slots()[slot as usize - 1].ifindex;
+    let of_slot = |key: &OutKey, _: &Flow| key.ifindex == ifindex && !key.is_mapping();
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is one");
+    let now = tick(TimeSpec::num_nanoseconds(&now) as u64);
+    let flows = bed.host().live_flows(of_slot).expect("flows can be read");
+    flows.iter().map(|flow| flow.stage(bed.host().timers(), now)).collect()
 }
 
 fn hits(bed: &Bed, rule: u32) -> u64 {
@@ -168,6 +183,7 @@ fn replies_of_a_udp_flow_stop_at_once() {
     assert!(!reply(0) && reply(1));
     assert_eq!(bed.host_drops(1, DropReason::Denied), 1);
     assert_eq!(hits(&bed, 1), 1);
+    assert_eq!([1, 2].map(|slot| stages(&bed, slot)), [["denied"], ["active"]]);
     // The flow is as one that expired: another change lets the guest go on, not the peer.
     restrict(&bed, 1, &[], Action::Allow);
     assert!(!reply(0));
@@ -175,6 +191,40 @@ fn replies_of_a_udp_flow_stop_at_once() {
     let (_, from) = server.recv_from(&mut [0; 8]).expect("the server is reached");
     assert_eq!(from, seen[0]);
     assert!(reply(0));
+    assert_eq!(stages(&bed, 1), ["active"]);
+}
+
+#[test]
+fn rules_of_one_family_do_not_concern_the_other() {
+    let bed = Bed::dual();
+    let guest = v6::plug(&bed, 1);
+    bed.host().attach(1, VNI_A).expect("the slot is free");
+    let _echo = udp_echo_at(&bed.topology.vpcs[0], (Ipv6Addr::UNSPECIFIED, PORT))
+        .expect("the server starts");
+    let passes = || {
+        let v6 = v6::round_trip(&guest.namespace, (SERVER_V6, PORT));
+        [udp_round_trip(&guest.namespace, (SERVER, PORT)), v6]
+    };
+    assert_eq!(passes(), [true, true]);
+    // A flow that lives.
+    let socket = udp_at(&guest.namespace, (Ipv6Addr::UNSPECIFIED, 0)).expect("there is a port");
+    socket.set_read_timeout(Some(SILENCE)).expect("it is not zero");
+    let answers = || {
+        socket.send_to(b"x", (SERVER_V6, PORT)).ok();
+        // An error that came meanwhile is told first.
+        socket.recv(&mut [0; 8]).or_else(|_| socket.recv(&mut [0; 8])).is_ok()
+    };
+    assert!(answers());
+    let rule = format!("1 deny udp 6000-7000 to {SERVER_V6}/128");
+    restrict(&bed, 1, &[&rule], Action::Allow);
+    assert!(!answers());
+    assert_eq!(passes(), [true, false]);
+    assert!(hits(&bed, 1) >= 2);
+    restrict(&bed, 1, &["1 deny udp to 10.0.0.0/8"], Action::Allow);
+    assert!(answers());
+    assert_eq!(passes(), [false, true]);
+    restrict(&bed, 1, &["1 allow udp to ::/0"], Action::Deny);
+    assert_eq!(passes(), [false, true]);
 }
 
 #[test]
