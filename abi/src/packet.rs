@@ -80,9 +80,9 @@ impl<F: Family> Packet<F> {
 
         // SAFETY: `Frame::at`; every bit pattern is a value.
         let headers = unsafe { &*frame.at::<Headers<F>>(IP).ok_or_else(|| short::<F>(frame))? };
+        let ip = &raw const headers.ip;
         // SAFETY: headers are aligned to 2 bytes at most.
-        let ip = unsafe { &*(&raw const headers.ip) };
-        let fields = F::fields(ip)?;
+        let fields = F::fields(unsafe { &*ip })?;
         let Fields { protocol, length, .. } = fields;
         let l4 = headers.l4;
         let (local_port, peer_port) = match direction {

@@ -23,7 +23,7 @@ const ICMPV6: u8 = 58;
 struct Bytes<'a> {
     /// Aligned as packets are.
     words: Vec<u16>,
-    bytes: &'a [u8],
+    all: &'a [u8],
     segment: u32,
 }
 
@@ -32,20 +32,20 @@ impl<'a> Bytes<'a> {
         let words = bytes
             .chunks(2)
             .map(|pair| u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or_default()]));
-        Self { words: words.collect(), bytes, segment }
+        Self { words: words.collect(), all: bytes, segment }
     }
 }
 
 // SAFETY: the memory is aligned to 2 bytes, and so is every offset; the end is checked.
 unsafe impl Frame for Bytes<'_> {
     fn at<T>(&self, offset: usize) -> Option<*const T> {
-        assert!(align_of::<T>() <= 2 && offset % 2 == 0);
-        let is_there = offset + size_of::<T>() <= self.bytes.len();
+        assert!(align_of::<T>() <= 2 && offset.is_multiple_of(2));
+        let is_there = offset + size_of::<T>() <= self.all.len();
         is_there.then(|| self.words[offset / 2..].as_ptr().cast())
     }
 
     fn length(&self) -> u32 {
-        self.bytes.len() as u32
+        self.all.len() as u32
     }
 
     fn segment(&self) -> u32 {
@@ -257,11 +257,11 @@ fn check_family<F: Fragmented>(
     let is_first = |seen: &&Seen<'_>| seen.fragment.is_some_and(|piece| piece.offset == 0);
     let expect = |seen: &Seen<'_>| expected(seen, direction, frame.segment, is_v6);
     let wanted = seen.filter(|seen| seen.fragment.is_none()).and_then(expect);
-    assert_eq!(whole.as_ref().map(read).ok(), wanted, "{:02x?}", frame.bytes);
+    assert_eq!(whole.as_ref().map(read).ok(), wanted, "{:02x?}", frame.all);
     let wanted = seen.filter(is_first).and_then(expect);
-    assert_eq!(first.as_ref().map(read).ok(), wanted, "{:02x?}", frame.bytes);
+    assert_eq!(first.as_ref().map(read).ok(), wanted, "{:02x?}", frame.all);
     if let Some(Seen { fragment: Some(_), .. }) = seen {
-        assert_eq!(whole.err(), Some(Drop::Fragment), "{:02x?}", frame.bytes);
+        assert_eq!(whole.err(), Some(Drop::Fragment), "{:02x?}", frame.all);
     }
     check_piece::<F>(frame, seen);
 }

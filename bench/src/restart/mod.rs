@@ -9,7 +9,6 @@ mod standin;
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -138,10 +137,8 @@ fn iperf_server(vpc: &Namespace, dir: &Path) -> Result<Process> {
 
 /// A TCP transfer and a database's clients, until they are stopped.
 struct Load {
-    transfer: Child,
-    clients: Child,
-    /// What they say.
-    reports: [PathBuf; 2],
+    transfer: Process,
+    clients: Process,
     /// Of the transfer: a server takes no other client until it noticed that the last one is gone.
     _server: Process,
 }
@@ -149,48 +146,35 @@ struct Load {
 impl Load {
     fn start(Bed { guest, vpc, dir }: &Bed) -> Result<Self> {
         let server = iperf_server(vpc, dir)?;
-        let reports = ["iperf3.txt", "pgbench.txt"].map(|name| dir.join(name));
-        let spawn = |mut command: Command, report: &Path| -> Result<Child> {
-            let report = File::create(report)?;
-            command.stdin(Stdio::null()).stdout(report.try_clone()?).stderr(report);
-            Ok(command.spawn()?)
+        let start = |name: &str, command| {
+            let log = dir.join(name);
+            // What the last one said is not this one's.
+            std::fs::remove_file(&log).ok();
+            Process::start(name, command, &log)
         };
         let mut transfer = guest.command("iperf3");
         transfer.args(["--client", &SERVER.to_string(), "-t", "3600", "-b", TCP_RATE]);
         let mut clients = postgres::pgbench(guest, SERVER)?;
         clients.args(["--no-vacuum", "--client", "2", "-T", "3600", "-P", "1", "postgres"]);
         Ok(Self {
-            transfer: spawn(transfer, &reports[0])?,
-            clients: spawn(clients, &reports[1])?,
-            reports,
+            transfer: start("transfer", transfer)?,
+            clients: start("pgbench", clients)?,
             _server: server,
         })
     }
 
     /// The transactions a second, in each second. Both must still be at it.
     fn finish(mut self) -> Result<Vec<f64>> {
-        for (child, report) in
-            [&mut self.transfer, &mut self.clients].into_iter().zip(&self.reports)
-        {
-            let said = std::fs::read_to_string(report)?;
-            ensure!(child.try_wait()?.is_none(), "{} ended: {said}", report.display());
+        for process in [&mut self.transfer, &mut self.clients] {
+            ensure!(!process.has_ended()?, "a connection broke: {}", process.log());
         }
-        let report = std::fs::read_to_string(&self.reports[1])?;
+        let report = self.clients.log();
         ensure!(!report.contains("aborted"), "a client of the database broke off:\n{report}");
         let tps = report.lines().filter_map(|line| {
             let (_, rest) = line.strip_prefix("progress: ")?.split_once(", ")?;
             rest.split_once(" tps")?.0.parse().ok()
         });
         Ok(tps.collect())
-    }
-}
-
-impl Drop for Load {
-    fn drop(&mut self) {
-        for child in [&mut self.transfer, &mut self.clients] {
-            child.kill().ok();
-            child.wait().ok();
-        }
     }
 }
 
