@@ -1,5 +1,7 @@
 //! A VPC's route table, from the command line to the microVM's packets.
 
+use std::time::{Duration, Instant};
+
 use warren_abi::probe::{Endpoint, Operation};
 use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
 use warren_netns::servers;
@@ -28,10 +30,12 @@ async fn reaches(fleet: &Fleet, id: &str) -> bool {
 
 /// Whether it becomes so in a moment: routes are deployed just after they are stored.
 async fn becomes(fleet: &Fleet, id: &str, reached: bool) -> bool {
-    for _ in 0..10 {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
         if reaches(fleet, id).await == reached {
             return true;
         }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     false
 }
