@@ -288,7 +288,7 @@ impl Fleet {
         }
     }
 
-    /// All instances. The state of those on dead hosts is unknown.
+    /// All instances. The state of those on dead hosts is unknown, as is what they hold.
     pub fn instances(&self) -> Vec<v1::Instance> {
         let members = self.lock();
         let mut instances = Vec::new();
@@ -297,6 +297,7 @@ impl Fleet {
                 if member.open.is_none() {
                     instance.set_state(v1::InstanceState::Unspecified);
                     instance.reason = format!("host {name} is not alive");
+                    instance.usage = None;
                 }
                 instance
             }));

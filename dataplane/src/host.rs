@@ -227,7 +227,8 @@ impl Host {
 
     /// The instances, those that ended by themselves among them.
     pub fn instances(&self) -> Vec<v1::Instance> {
-        self.state().instances.values().map(|instance| self.describe(instance)).collect()
+        let state = self.state();
+        state.instances.values().map(|instance| self.describe(&state, instance)).collect()
     }
 
     /// Makes a VPC known, or replaces what was known of it.
@@ -459,11 +460,15 @@ impl Host {
         slot.expect("microVMs are only forked for slots of this host").clone()
     }
 
-    fn describe(&self, instance: &Instance) -> v1::Instance {
+    fn describe(&self, state: &State, instance: &Instance) -> v1::Instance {
         let Instance { record, slot, pid, failed, .. } = instance;
-        let state = match failed {
-            None => v1::InstanceState::Running,
-            Some(_) => v1::InstanceState::Failed,
+        // The slot of one that failed may be another's.
+        let (state, limits, usage) = match failed {
+            None => {
+                let (limits, usage) = (state.limits(record), self.usage(slot.number));
+                (v1::InstanceState::Running, limits.map(Into::into), usage)
+            }
+            Some(_) => (v1::InstanceState::Failed, None, None),
         };
         v1::Instance {
             id: record.id.to_string(),
@@ -477,6 +482,8 @@ impl Host {
             state: state.into(),
             reason: failed.clone().unwrap_or_default(),
             security_groups: record.own.groups.iter().cloned().collect(),
+            limits,
+            usage,
         }
     }
 
@@ -495,7 +502,7 @@ impl Host {
             tracing::error!(%id, slot = slot.number, "security groups not in force: {error}");
         }
         let instance = Instance { record, slot, pid, failed: None, stop, watcher };
-        let described = self.describe(&instance);
+        let described = self.describe(&state, &instance);
         state.instances.insert(id, instance);
         described
     }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 use warren_proto::v1;
 
+use super::security::LimitsObject;
 use super::{Row, dash, some, us};
 use crate::error::Error;
 
@@ -166,6 +167,16 @@ pub struct InstanceRow {
     reason: Option<String>,
     /// None: the default ones of its VPC.
     security_groups: Vec<String>,
+    /// Null: not known, or it does not run. So is the usage.
+    limits: Option<LimitsObject>,
+    usage: Option<UsageObject>,
+}
+
+/// What a microVM holds of what it may be limited in.
+#[derive(Serialize)]
+struct UsageObject {
+    flows: u32,
+    ports: u32,
 }
 
 impl InstanceRow {
@@ -188,6 +199,8 @@ impl InstanceRow {
             state,
             reason: some(instance.reason),
             security_groups: instance.security_groups,
+            limits: instance.limits.map(Into::into),
+            usage: instance.usage.map(|v1::Usage { flows, ports }| UsageObject { flows, ports }),
         }
     }
 }
@@ -206,10 +219,15 @@ fn id_length(mut ids: Vec<&str>) -> usize {
 }
 
 impl Row for InstanceRow {
-    const HEADER: &'static [&'static str] =
-        &["ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "PID", "STATE", "REASON"];
+    const HEADER: &'static [&'static str] = &[
+        "ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "PID", "STATE", "FLOWS", "PORTS",
+        "REASON",
+    ];
 
     fn cells(&self) -> Vec<String> {
+        let (usage, limits) = (self.usage.as_ref(), self.limits.as_ref());
+        let flows = usage.map(|usage| held(usage.flows, limits.and_then(|it| it.flows)));
+        let ports = usage.map(|usage| held(usage.ports, limits.and_then(|it| it.ports)));
         vec![
             self.short_id.clone(),
             self.hostname.clone(),
@@ -219,9 +237,16 @@ impl Row for InstanceRow {
             self.address.clone(),
             self.pid.to_string(),
             self.state.to_owned(),
+            dash(flows.as_deref()),
+            dash(ports.as_deref()),
             dash(self.reason.as_deref()),
         ]
     }
+}
+
+/// What is held, with its limit if there is one, such as `7/50`.
+fn held(number: u32, limit: Option<u32>) -> String {
+    limit.map_or_else(|| number.to_string(), |limit| format!("{number}/{limit}"))
 }
 
 /// A microVM that was just started, and how long that took on its host.
@@ -313,6 +338,8 @@ mod tests {
             state: v1::InstanceState::Running.into(),
             reason: String::new(),
             security_groups: vec![],
+            limits: Some(v1::Limits { flows: 50, ..v1::Limits::default() }),
+            usage: Some(v1::Usage { flows: 7, ports: 3 }),
         }
     }
 
@@ -383,18 +410,24 @@ mod tests {
         let failed = v1::Instance {
             state: v1::InstanceState::Failed.into(),
             reason: "killed by signal 9".into(),
+            limits: None,
+            usage: None,
             ..instance("22222222-bbbb")
         };
         let rows = instance_rows(vec![instance("11111111-aaaa"), failed]);
         assert_eq!(
             list(Output::Table, &rows),
-            "ID        HOSTNAME  VPC   HOST  SLOT  ADDRESS      PID   STATE    REASON\n\
-             11111111  web       blue  h1    1     169.254.1.2  4711  running  -\n\
-             22222222  web       blue  h1    1     169.254.1.2  4711  failed   killed by signal 9"
+            "ID        HOSTNAME  VPC   HOST  SLOT  ADDRESS      PID   STATE    FLOWS  PORTS  REASON\n\
+             11111111  web       blue  h1    1     169.254.1.2  4711  running  7/50   3      -\n\
+             22222222  web       blue  h1    1     169.254.1.2  4711  failed   -      -      killed by signal 9"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["id"], "11111111-aaaa");
+        assert_eq!(json[0]["usage"], serde_json::json!({ "flows": 7, "ports": 3 }));
+        assert_eq!(json[0]["limits"]["flows"], 50);
+        assert!(json[0]["limits"]["ports"].is_null(), "there is no such limit");
         assert_eq!(json[1]["state"], "failed");
+        assert!(json[1]["limits"].is_null() && json[1]["usage"].is_null());
         assert!(json[0].get("short_id").is_none());
     }
 

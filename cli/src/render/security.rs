@@ -127,33 +127,40 @@ pub struct GuardRow {
 
 /// Limits; those that are not there are null.
 #[derive(Serialize)]
-struct LimitsObject {
+pub struct LimitsObject {
     packets: Option<u64>,
     bits: Option<u64>,
     new_flows: Option<u64>,
-    flows: Option<u32>,
-    ports: Option<u32>,
+    /// Flows at one time.
+    pub flows: Option<u32>,
+    /// Ports at one time.
+    pub ports: Option<u32>,
     #[serde(skip)]
     text: String,
+}
+
+impl From<v1::Limits> for LimitsObject {
+    fn from(limits: v1::Limits) -> Self {
+        Self {
+            packets: Some(limits.packets).filter(|limit| *limit > 0),
+            bits: Some(limits.bits).filter(|limit| *limit > 0),
+            new_flows: Some(limits.new_flows).filter(|limit| *limit > 0),
+            flows: Some(limits.flows).filter(|limit| *limit > 0),
+            ports: Some(limits.ports).filter(|limit| *limit > 0),
+            text: Limits::try_from(&limits)
+                .map_or_else(|_| "unknown".to_owned(), |limits| limits.to_string()),
+        }
+    }
 }
 
 impl GuardRow {
     /// The row of these defaults.
     pub fn new(defaults: v1::SecurityDefaults, hits: Option<u64>) -> Self {
         let otherwise = defaults.otherwise();
-        let limits = defaults.limits.unwrap_or_default();
         Self {
             security_groups: defaults.groups,
             default_egress: action(otherwise),
-            limits: LimitsObject {
-                packets: Some(limits.packets).filter(|limit| *limit > 0),
-                bits: Some(limits.bits).filter(|limit| *limit > 0),
-                new_flows: Some(limits.new_flows).filter(|limit| *limit > 0),
-                flows: Some(limits.flows).filter(|limit| *limit > 0),
-                ports: Some(limits.ports).filter(|limit| *limit > 0),
-                text: Limits::try_from(&limits)
-                    .map_or_else(|_| "unknown".to_owned(), |limits| limits.to_string()),
-            },
+            limits: defaults.limits.unwrap_or_default().into(),
             hits,
         }
     }

@@ -14,7 +14,7 @@ impl Directory for Host {
         let is_here =
             |found: &&super::Instance| found.slot.number == slot && found.failed.is_none();
         let found = state.instances.values().find(is_here)?;
-        let instance = self.describe(found);
+        let instance = self.describe(&state, found);
         let vpc = state.vpcs.get(&instance.vpc)?;
         let search_domain = vpc.naming.search_domain.as_ref();
         Some(Instance {

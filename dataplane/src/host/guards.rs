@@ -137,6 +137,14 @@ impl State {
         self.guards.restrictions(datapath, vpc.vni, &vpc.security, &record.own).map(Some)
     }
 
+    /// The limits of an instance; none if it has none of its own and its VPC is not known.
+    pub(super) fn limits(&self, record: &Record) -> Option<Limits> {
+        record.own.limits.or_else(|| {
+            let vpc = self.vpcs.get(&record.vpc).filter(|vpc| vpc.vni == record.vni)?;
+            Some(vpc.security.defaults.limits)
+        })
+    }
+
     /// Puts other rules in force for the live instances of a VPC.
     pub(super) fn secure(
         &mut self,
@@ -191,6 +199,13 @@ impl Host {
     /// Removes the policies of a former daemon that no slot has any more.
     pub(super) fn tidy_policies(&self) -> Result<(), datapath::Error> {
         self.state().guards.tidy(&self.datapath)
+    }
+
+    /// What the instance of a slot holds of its limits; none if that cannot be read.
+    pub(super) fn usage(&self, slot: u32) -> Option<v1::Usage> {
+        let told = |error: &datapath::Error| tracing::error!(slot, "usage not known: {error}");
+        let datapath::Usage { flows, ports } = self.datapath.usage(slot).inspect_err(told).ok()?;
+        Some(v1::Usage { flows, ports })
     }
 
     /// How often rules of a VPC decided.

@@ -63,6 +63,20 @@ fn hits(fleet: &Fleet, group: &str, id: u64) -> u64 {
     rule.expect("it is there")["hits"].as_u64().unwrap()
 }
 
+/// The microVM as `vm ls` lists it, once it does hold so many flows: hosts tell once a second.
+async fn listed(fleet: &Fleet, id: &str, flows: u64) -> Value {
+    for _ in 0..50 {
+        let list = json(fleet, &["vm", "ls"]);
+        let mut list = list.as_array().unwrap().iter();
+        let row = list.find(|row| row["id"] == id).expect("it is there");
+        if row["usage"]["flows"] == flows {
+            return row.clone();
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("{id} never has {flows} flows: {}", json(fleet, &["vm", "ls"]));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rules_of_the_command_line_judge_a_microvm_s_live_flow_and_outlive_the_daemons() {
     if !kvm_or_skip("rules_of_the_command_line_judge_a_microvm_s_live_flow") {
@@ -114,9 +128,13 @@ async fn rules_of_the_command_line_judge_a_microvm_s_live_flow_and_outlive_the_d
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
 
     // Ten at once, and a hundred a second.
-    let slow = run(&fleet, &["--limit", "packets=100"]);
+    let slow = run(&fleet, &["--limit", "packets=100,flows=50"]);
+    let row = listed(&fleet, &slow, 0).await;
+    let limits = [&row["limits"]["packets"], &row["limits"]["flows"], &row["limits"]["ports"]];
+    assert_eq!(limits, [&Value::from(100), &Value::from(50), &Value::Null]);
     let received = echoed(&fleet, &slow, 500, 200).await;
     assert!((1..500).contains(&received), "{received} came back");
+    assert_eq!(listed(&fleet, &slow, 1).await["usage"]["ports"], 1);
     assert!(fleet.drops(Daemon::Host, "packet-limit").await.unwrap() > 0);
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     let received = echoed(&fleet, &slow, 500, 200).await;
