@@ -1,6 +1,6 @@
 //! What parses other people's bytes, and what decides about their traffic, fed with any bytes: a
-//! function for each target, which panics if something is wrong. `cargo xtask fuzz TARGET` looks for bytes that make it; `seeds/TARGET`
-//! is where it begins, and what the tests run.
+//! function for each target, which panics if something is wrong. `cargo xtask fuzz TARGET` looks for
+//! bytes that make it; `seeds/TARGET` is where it begins, and what the tests run.
 
 mod abi;
 #[path = "../../abi/tests/model/mod.rs"]
@@ -14,10 +14,11 @@ mod proto;
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 10] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("conntrack", nat::conntrack),
     ("endpoint", proto::endpoint),
     ("icmp_error", abi::icmp_error),
+    ("limits", proto::limits),
     ("messages", proto::messages),
     ("mss", abi::mss),
     ("packet", abi::packet),
@@ -25,6 +26,7 @@ pub const TARGETS: [(&str, Target); 10] = [
     ("probe", abi::probe),
     ("route", proto::route),
     ("rule", proto::rule),
+    ("security", proto::security),
 ];
 
 /// The target of this name.

@@ -2,8 +2,10 @@
 
 use std::net::IpAddr;
 
+use etherparse::defrag::IpDefragBuf;
 use etherparse::{
-    Ipv4HeaderSlice, Ipv6FragmentHeaderSlice, Ipv6HeaderSlice, TcpHeaderSlice, UdpHeaderSlice,
+    IpFragOffset, IpNumber, Ipv4HeaderSlice, Ipv6FragmentHeaderSlice, Ipv6HeaderSlice,
+    TcpHeaderSlice, UdpHeaderSlice,
 };
 use warren_abi::drop::Drop;
 use warren_abi::family::{Family, V4, V6};
@@ -243,6 +245,11 @@ pub fn check(bytes: &[u8], segment: u32) {
     for direction in [Direction::Out, Direction::In] {
         check_family::<V4>(&frame, direction, see_v4(bytes).as_ref(), false);
         check_family::<V6>(&frame, direction, see_v6(bytes).as_ref(), true);
+        let ip = bytes.get(IP..).and_then(|ip| Ipv4HeaderSlice::from_slice(ip).ok());
+        if ip.is_some_and(|ip| ip.ihl() > 5) && bytes.len() >= IP + 28 {
+            let read = Packet::<V4>::read(&frame, direction);
+            assert_eq!(read.err(), Some(Drop::BadHeader), "IP options: {bytes:02x?}");
+        }
     }
 }
 
@@ -278,6 +285,7 @@ fn check_piece<F: Fragmented>(frame: &Bytes<'_>, seen: Option<&Seen<'_>>) {
             Ok(Some((found, fields))) => {
                 assert_eq!((found, fields.protocol), (*piece, *protocol));
                 assert!([TCP, UDP, ICMP].contains(protocol));
+                assert_eq!(found.check::<F>(*protocol).is_ok(), is_whole(piece, *protocol));
             }
             Ok(None) => panic!("it is a fragment"),
             Err(reason) => {
@@ -286,6 +294,18 @@ fn check_piece<F: Fragmented>(frame: &Bytes<'_>, seen: Option<&Seen<'_>>) {
             }
         },
     }
+}
+
+/// Whether the other reader takes the fragment for one of a datagram, and none is that short that a
+/// transport's header would be divided (RFC 1858, RFC 3128) or nothing is carried.
+fn is_whole(piece: &Piece, protocol: u8) -> bool {
+    let Piece { offset, length, more, .. } = *piece;
+    let offset = IpFragOffset::try_new((offset / 8) as u16).expect("13 bits");
+    let mut datagram = IpDefragBuf::new(IpNumber(protocol), Vec::new(), Vec::new());
+    let is_taken = datagram.add(offset, more, &vec![0; length as usize]).is_ok();
+    let header = if protocol == TCP { 20 } else { 8 };
+    let divides = if piece.offset == 0 { length < header } else { piece.offset < header };
+    is_taken && length > 0 && !divides
 }
 
 const _: () = assert!(align_of::<IpHeader>() <= 2 && align_of::<Ip6Fragment>() <= 2);

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -35,9 +36,11 @@ const CHECKED: u64 = 16 << 20;
 
 const UDP_PORT: u16 = 9001;
 const ECHO_PORT: u16 = 9002;
-const CONNECT_PORT: u16 = 9003;
 const SINK_PORT: u16 = 9004;
 const SOURCE_PORT: u16 = 9005;
+/// Several, by turns: towards one, the guest's kernel would soon search for a port that no closed
+/// connection still has.
+const CONNECT_PORTS: Range<u16> = 9010..9018;
 
 /// Names of the metrics, in the order in which [`measure`] yields them.
 pub const METRICS: [&str; 7] = [
@@ -54,12 +57,12 @@ pub const METRICS: [&str; 7] = [
 pub struct Servers {
     udp: Server,
     _echo: Server,
-    _connect: Server,
+    _connect: Vec<Server>,
 }
 
 impl Servers {
     pub fn start(vpc: &Namespace) -> Result<Self> {
-        Ok(Self { udp: udp_sink(vpc)?, _echo: tcp_echo(vpc)?, _connect: acceptor(vpc)? })
+        Ok(Self { udp: udp_sink(vpc)?, _echo: tcp_echo(vpc)?, _connect: acceptors(vpc)? })
     }
 }
 
@@ -176,8 +179,11 @@ fn connects() -> Result<f64> {
     let count = std::thread::scope(|scope| {
         let client = || -> Result<u64> {
             let mut count = 0;
-            while begin.elapsed() < DURATION {
-                let mut stream = connect(CONNECT_PORT)?;
+            for port in CONNECT_PORTS.cycle() {
+                if begin.elapsed() >= DURATION {
+                    break;
+                }
+                let mut stream = connect(port)?;
                 stream.shutdown(std::net::Shutdown::Write)?;
                 // The server closes when it has seen that we did.
                 stream.read_to_end(&mut Vec::new())?;
@@ -226,9 +232,10 @@ fn tcp_echo(vpc: &Namespace) -> Result<Server> {
     })
 }
 
-/// Accepts connections, and closes them when their clients do.
-fn acceptor(vpc: &Namespace) -> Result<Server> {
-    tcp_server(vpc, CONNECT_PORT, |stream, _| stream.read(&mut [0]).map(drop))
+/// Accept connections, and close them when their clients do.
+fn acceptors(vpc: &Namespace) -> Result<Vec<Server>> {
+    let acceptor = |port| tcp_server(vpc, port, |stream, _| stream.read(&mut [0]).map(drop));
+    CONNECT_PORTS.map(acceptor).collect()
 }
 
 fn tcp_server(

@@ -27,8 +27,8 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
     Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId, PortRange,
-    Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, services, sweep,
-    tap, underlay,
+    Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, join, services,
+    sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -98,46 +98,13 @@ impl HostDatapath {
         let fragments = fragments::device_name(&options.interface_prefix)?;
         let fragments = fragments::open_device(&mut netlink, &fragments)?;
 
-        let room = options.slots.max(ROOM_FOR_SLOTS);
-        let (slots, count) = (options.slots, options.flows);
-        let [policies, rule_hits] = policy::map_specs();
-        let [limits, held] = limits::map_specs(room, slots);
-        let mut programs = Programs::load(
-            &options.object,
-            &Globals {
-                underlay: &underlay,
-                services: services.index,
-                fragments: fragments.index,
-                timers: options.timers,
-                flow_log: options.flow_log.events.bits(),
-            },
-            Pins::open(&options.bpffs)?,
-            &[
-                MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
-                MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS)
-                    .layout(layouts::HOST_VPCS),
-                MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count)
-                    .layout(layouts::CT_OUT),
-                MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count)
-                    .layout(layouts::CT_IN),
-                MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1)
-                    .layout(layouts::DROPS)
-                    .at_least(slots + 1),
-                MapSpec::new::<u32, maps::ServiceSlot>(names::SERVICE_SLOTS, room + 1)
-                    .at_least(slots + 1),
-                MapSpec::new::<u32, u64>(names::ANSWERS, room + 1).at_least(slots + 1),
-                MapSpec::new::<(), ()>(names::FLOW_EVENTS, options.flow_log.bytes),
-                MapSpec::new::<u32, maps::FlowCounts>(names::FLOW_COUNTS, 1),
-                policies,
-                rule_hits,
-                MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS)
-                    .layout(layouts::DATAGRAMS),
-                limits,
-                held,
-                Changes::map_spec(),
-            ],
-            &programs::OF_HOST,
-        )?;
+        let _expedited = ExpeditedRcu::new();
+        // Each of them is a while in the kernel.
+        let (programs, made) = std::thread::scope(|scope| {
+            let made = scope.spawn(|| slots::make(options, &mut netlink));
+            (load(options, &underlay, services.index, fragments.index), join(made))
+        });
+        let (mut programs, made) = (programs?, made?);
         let changes = Changes::open(&mut programs)?;
         let table = SlotTable::new(Table::open(&mut programs, names::SLOTS, &changes)?);
         let vpcs: Table<u32, maps::HostVpc> =
@@ -154,9 +121,9 @@ impl HostDatapath {
         let flow_events = Mutex::new(Some(FlowEvents::new(&mut programs)?));
 
         let migration = Migration::begin(&mut programs)?;
-        let _expedited = ExpeditedRcu::new();
         underlay::open_device(&mut netlink, &mut programs, programs::TUNNEL_HOST, &device, mtu)?;
-        let slots = slots::open(options, &mut netlink, &mut programs, &mut state.slots, mtu)?;
+        let slots =
+            slots::open(options, &made, &mut netlink, &mut programs, &mut state.slots, mtu)?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_HOST, underlay::SHORT_CUT, interface)?;
         let both = [programs::FRAGMENTS_FIRST, programs::FRAGMENTS_REST];
@@ -510,6 +477,47 @@ impl State {
         let guard = Guard::new(place, limits.concern_packets());
         self.slots.set(slot, attachment, (guard, epoch))
     }
+}
+
+/// The programs over their maps.
+fn load(
+    options: &HostOptions,
+    underlay: &Underlay,
+    services: u32,
+    fragments: u32,
+) -> Result<Programs, Error> {
+    let room = options.slots.max(ROOM_FOR_SLOTS);
+    let (slots, count) = (options.slots, options.flows);
+    let [policies, rule_hits] = policy::map_specs();
+    let [limits, held] = limits::map_specs(room, slots);
+    let globals = Globals {
+        underlay,
+        services,
+        fragments,
+        timers: options.timers,
+        flow_log: options.flow_log.events.bits(),
+    };
+    let maps = [
+        MapSpec::new::<u32, maps::Slot>(names::SLOTS, room).at_least(slots),
+        MapSpec::new::<u32, maps::HostVpc>(names::HOST_VPCS, MAX_VPCS).layout(layouts::HOST_VPCS),
+        MapSpec::new::<maps::OutKey, maps::Flow>(names::CT_OUT, count).layout(layouts::CT_OUT),
+        MapSpec::new::<maps::InKey, maps::InFlow>(names::CT_IN, count).layout(layouts::CT_IN),
+        MapSpec::new::<u32, maps::Drops>(names::DROPS, room + 1)
+            .layout(layouts::DROPS)
+            .at_least(slots + 1),
+        MapSpec::new::<u32, maps::ServiceSlot>(names::SERVICE_SLOTS, room + 1).at_least(slots + 1),
+        MapSpec::new::<u32, u64>(names::ANSWERS, room + 1).at_least(slots + 1),
+        MapSpec::new::<(), ()>(names::FLOW_EVENTS, options.flow_log.bytes),
+        MapSpec::new::<u32, maps::FlowCounts>(names::FLOW_COUNTS, 1),
+        policies,
+        rule_hits,
+        MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS).layout(layouts::DATAGRAMS),
+        limits,
+        held,
+        Changes::map_spec(),
+    ];
+    let pins = Pins::open(&options.bpffs)?;
+    Programs::load(&options.object, &globals, pins, &maps, &programs::OF_HOST)
 }
 
 fn check_options(options: &HostOptions) -> Result<(), Error> {

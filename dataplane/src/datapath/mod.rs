@@ -8,6 +8,7 @@ use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::thread::ScopedJoinHandle;
 
 use aya::maps::MapError;
 use ipnetwork::{Ipv4Network, Ipv6Network};
@@ -391,4 +392,9 @@ fn is_missing(error: &MapError) -> bool {
         MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
         _ => false,
     }
+}
+
+/// What a thread returns, or its panic.
+fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::num::NonZero;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::thread::available_parallelism;
@@ -17,7 +18,7 @@ use warren_abi::maps::{Underlay, names, tails};
 
 use super::pins::{self, Pins};
 use super::undo::Undo;
-use super::{Error, migrate, tables, verdicts};
+use super::{Error, join, migrate, tables, verdicts};
 use crate::clock::monotonic_ns;
 
 /// A link whose pin was removed is detached by the kernel some time later; until then its program
@@ -93,8 +94,8 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if missing; the
-    /// other role's are made small, and go with this process.
+    /// Loads the `wanted` programs from the object. Maps in `maps` are the pinned ones, made if
+    /// missing; the other role's are made small, and go with this process.
     pub fn load(
         object: &[u8],
         globals: &Globals<'_>,
@@ -137,9 +138,10 @@ impl Programs {
         Ok(programs)
     }
 
-    /// Has the kernel take the programs: most of a start is spent in its verifier. Half of the
-    /// processors are left to the traffic.
+    /// Has the kernel take the programs: most of a start is spent in its verifier. Where programs
+    /// are at their hooks, half of the processors are left to the traffic.
     fn verify(&mut self, wanted: &[&'static str]) -> Result<(), Error> {
+        let has_traffic = !self.pins.link_names()?.is_empty();
         for name in wanted {
             self.program(name)?;
         }
@@ -148,11 +150,14 @@ impl Programs {
             Some((name, <&mut SchedClassifier>::try_from(program).ok()?))
         });
         let programs: Vec<_> = programs.collect();
-        let threads = available_parallelism().map_or(1, |count| count.get().div_ceil(2));
+        let processors = available_parallelism().map_or(1, NonZero::get);
+        let threads = if has_traffic { processors.div_ceil(2) } else { processors };
         let queue = Mutex::new(programs.into_iter());
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
         let load = || {
-            give_way();
+            if has_traffic {
+                give_way();
+            }
             while let Some((name, program)) = next() {
                 program.load().map_err(|source| Error::program("load program", name, source))?;
             }
@@ -160,11 +165,7 @@ impl Programs {
         };
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..threads).map(|_| scope.spawn(load)).collect();
-            let results = threads.into_iter().map(|thread| match thread.join() {
-                Ok(result) => result,
-                Err(panic) => std::panic::resume_unwind(panic),
-            });
-            results.collect()
+            threads.into_iter().try_for_each(join)
         })
     }
 

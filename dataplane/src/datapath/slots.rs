@@ -144,42 +144,42 @@ pub(super) fn number_of(prefix: &str, name: &str) -> Option<u32> {
     (digits == u32::to_string(&number)).then_some(number)
 }
 
-/// Makes or adopts the slots.
+/// Makes the TAPs that are missing, and tells of each slot whether its was.
+pub(super) fn make(options: &HostOptions, netlink: &mut Netlink) -> Result<Vec<bool>, Error> {
+    let interfaces = by_name(netlink)?;
+    let make = |number| {
+        let name = name(options, number);
+        match interfaces.get(&name) {
+            Some(interface) if interface.kind == Some(InfoKind::Tun) => Ok(false),
+            Some(interface) => {
+                let remedy = "remove the interface, or choose another prefix";
+                Err(Error::invalid("kind of interface", &interface.name, remedy))
+            }
+            None => {
+                tap::create(&name)?;
+                sysctl::disable_ipv6(&name)?;
+                Ok(true)
+            }
+        }
+    };
+    (1..=options.slots).map(make).collect()
+}
+
+/// Enters the slots, and attaches their program. `made` is what [`make`] returned.
 pub(super) fn open(
     options: &HostOptions,
+    made: &[bool],
     netlink: &mut Netlink,
     programs: &mut Programs,
     table: &mut SlotTable,
     mtu: u16,
 ) -> Result<Vec<Slot>, Error> {
-    let name = |number: u32| format!("{}{number}", options.interface_prefix);
-    let mut interfaces = by_name(netlink)?;
-    let mut made = vec![false; options.slots as usize];
-    for (number, made) in (1..=options.slots).zip(&mut made) {
-        let name = name(number);
-        match interfaces.get(&name) {
-            Some(interface) if interface.kind == Some(InfoKind::Tun) => {}
-            Some(interface) => {
-                let remedy = "remove the interface, or choose another prefix";
-                return Err(Error::invalid("kind of interface", &interface.name, remedy));
-            }
-            None => {
-                tap::create(&name)?;
-                sysctl::disable_ipv6(&name)?;
-                *made = true;
-            }
-        }
-    }
-    // One more list for all of them is cheaper than a look-up for each.
-    if made.contains(&true) {
-        interfaces = by_name(netlink)?;
-    }
-
+    let interfaces = by_name(netlink)?;
     let known = table.known(&interfaces)?;
     let mut slots = Vec::with_capacity(options.slots as usize);
     let mut taps = Vec::with_capacity(options.slots as usize);
-    for (number, is_new) in (1..=options.slots).zip(made) {
-        let name = name(number);
+    for (number, &is_new) in (1..=options.slots).zip(made) {
+        let name = name(options, number);
         let interface = interfaces.get(&name).ok_or(Error::NoInterface { name })?;
         let slot = table.enter(number, interface, known.get(&interface.index), is_new)?;
         programs.attach(programs::TAP, &format!("tap-{number}"), &interface.name)?;
@@ -188,6 +188,10 @@ pub(super) fn open(
     }
     netlink.set_up(&taps, u32::from(mtu))?;
     Ok(slots)
+}
+
+fn name(options: &HostOptions, number: u32) -> String {
+    format!("{}{number}", options.interface_prefix)
 }
 
 fn by_name(netlink: &mut Netlink) -> Result<StdHashMap<String, Interface>, Error> {
