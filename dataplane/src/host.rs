@@ -4,6 +4,7 @@ mod capture;
 mod directory;
 mod flows;
 mod guards;
+mod traffic;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
@@ -29,11 +30,12 @@ use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
 use crate::flowlog::FlowLog;
 use crate::flowlog::owners::{NamedVpc, Owners};
 use crate::metrics::{Levels, Starts};
-use crate::pool::{Pool, PoolError, Taken};
+use crate::pool::{self, Pool, PoolError, Taken};
 use crate::refill::Policy;
 use crate::services::{self, Naming};
 
 pub use guards::Own;
+use traffic::Accounts;
 
 /// The longest an invocation may take.
 const INVOCATION_LIMIT: Duration = Duration::from_mins(5);
@@ -168,6 +170,8 @@ pub struct Host {
     state: Mutex<State>,
     starts: Starts,
     log: OnceLock<FlowLog>,
+    /// Locked before the state, if both are.
+    accounts: Mutex<Accounts>,
     /// Flows that the last sweep left in the table.
     flows: AtomicU32,
     /// Captures that may begin.
@@ -186,6 +190,7 @@ impl Host {
         let of_v6 = |vni| known.iter().find(|vpc| vpc.vni == vni)?.shared_address_v6;
         let names = vpcs.iter().map(|(name, vpc)| (vpc.vni, named(name, vpc, of_v6(vpc.vni))));
         let names = names.collect();
+        let accounts = Mutex::new(Accounts::new(datapath.all_carried()?));
         let state = Mutex::new(State { vpcs, names, ..State::default() });
         let found = client::discover(&options.zygote.run_dir).await?;
         for slot in datapath.slots() {
@@ -195,7 +200,7 @@ impl Host {
         }
         let (starts, log, flows) = (Starts::default(), OnceLock::new(), AtomicU32::new(0));
         let captures = Arc::new(Semaphore::new(capture::CAPTURES));
-        let host = Self { options, datapath, pool, state, starts, log, flows, captures };
+        let host = Self { options, datapath, pool, state, starts, log, accounts, flows, captures };
         let host = Arc::new(host);
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;
@@ -263,7 +268,10 @@ impl Host {
         self.datapath.remove_vpc(vni)?;
         state.forget_policies(&self.datapath, vni)?;
         state.vpcs.retain(|_, other| other.vni != vni);
-        vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
+        vpcs::save(&self.options.zygote.run_dir, &state.vpcs)?;
+        drop(state);
+        self.accounts().close(vni);
+        Ok(())
     }
 
     /// What was dropped, per slot and reason.
@@ -493,7 +501,7 @@ impl Host {
         let (id, pid) = (record.id, microvm.pid());
         // The lock is held until the instance is listed: its end must find it there.
         let mut state = self.state();
-        let watcher = tokio::spawn(self.clone().watch(id, microvm, stopped));
+        let watcher = tokio::spawn(self.clone().watch(id, record.vni, microvm, stopped));
         if let Some(generation) = self.generation(slot.number) {
             state.owners.attached(slot.number, generation, id);
         }
@@ -508,11 +516,20 @@ impl Host {
     }
 
     /// Owns a running microVM until it ends, by itself or because it is told to.
-    async fn watch(self: Arc<Self>, id: Uuid, mut microvm: MicroVm, stop: oneshot::Receiver<()>) {
+    async fn watch(
+        self: Arc<Self>,
+        id: Uuid,
+        vni: u32,
+        mut microvm: MicroVm,
+        stop: oneshot::Receiver<()>,
+    ) {
+        let slot = microvm.slot();
         tokio::select! {
-            reason = microvm.ended() => self.failed(id, microvm.slot(), &reason),
-            _ = stop => self.pool.discard(microvm).await,
+            reason = microvm.ended() => self.failed(id, slot, &reason),
+            _ = stop => pool::stop(microvm).await,
         }
+        self.settle(slot, vni);
+        self.pool.free(slot);
     }
 
     /// An instance ended by itself: it stays listed, as failed.
@@ -530,7 +547,6 @@ impl Host {
         }
         drop(state);
         self.forget_owner(slot);
-        self.pool.free(slot);
     }
 
     /// The attachment of a slot.

@@ -111,15 +111,9 @@ impl Pool {
     }
 
     /// Ends a microVM and frees its slot.
-    pub async fn discard(&self, mut microvm: MicroVm) {
-        let (slot, pid) = (microvm.slot(), microvm.pid());
-        if tokio::time::timeout(STOP_PATIENCE, microvm.stop()).await.is_err() {
-            tracing::warn!(slot, pid, "microVM does not stop: killing it");
-            // Its socket is still open, so the process is still this one.
-            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
-                tracing::error!(slot, pid, "cannot kill the microVM: {error}");
-            }
-        }
+    pub async fn discard(&self, microvm: MicroVm) {
+        let slot = microvm.slot();
+        stop(microvm).await;
         self.free(slot);
     }
 
@@ -195,6 +189,18 @@ impl Pool {
             *zygote = Zygote::spawn(&self.config).await?;
         }
         Ok(())
+    }
+}
+
+/// Ends a microVM.
+pub async fn stop(mut microvm: MicroVm) {
+    let (slot, pid) = (microvm.slot(), microvm.pid());
+    if tokio::time::timeout(STOP_PATIENCE, microvm.stop()).await.is_err() {
+        tracing::warn!(slot, pid, "microVM does not stop: killing it");
+        // Its socket is still open, so the process is still this one.
+        if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            tracing::error!(slot, pid, "cannot kill the microVM: {error}");
+        }
     }
 }
 

@@ -26,9 +26,9 @@ use super::policy::{self, Policies};
 use super::programs::{Globals, MapSpec, Programs};
 use super::slots::{self, SlotTable};
 use super::{
-    Attachment, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId, PortRange,
-    Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, join, services,
-    sweep, tap, underlay,
+    Attachment, Carried, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId,
+    PortRange, Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, join,
+    services, sweep, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -313,6 +313,19 @@ impl HostDatapath {
             return Ok(Usage::default());
         }
         state.limits.usage(slot, attachment.generation())
+    }
+
+    /// What a slot's TAP carried since it was made.
+    pub fn carried(&self, slot: u32) -> Result<Carried, Error> {
+        let ifindex = self.slot(slot)?.ifindex;
+        Netlink::open()?.carried(ifindex)
+    }
+
+    /// The same of all slots, by their numbers.
+    pub fn all_carried(&self) -> Result<StdHashMap<u32, Carried>, Error> {
+        let all = Netlink::open()?.all_carried()?;
+        let of_slot = |(index, carried)| Some((self.slot_of(index)?.number, carried));
+        Ok(all.into_iter().filter_map(of_slot).collect())
     }
 
     /// Makes a policy that slots can be given. It never changes: what is to take its place is

@@ -19,6 +19,7 @@ use warren_abi::nat::BLOCK_PORTS;
 use warren_abi::wire::Ip;
 use warren_proto::route::{InvalidTable, Route};
 
+mod carried;
 mod changes;
 mod counters;
 mod expedited;
@@ -44,6 +45,7 @@ mod underlay;
 mod undo;
 mod verdicts;
 
+pub use carried::Carried;
 pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
 pub use limits::{Limits, Usage};

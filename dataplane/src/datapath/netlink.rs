@@ -17,9 +17,10 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVxlan};
+use warren_abi::maps::Traffic;
 use warren_abi::wire::VXLAN_PORT;
 
-use super::Error;
+use super::{Carried, Error};
 
 /// The group that interfaces are put into to be removed together: a number that is no one else's.
 const DOOMED: u32 = 0x7761_7272;
@@ -92,6 +93,24 @@ impl Netlink {
             }
             Err(source) => Err(Error::system("look up", name, source)),
         }
+    }
+
+    /// What a TAP carried, by its index.
+    pub fn carried(&mut self, index: u32) -> Result<Carried, Error> {
+        let request = LinkUnspec::new_with_index(index).build();
+        let answers = self
+            .request(RouteNetlinkMessage::GetLink(request), 0)
+            .map_err(|source| Error::system("read statistics of", index, source))?;
+        Ok(answers.into_iter().find_map(carried).unwrap_or_default().1)
+    }
+
+    /// What all interfaces carried, as if they were TAPs, by their indices.
+    pub fn all_carried(&mut self) -> Result<Vec<(u32, Carried)>, Error> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let answers = self
+            .request(request, NLM_F_DUMP)
+            .map_err(|source| Error::system("read statistics of", "interfaces", source))?;
+        Ok(answers.into_iter().filter_map(carried).collect())
     }
 
     /// Makes a VXLAN device that takes packets of every VNI and tells each one's, and is down.
@@ -272,6 +291,20 @@ fn host_address(interface: &Interface, address: IpAddr) -> AddressMessage {
             AddressMessageBuilder::<Ipv6Addr>::new().index(index).address(address, 128).build()
         }
     }
+}
+
+/// What a TAP receives, its guest sent.
+fn carried(answer: RouteNetlinkMessage) -> Option<(u32, Carried)> {
+    let RouteNetlinkMessage::NewLink(link) = answer else { return None };
+    let stats = link.attributes.into_iter().find_map(|attribute| match attribute {
+        LinkAttribute::Stats64(stats) => Some(stats),
+        _ => None,
+    })?;
+    let carried = Carried {
+        sent: Traffic { packets: stats.rx_packets, bytes: stats.rx_bytes },
+        received: Traffic { packets: stats.tx_packets, bytes: stats.tx_bytes },
+    };
+    Some((link.header.index, carried))
 }
 
 fn interface(link: LinkMessage) -> Interface {

@@ -59,10 +59,12 @@ impl Host {
         let told = |error: &datapath::Error| tracing::error!("metrics lack ports: {error}");
         let vpcs = self.datapath.vpcs().inspect_err(told).unwrap_or_default();
         let counts = self.log.get().map(FlowLog::counts);
+        let not_told = |error: &datapath::Error| tracing::error!("metrics lack traffic: {error}");
         Snapshot {
             totals: self.flow_totals(),
             logged: counts.map(|counts| (counts.written(), counts.unwritten())),
             ports: vpcs.into_iter().map(|vpc| (vpc.vni, vpc.ports.count)).collect(),
+            traffic: self.vpc_traffic().inspect_err(not_told).unwrap_or_default(),
             used: self.datapath.port_use().inspect_err(told).unwrap_or_default(),
         }
     }

@@ -8,9 +8,11 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetri
 use prometheus_client::metrics::TypedMetric;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Unit;
 use warren_abi::flowlog::What;
+use warren_abi::maps::Traffic;
 
-use crate::datapath::{FlowTotals, PortUse};
+use crate::datapath::{Carried, FlowTotals, PortUse};
 use crate::flowlog::record::protocol_name;
 
 /// What is read at the moment of a scrape. What could not be read is left out.
@@ -24,6 +26,8 @@ pub struct Snapshot {
     pub ports: Vec<(u32, u32)>,
     /// Ports in use.
     pub used: Vec<PortUse>,
+    /// What VPCs' instances sent and received, by VNI.
+    pub traffic: Vec<(u32, Carried)>,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -47,6 +51,17 @@ struct Used {
     protocol: String,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OneWay {
+    vni: u32,
+    direction: &'static str,
+}
+
+fn directions(traffic: &[(u32, Carried)]) -> impl Iterator<Item = (u32, &'static str, Traffic)> {
+    let both = |&(vni, Carried { sent, received })| [(vni, "out", sent), (vni, "in", received)];
+    traffic.iter().flat_map(both)
+}
+
 /// Reads a snapshot at each scrape.
 pub struct Flows<F>(pub F);
 
@@ -58,7 +73,7 @@ impl<F> fmt::Debug for Flows<F> {
 
 impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Flows<F> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let Snapshot { totals, logged, ports, used } = (self.0)();
+        let Snapshot { totals, logged, ports, used, traffic } = (self.0)();
         let (counter, gauge) = (ConstCounter::<u64>::TYPE, ConstGauge::<i64>::TYPE);
         if let Some(totals) = &totals {
             let begun = ConstCounter::new(totals.of(What::Begun));
@@ -95,6 +110,18 @@ impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Flows<F> {
             let labels = Used { vni, protocol: protocol_name(u32::from(protocol)) };
             ConstGauge::new(i64::from(ports)).encode(family.encode_family(&labels)?)?;
         }
+        let help = "Packets that cross the TAPs of the VPC's instances, from and to the guests";
+        let mut family = encoder.encode_descriptor("vpc_packets", help, None, counter)?;
+        for (vni, direction, one_way) in directions(&traffic) {
+            let labels = OneWay { vni, direction };
+            ConstCounter::new(one_way.packets).encode(family.encode_family(&labels)?)?;
+        }
+        let help = "Bytes of these packets, with Ethernet headers";
+        let mut family = encoder.encode_descriptor("vpc", help, Some(&Unit::Bytes), counter)?;
+        for (vni, direction, one_way) in directions(&traffic) {
+            let labels = OneWay { vni, direction };
+            ConstCounter::new(one_way.bytes).encode(family.encode_family(&labels)?)?;
+        }
         Ok(())
     }
 }
@@ -126,6 +153,13 @@ mod tests {
                 PortUse { vni: 100, protocol: UDP, ports: 7 },
                 PortUse { vni: 100, protocol: TCP, ports: 1000 },
             ],
+            traffic: vec![(
+                100,
+                Carried {
+                    sent: Traffic { packets: 5, bytes: 500 },
+                    received: Traffic { packets: 6, bytes: 700 },
+                },
+            )],
         });
         for line in [
             "warren_flows_begun_total 9",
@@ -137,6 +171,9 @@ mod tests {
             r#"warren_ports{vni="100"} 1024"#,
             r#"warren_ports_used{vni="100",protocol="udp"} 7"#,
             r#"warren_ports_used{vni="100",protocol="tcp"} 1000"#,
+            r#"warren_vpc_packets_total{vni="100",direction="out"} 5"#,
+            r#"warren_vpc_bytes_total{vni="100",direction="in"} 700"#,
+            "# TYPE warren_vpc_bytes counter",
             "# TYPE warren_ports_used gauge",
         ] {
             assert!(text.lines().any(|other| other == line), "no `{line}` in\n{text}");

@@ -87,6 +87,16 @@ async fn a_flow_is_listed_while_it_lives_and_its_port_is_known_afterwards() {
         assert!(metrics.lines().any(|other| other == line), "no `{line}` in\n{metrics}");
     }
 
+    let carried = |direction| {
+        let name = format!(r#"warren_vpc_bytes_total{{vni="{vni}",direction="{direction}"}} "#);
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&name));
+        value.unwrap_or_else(|| panic!("no {name}")).parse::<u64>().unwrap()
+    };
+    // The Ethernet headers are not the flow's.
+    for (direction, field) in [("out", "bytes_out"), ("in", "bytes_in")] {
+        assert!(carried(direction) > flow[field].as_u64().unwrap(), "{metrics}");
+    }
+
     // A daemon that is killed forgets nothing of it.
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     assert!(warren(&fleet, &["vm", "stop", &ids[0]]).status.success());
