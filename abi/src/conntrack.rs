@@ -545,16 +545,25 @@ fn enter<T: Tables>(
         if found.is_ended() {
             return Err(Drop::NoFlow);
         }
-        if direction == Direction::In
-            && found.last_tick() != now
-            && found.is_expired(key.protocol as u8, tables.timers(), now)
-        {
+        let is_expired =
+            found.last_tick() != now && found.is_expired(key.protocol as u8, tables.timers(), now);
+        if direction == Direction::In && is_expired {
             return Ok(None);
         }
         let mut all = false;
         if let Some(Segment { next, acknowledged, .. }) = packet {
             if tables.judged(flow) != slot.epoch {
                 tables.judge(slot, key)?;
+            }
+            if key.protocol == UDP as u32 && is_expired {
+                // Its mapping may have been taken for idle, and its port be another's: it begins
+                // anew. Whoever was faster is seen in the next attempt.
+                if tables.exchange(flow, found, found.ended()) {
+                    let (vni, port) = tables.place(flow);
+                    remove(tables, key, vni, port, What::Expired);
+                    return Ok(None);
+                }
+                continue;
             }
             if flags & tcp::FIN != 0 {
                 // Before the mark: who sees that, sees this.

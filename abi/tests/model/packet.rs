@@ -281,11 +281,14 @@ fn check_piece<F: Fragmented>(frame: &Bytes<'_>, seen: Option<&Seen<'_>>) {
     match seen {
         None => assert_eq!(found.err(), Some(Drop::BadHeader)),
         Some(Seen { fragment: None, .. }) => assert!(found.is_ok_and(|piece| piece.is_none())),
-        Some(Seen { fragment: Some(piece), protocol, .. }) => match found {
+        Some(Seen { fragment: Some(piece), protocol, source, .. }) => match found {
             Ok(Some((found, fields))) => {
                 assert_eq!((found, fields.protocol), (*piece, *protocol));
                 assert!([TCP, UDP, ICMP].contains(protocol));
-                assert_eq!(found.check::<F>(*protocol).is_ok(), is_whole(piece, *protocol));
+                assert_eq!(
+                    found.check::<F>(*protocol).is_ok(),
+                    is_whole(piece, *protocol, source.is_ipv4())
+                );
             }
             Ok(None) => panic!("it is a fragment"),
             Err(reason) => {
@@ -296,16 +299,18 @@ fn check_piece<F: Fragmented>(frame: &Bytes<'_>, seen: Option<&Seen<'_>>) {
     }
 }
 
-/// Whether the other reader takes the fragment for one of a datagram, and none is that short that a
-/// transport's header would be divided (RFC 1858, RFC 3128) or nothing is carried.
-fn is_whole(piece: &Piece, protocol: u8) -> bool {
+/// Whether the other reader takes the fragment for one of a datagram, which with its header is no
+/// longer than IP's can be, and it is not that short that a transport's header would be divided
+/// (RFC 1858, RFC 3128) or nothing is carried.
+fn is_whole(piece: &Piece, protocol: u8, is_v4: bool) -> bool {
     let Piece { offset, length, more, .. } = *piece;
     let offset = IpFragOffset::try_new((offset / 8) as u16).expect("13 bits");
     let mut datagram = IpDefragBuf::new(IpNumber(protocol), Vec::new(), Vec::new());
     let is_taken = datagram.add(offset, more, &vec![0; length as usize]).is_ok();
     let header = if protocol == TCP { 20 } else { 8 };
     let divides = if piece.offset == 0 { length < header } else { piece.offset < header };
-    is_taken && length > 0 && !divides
+    let is_short = piece.offset + length + if is_v4 { 20 } else { 0 } <= 0xffff;
+    is_taken && is_short && length > 0 && !divides
 }
 
 const _: () = assert!(align_of::<IpHeader>() <= 2 && align_of::<Ip6Fragment>() <= 2);
