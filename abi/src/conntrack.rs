@@ -100,6 +100,13 @@ pub trait Tables: Sized {
             None => Ok(false),
         }
     }
+    /// Calls [`forget`], wherever there is room for it.
+    #[inline(always)]
+    fn forget(&self, key: OutKey, state: FlowState) {
+        if let Some(flow) = self.flow(key) {
+            forget(self, key, flow, state);
+        }
+    }
     /// Whether a flow that is not there may begin, or may be known elsewhere.
     #[inline(always)]
     fn may_begin(&self, _key: OutKey) -> bool {
@@ -375,6 +382,15 @@ fn mapped<T: Tables>(
     Ok(false)
 }
 
+/// Removes a flow that expired, unless its state is another meanwhile.
+#[inline(always)]
+pub fn forget<T: Tables>(tables: &T, key: OutKey, flow: T::Flow, state: FlowState) {
+    if tables.exchange(flow, state, state.ended()) {
+        let (vni, port) = tables.place(flow);
+        remove(tables, key, vni, port, What::Expired);
+    }
+}
+
 /// Removes a flow or a mapping that the caller ended.
 #[inline(always)]
 fn remove<T: Tables>(tables: &T, key: OutKey, vni: u32, port: Be16, why: What) {
@@ -480,8 +496,8 @@ struct Entered<F> {
     flow: F,
     /// Its state with the packet.
     state: FlowState,
-    /// When it was last entered before.
-    before: u32,
+    /// Its state before.
+    before: FlowState,
 }
 
 /// Enters a packet into its flow's state, and from time to time into its mapping's; none if the
@@ -496,11 +512,16 @@ fn refresh<T: Tables>(
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
     let found = enter(tables, slot, key, direction, Some(segment), now)?;
-    if let Some(Entered { before, .. }) = found
+    if let Some(Entered { state, before, .. }) = found
         && key.protocol == UDP as u32
-        && before != now
-        && is_mapping_due(before, now, tables.timers().grain(UDP))
+        && before.last_tick() != now
+        && is_mapping_due(before.last_tick(), now, tables.timers().grain(UDP))
     {
+        if direction == Direction::Out && before.is_expired(UDP, tables.timers(), now) {
+            // Its mapping may have been taken for idle, and its port be another's: it begins anew.
+            tables.forget(key, state);
+            return Ok(None);
+        }
         // If it is gone, it was just taken for idle: the flow goes on alone.
         let _ = enter(tables, slot, key.mapping(), Direction::Out, None, now);
     }
@@ -545,25 +566,16 @@ fn enter<T: Tables>(
         if found.is_ended() {
             return Err(Drop::NoFlow);
         }
-        let is_expired =
-            found.last_tick() != now && found.is_expired(key.protocol as u8, tables.timers(), now);
-        if direction == Direction::In && is_expired {
+        if direction == Direction::In
+            && found.last_tick() != now
+            && found.is_expired(key.protocol as u8, tables.timers(), now)
+        {
             return Ok(None);
         }
         let mut all = false;
         if let Some(Segment { next, acknowledged, .. }) = packet {
             if tables.judged(flow) != slot.epoch {
                 tables.judge(slot, key)?;
-            }
-            if key.protocol == UDP as u32 && is_expired {
-                // Its mapping may have been taken for idle, and its port be another's: it begins
-                // anew. Whoever was faster is seen in the next attempt.
-                if tables.exchange(flow, found, found.ended()) {
-                    let (vni, port) = tables.place(flow);
-                    remove(tables, key, vni, port, What::Expired);
-                    return Ok(None);
-                }
-                continue;
             }
             if flags & tcp::FIN != 0 {
                 // Before the mark: who sees that, sees this.
@@ -574,7 +586,7 @@ fn enter<T: Tables>(
             }
         }
         let state = found.after(direction, flags, all, now);
-        let entered = Entered { flow, state, before: found.last_tick() };
+        let entered = Entered { flow, state, before: found };
         let exchanged = if found.is_counted() == state.is_counted() {
             state == found || tables.exchange(flow, found, state)
         } else {

@@ -169,6 +169,23 @@ pub extern "C" fn warren_turn(number: u32, found: u64, state: u64) -> u32 {
     }
 }
 
+/// Forgets the flow whose key this CPU's scratch holds.
+///
+/// A global function: the verifier looks at it once, not with each of the many ways to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn warren_forget(state: u64) -> u32 {
+    let Ok(maps) = Maps::open() else {
+        return 0;
+    };
+    // SAFETY: it is a map value, and nobody else's at this time.
+    let key = unsafe { (*maps.scratch).flow_key };
+    if let Some(flow) = CT_OUT.get_ptr_mut(&key) {
+        conntrack::forget(&maps, key, flow, FlowState(state));
+    }
+    0
+}
+
 /// What [`warren_judge`] says.
 const ALLOWED: u32 = 0;
 const DENIED: u32 = 1;
@@ -308,6 +325,12 @@ impl Tables for Maps {
             LOST => Ok(false),
             found => limit::result(found).map(|()| true),
         }
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: OutKey, state: FlowState) {
+        self.put_flow_key(key);
+        warren_forget(state.0);
     }
 
     #[inline(always)]

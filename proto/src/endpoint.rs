@@ -47,7 +47,8 @@ impl FromStr for Endpoint {
             if !path.starts_with('/') || path.contains('\0') {
                 return Err(invalid());
             }
-            return Ok(Self::Unix(path.into()));
+            // Two slashes in front would read as gRPC's when it is written again.
+            return Ok(Self::Unix(format!("/{}", path.trim_start_matches('/')).into()));
         }
         let address = text.strip_prefix("http://").ok_or_else(invalid)?;
         address.trim_end_matches('/').parse().map(Self::Tcp).map_err(|_| invalid())

@@ -99,7 +99,7 @@ impl HostDatapath {
         let fragments = fragments::open_device(&mut netlink, &fragments)?;
 
         let _expedited = ExpeditedRcu::new();
-        // Each of them is a while in the kernel.
+        // Each of them is in the kernel for a while.
         let (programs, made) = std::thread::scope(|scope| {
             let made = scope.spawn(|| slots::make(options, &mut netlink));
             (load(options, &underlay, services.index, fragments.index), join(made))
