@@ -382,7 +382,7 @@ fn mapped<T: Tables>(
     Ok(false)
 }
 
-/// Removes a flow that expired, unless its state is another meanwhile.
+/// Removes a flow that expired and lost its mapping, unless its state is another meanwhile.
 #[inline(always)]
 pub fn forget<T: Tables>(tables: &T, key: OutKey, flow: T::Flow, state: FlowState) {
     if tables.exchange(flow, state, state.ended()) {
@@ -512,18 +512,21 @@ fn refresh<T: Tables>(
     now: u32,
 ) -> Result<Option<Entered<T::Flow>>, Drop> {
     let found = enter(tables, slot, key, direction, Some(segment), now)?;
-    if let Some(Entered { state, before, .. }) = found
+    if let Some(Entered { flow, state, before }) = found
         && key.protocol == UDP as u32
         && before.last_tick() != now
         && is_mapping_due(before.last_tick(), now, tables.timers().grain(UDP))
     {
-        if direction == Direction::Out && before.is_expired(UDP, tables.timers(), now) {
-            // Its mapping may have been taken for idle, and its port be another's: it begins anew.
+        // If it is gone, it was just taken for idle: a flow that lives goes on alone.
+        let mapping = enter(tables, slot, key.mapping(), Direction::Out, None, now);
+        if direction == Direction::Out
+            && before.is_expired(UDP, tables.timers(), now)
+            && !matches!(mapping, Ok(Some(of)) if tables.place(of.flow) == tables.place(flow))
+        {
+            // Its port may be another's: it begins anew.
             tables.forget(key, state);
             return Ok(None);
         }
-        // If it is gone, it was just taken for idle: the flow goes on alone.
-        let _ = enter(tables, slot, key.mapping(), Direction::Out, None, now);
     }
     Ok(found)
 }

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::time::Instant;
 
 use warren_dataplane::datapath::DropReason;
 use warren_netns::capture::Capture;
@@ -14,9 +15,15 @@ use crate::guest::{KernelGuest, PATIENCE, SILENCE};
 const TOKEN: &str = "X-Warren-Metadata-Token";
 const LIFETIME: &str = "X-Warren-Metadata-Token-TTL-Seconds";
 
+/// A connection; where all are in use, the next that is free.
 fn connect(guest: &Namespace) -> TcpStream {
-    let stream = guest.run(|| TcpStream::connect_timeout(&(METADATA, 80).into(), PATIENCE));
-    let stream = stream.expect("the service answers");
+    let deadline = Instant::now() + PATIENCE;
+    let stream = loop {
+        match guest.run(|| TcpStream::connect_timeout(&(METADATA, 80).into(), PATIENCE)) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "the service answers: {error}"),
+        }
+    };
     stream.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
     stream
 }
@@ -146,7 +153,8 @@ fn slow_clients_and_many_of_them_hold_up_nobody_else() {
     let refused = refused.expect_err("all connections are in use").kind();
     assert_eq!(refused, std::io::ErrorKind::ConnectionRefused);
     open_session(&other.namespace);
-    // They say nothing: after some seconds they are closed, and there is room again.
+    // They say nothing: after some seconds they are closed, and there is room again, once the
+    // service has seen that the guest closed them, too.
     for mut stream in held {
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).expect("it is closed in order");
