@@ -116,8 +116,14 @@ async fn a_zygote_that_is_killed_is_replaced() {
     let (before, _) = fleet.run(VPCS[0], None).await.unwrap();
     let daemon = fleet.process(Daemon::Host).pid();
     let children = format!("/proc/{daemon}/task/{daemon}/children");
-    let zygote: i32 = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
-    let zygote = nix::unistd::Pid::from_raw(zygote);
+    let children = std::fs::read_to_string(children).unwrap();
+    // Beside it, the shell that shortened grace periods may still be there.
+    let is_vmm = |pid: &&str| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|name| name == "warren-vmm\n")
+    };
+    let zygote = children.split_whitespace().find(is_vmm).expect("there is a zygote");
+    let zygote = nix::unistd::Pid::from_raw(zygote.parse().unwrap());
     nix::sys::signal::kill(zygote, nix::sys::signal::Signal::SIGKILL).unwrap();
 
     fleet.run(VPCS[0], None).await.expect("a microVM starts without the old zygote");
