@@ -1,7 +1,7 @@
 //! Security groups and limits, from the command line to a microVM's packets.
 
 use std::process::Output;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use warren_abi::probe::{Endpoint, Operation, Outcome};
@@ -48,10 +48,12 @@ async fn echoed(fleet: &Fleet, id: &str, count: u32, interval_us: u32) -> u32 {
 /// Whether a datagram comes back, or in a moment does: changes are deployed just after they are
 /// stored.
 async fn becomes(fleet: &Fleet, id: &str, reached: bool) -> bool {
-    for _ in 0..10 {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < deadline {
         if (echoed(fleet, id, 1, 1000).await > 0) == reached {
             return true;
         }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     false
 }
