@@ -98,6 +98,7 @@ impl HostDatapath {
         let fragments = fragments::device_name(&options.interface_prefix)?;
         let fragments = fragments::open_device(&mut netlink, &fragments)?;
 
+        let _expedited = ExpeditedRcu::new();
         // Each of them is in the kernel for a while.
         let (programs, made) = std::thread::scope(|scope| {
             let made = scope.spawn(|| slots::make(options, &mut netlink));
@@ -120,7 +121,6 @@ impl HostDatapath {
         let flow_events = Mutex::new(Some(FlowEvents::new(&mut programs)?));
 
         let migration = Migration::begin(&mut programs)?;
-        let _expedited = ExpeditedRcu::new();
         underlay::open_device(&mut netlink, &mut programs, programs::TUNNEL_HOST, &device, mtu)?;
         let slots =
             slots::open(options, &made, &mut netlink, &mut programs, &mut state.slots, mtu)?;

@@ -8,7 +8,6 @@ use warren_abi::maps::{self, Attachment, Guard, names, programs};
 use warren_abi::wire;
 
 use super::changes::Table;
-use super::expedited::ExpeditedRcu;
 use super::netlink::{Interface, Netlink};
 use super::programs::Programs;
 use super::{Error, HostOptions, Slot, sysctl, tap};
@@ -148,9 +147,6 @@ pub(super) fn number_of(prefix: &str, name: &str) -> Option<u32> {
 /// Makes the TAPs that are missing, and tells of each slot whether its was.
 pub(super) fn make(options: &HostOptions, netlink: &mut Netlink) -> Result<Vec<bool>, Error> {
     let interfaces = by_name(netlink)?;
-    // Not where all are there: programs are at work, and who shortens grace periods disturbs them.
-    let is_missing = |number| !interfaces.contains_key(&name(options, number));
-    let _expedited = (1..=options.slots).any(is_missing).then(ExpeditedRcu::new);
     let make = |number| {
         let name = name(options, number);
         match interfaces.get(&name) {
