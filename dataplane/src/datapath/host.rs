@@ -98,11 +98,14 @@ impl HostDatapath {
         let fragments = fragments::device_name(&options.interface_prefix)?;
         let fragments = fragments::open_device(&mut netlink, &fragments)?;
 
-        let _expedited = ExpeditedRcu::new();
+        let pins = Pins::open(&options.bpffs)?;
+        // Beside traffic, only for what needs it: TAPs that are not there, programs to attach.
+        let is_to_grow = pins.link_names()?.len() < options.slots as usize;
+        let mut expedited = is_to_grow.then(ExpeditedRcu::new);
         // Each of them is in the kernel for a while.
         let (programs, made) = std::thread::scope(|scope| {
             let made = scope.spawn(|| slots::make(options, &mut netlink));
-            (load(options, &underlay, services.index, fragments.index), join(made))
+            (load(options, pins, &underlay, services.index, fragments.index), join(made))
         });
         let (mut programs, made) = (programs?, made?);
         let changes = Changes::open(&mut programs)?;
@@ -121,6 +124,7 @@ impl HostDatapath {
         let flow_events = Mutex::new(Some(FlowEvents::new(&mut programs)?));
 
         let migration = Migration::begin(&mut programs)?;
+        expedited.get_or_insert_with(ExpeditedRcu::new);
         underlay::open_device(&mut netlink, &mut programs, programs::TUNNEL_HOST, &device, mtu)?;
         let slots =
             slots::open(options, &made, &mut netlink, &mut programs, &mut state.slots, mtu)?;
@@ -495,6 +499,7 @@ impl State {
 /// The programs over their maps.
 fn load(
     options: &HostOptions,
+    pins: Pins,
     underlay: &Underlay,
     services: u32,
     fragments: u32,
@@ -529,7 +534,6 @@ fn load(
         held,
         Changes::map_spec(),
     ];
-    let pins = Pins::open(&options.bpffs)?;
     Programs::load(&options.object, &globals, pins, &maps, &programs::OF_HOST)
 }
 

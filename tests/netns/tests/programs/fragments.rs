@@ -74,7 +74,7 @@ fn is_later(frame: &[u8]) -> bool {
 
 /// Runs a program on fragments of a way, as they are and as they are not.
 fn run(program: &'static str, frames: Vec<Vec<u8>>, tag: Tag, goes_on: impl Fn(&Run) -> bool) {
-    let check = |run: &Run| {
+    let check = |frame: &[u8], run: &Run| {
         prop_assert!(run.drops.len() <= 1, "one reason each: {run:?}");
         match run.action {
             SHOT => prop_assert_eq!(run.drops.len(), 1),
@@ -82,7 +82,7 @@ fn run(program: &'static str, frames: Vec<Vec<u8>>, tag: Tag, goes_on: impl Fn(&
                 // A datagram gave way to this one.
                 let is_full = |(_, reason): &(u32, Drop)| *reason == Drop::FragmentsExhausted;
                 prop_assert!(run.drops.iter().all(is_full), "{run:?}");
-                let waits = Tag::of_frame(&run.frame).is_some();
+                let waits = run.tag(frame).is_some();
                 prop_assert!(waits || goes_on(run), "{:02x?}", run.frame);
             }
             action => {
@@ -102,7 +102,7 @@ fn run(program: &'static str, frames: Vec<Vec<u8>>, tag: Tag, goes_on: impl Fn(&
         tag.write(&mut tagged);
         for frame in [frame, tagged] {
             let run = programs.run(program, &frame);
-            check(&run).unwrap_or_else(|error| panic!("{frame:02x?}: {error}"));
+            check(&frame, &run).unwrap_or_else(|error| panic!("{frame:02x?}: {error}"));
         }
     }
     let programs = std::cell::RefCell::new(programs);
@@ -111,7 +111,8 @@ fn run(program: &'static str, frames: Vec<Vec<u8>>, tag: Tag, goes_on: impl Fn(&
         if is_valid {
             tag.write(&mut frame);
         }
-        check(&programs.borrow_mut().run(program, &frame))
+        let run = programs.borrow_mut().run(program, &frame);
+        check(&frame, &run)
     };
     let strategy = (malformed(valid), any::<bool>());
     TestRunner::new(config)

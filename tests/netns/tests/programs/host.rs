@@ -50,8 +50,8 @@ fn check_tap(frame: &[u8], run: &Run) -> Result<(), TestCaseError> {
             prop_assert_eq!(answer.destination(), &guest_address()[..]);
             prop_assert!(answer.icmp().is_some_and(warren_abi::icmp::is_error));
         }
-        None if Tag::of_frame(&run.frame).is_some() => {
-            prop_assert_eq!(Tag::of_frame(&run.frame), Some(Tag::new(origin::SLOT, IFINDEX, 1)));
+        None if run.tag(frame).is_some() => {
+            prop_assert_eq!(run.tag(frame), Some(Tag::new(origin::SLOT, IFINDEX, 1)));
             prop_assert!(is_left(frame, &run.frame), "{frame:02x?}");
             prop_assert_eq!(&frame[6..12], &guest_mac()[..]);
         }

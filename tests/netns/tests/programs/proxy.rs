@@ -43,8 +43,8 @@ fn check(frame: &[u8], run: &Run) -> Result<(), TestCaseError> {
             prop_assert_eq!(&run.frame[..6], &frame[6..12]);
             prop_assert!(answer.icmp().is_some_and(warren_abi::icmp::is_error));
         }
-        (REDIRECT, None) if Tag::of_frame(&run.frame).is_some() => {
-            prop_assert_eq!(Tag::of_frame(&run.frame), Some(Tag::new(origin::VPC, IFINDEX, 0)));
+        (REDIRECT, None) if run.tag(frame).is_some() => {
+            prop_assert_eq!(run.tag(frame), Some(Tag::new(origin::VPC, IFINDEX, 0)));
             prop_assert!(is_left(frame, &run.frame), "{frame:02x?}");
         }
         (REDIRECT, None) if frame[12..14] == [8, 6] => {

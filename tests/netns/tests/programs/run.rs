@@ -7,7 +7,7 @@ use aya::maps::{HashMap, MapData, PerCpuArray, ProgramArray};
 use aya::programs::{SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use warren_abi::drop::Drop;
-use warren_abi::fragment::DATAGRAMS;
+use warren_abi::fragment::{DATAGRAMS, Tag};
 use warren_abi::maps::{
     Attachment, BlockKey, Drops, Guard, HostVpc, ProxyVpc, ProxyVpcV6, Slot, Underlay, names,
     programs, tails,
@@ -67,6 +67,14 @@ pub struct Run {
     pub frame: Vec<u8>,
     /// What was counted meanwhile, and under which scope.
     pub drops: Vec<(u32, Drop)>,
+}
+
+impl Run {
+    /// What the frame was tagged with. One that goes on in the tunnel still begins with the
+    /// addresses that it came with, which may look like a tag.
+    pub fn tag(&self, came: &[u8]) -> Option<Tag> {
+        Tag::of_frame(&self.frame).filter(|_| self.frame[..12] != came[..12])
+    }
 }
 
 impl Programs {

@@ -5,7 +5,6 @@ use std::net::Ipv6Addr;
 use etherparse::{Icmpv6Type, PacketBuilder, icmpv6::DestUnreachableCode};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use warren_abi::fragment::Tag;
 use warren_abi::maps::programs;
 use warren_abi::wire::{GATEWAY_MAC, GATEWAY_V6, slot_address_v6};
 
@@ -109,7 +108,7 @@ fn passed(frame: &[u8], run: &Run) -> Result<bool, TestCaseError> {
         prop_assert_eq!((run.frame[20], run.frame[54] < 128), (58, true));
         return Ok(false);
     }
-    if Tag::of_frame(&run.frame).is_some() {
+    if run.tag(frame).is_some() {
         // To the programs of fragments.
         prop_assert_eq!((run.action, frame[20]), (REDIRECT, 44));
         return Ok(false);
