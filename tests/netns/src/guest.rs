@@ -26,6 +26,9 @@ nix::ioctl_write_ptr_bad!(
 /// `struct virtio_net_hdr_mrg_rxbuf`, the header of a slot's TAP, in bytes.
 pub const VNET_HEADER: usize = 12;
 
+/// Frames that a guest may have sent and that are not yet on their way.
+const QUEUE: u32 = 1 << 16;
+
 /// A namespace whose `eth0` is wired to a slot.
 #[derive(Debug)]
 pub struct KernelGuest {
@@ -48,7 +51,9 @@ impl KernelGuest {
         })?;
         let mac = mac.map(|octet| format!("{octet:02x}")).join(":");
         for words in [
-            format!("link set eth0 address {mac} mtu {mtu} up"),
+            // A virtio driver with a full queue has its senders wait; a TAP would lose what they send
+            // while the wires wait for a processor.
+            format!("link set eth0 address {mac} mtu {mtu} txqueuelen {QUEUE} up"),
             format!("addr add {address}/32 dev eth0"),
             format!("route add {GATEWAY} dev eth0"),
             format!("route add default via {GATEWAY}"),
