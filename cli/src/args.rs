@@ -103,8 +103,9 @@ pub struct VpcCreate {
     /// IPv6 next hop in the VPC for addresses outside the IPv6 CIDR. It may be link-local.
     #[arg(long, value_name = "ADDRESS", requires = "cidr_v6")]
     pub gateway_v6: Option<Ipv6Addr>,
-    /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
-    #[arg(long, value_name = "PORTS", default_value_t = 1024)]
+    /// Ports of the shared address that each host begins with and keeps at least: a power of two, 64
+    /// to 32768. It gets more ahead of need.
+    #[arg(long, value_name = "PORTS", default_value_t = 64)]
     pub ports_per_host: u32,
     /// The VPC's resolver, which answers microVMs' DNS queries to 169.254.169.253.
     #[arg(long, value_name = "ADDRESS")]
@@ -118,6 +119,13 @@ pub struct VpcCreate {
 pub enum HostCommand {
     /// List the hosts and proxies.
     Ls,
+    /// Forget hosts and proxies that are gone for good: a host's ports become others' two minutes
+    /// after each proxy has dropped it as their holder.
+    Forget {
+        /// Names.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -17,7 +17,7 @@ use crate::drops;
 use crate::error::Error;
 use crate::flows;
 use crate::probe::Operation;
-use crate::render::{self, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+use crate::render::{self, ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 use crate::route;
 use crate::security;
 
@@ -43,6 +43,14 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         }
         Command::Host(HostCommand::Ls) => {
             let rows: Vec<_> = client.hosts().await?.into_iter().map(HostRow::from).collect();
+            print(&render::list(output, &rows))
+        }
+        Command::Host(HostCommand::Forget { names }) => {
+            let mut rows = Vec::new();
+            for name in names {
+                client.forget_host(name.clone()).await?;
+                rows.push(ForgottenRow { name });
+            }
             print(&render::list(output, &rows))
         }
         Command::Drops(DropsArguments { host, follow: false }) => {

@@ -18,7 +18,7 @@ pub use drops::{DropRow, Scope, drop_rows};
 pub use flows::{FlowRow, MappingRow};
 pub use probe::probe;
 pub use routes::{RouteRow, route_rows};
-pub use rows::{HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+pub use rows::{ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 pub use security::{DeletedGroupRow, GuardRow, group_rows, rule_rows};
 
 /// Something that is a row of a table and an object in JSON.

@@ -13,13 +13,14 @@ use warren_proto::v1::{
     ChangeSecurityRulesResponse, CreateSecurityGroupRequest, CreateSecurityGroupResponse,
     CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
     DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, EndInstanceRequest,
-    FindFleetMappingsRequest, FindFleetMappingsResponse, GetSecurityRequest, GetSecurityResponse,
-    InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest,
-    ListFleetFlowsResponse, ListHostsRequest, ListHostsResponse, ListInstancesRequest,
-    ListInstancesResponse, ListRoutesRequest, ListRoutesResponse, ListVpcsRequest,
-    ListVpcsResponse, ReplaceRoutesRequest, ReplaceRoutesResponse, RuleHits, RunInstanceRequest,
-    RunInstanceResponse, SetSecurityDefaultsRequest, SetSecurityDefaultsResponse,
-    StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
+    FindFleetMappingsRequest, FindFleetMappingsResponse, ForgetHostRequest, ForgetHostResponse,
+    GetSecurityRequest, GetSecurityResponse, InvokeInstanceRequest, ListFleetDropsRequest,
+    ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse, ListHostsRequest,
+    ListHostsResponse, ListInstancesRequest, ListInstancesResponse, ListRoutesRequest,
+    ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
+    ReplaceRoutesResponse, RuleHits, RunInstanceRequest, RunInstanceResponse,
+    SetSecurityDefaultsRequest, SetSecurityDefaultsResponse, StartInstanceRequest,
+    StopInstanceRequest, StopInstanceResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
@@ -69,6 +70,17 @@ impl ControlService for Api {
         _: Request<ListHostsRequest>,
     ) -> Result<Response<ListHostsResponse>, Status> {
         Ok(Response::new(ListHostsResponse { hosts: self.fleet.hosts() }))
+    }
+
+    async fn forget_host(
+        &self,
+        request: Request<ForgetHostRequest>,
+    ) -> Result<Response<ForgetHostResponse>, Status> {
+        let ForgetHostRequest { name } = request.into_inner();
+        self.fleet.check_dead(&name)?;
+        self.deployer.forget(&name).await?;
+        self.fleet.forget(&name).await?;
+        Ok(Response::new(ForgetHostResponse {}))
     }
 
     async fn run_instance(

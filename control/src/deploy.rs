@@ -17,9 +17,10 @@ use warren_proto::route::Route;
 use warren_proto::security::Security;
 use warren_proto::v1::{self, ApplyVpcRequest};
 
-use crate::fleet::{Agent, Fleet, Peer, Session};
-use crate::plan::{Node, Plan, plan};
-use crate::ports::{Exhausted, Leases};
+use crate::fleet::{Agent, Fleet, HostUse, Peer, Session};
+use crate::leasing::{self, View};
+use crate::plan::{self, Node, Plan, plan};
+use crate::ports::{Demand, Exhausted, Leases, PortRange, needed, wanted};
 use crate::routes::ROUTES_PREFIX;
 use crate::security::{SECURITY_PREFIX, Stored};
 use crate::store::{Event, Events, Precondition, Revision, Store, StoreError, Write, decode};
@@ -32,6 +33,8 @@ const PUSH_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// A start waits so long for its network: a push to proxies, one to the host, and some air.
 const ENSURE_TIMEOUT: Duration = Duration::from_secs(12);
+/// A start waits so long for more ports.
+const ROOM_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// Why a host may not start instances in a VPC.
 #[derive(Debug, thiserror::Error)]
@@ -163,6 +166,7 @@ impl Deployer {
         });
         let events = deployer.store.watch(revision);
         tokio::spawn(run(Arc::downgrade(&deployer), revision, events));
+        tokio::spawn(leasing::run(Arc::downgrade(&deployer)));
         Ok(deployer)
     }
 
@@ -170,7 +174,7 @@ impl Deployer {
     /// else after its ports are leased, stored, and known to all alive proxies and to itself.
     pub async fn ensure(&self, vpc: &str, host: &str, session: Session) -> Result<(), DeployError> {
         if self.lock().networks.get(vpc).is_some_and(|network| network.is_ready(host, session)) {
-            return Ok(());
+            return self.make_room(vpc, host).await;
         }
         let mut progress = self.progress.subscribe();
         self.lease(vpc, host).await?;
@@ -193,6 +197,40 @@ impl Deployer {
             Ok(result) => result,
             Err(_) => Err(self.late(vpc, host)),
         }
+    }
+
+    /// Gets the host ports for one more instance, if it has too few. An instance starts on what
+    /// there is if more does not come at once.
+    async fn make_room(&self, vpc: &str, host: &str) -> Result<(), DeployError> {
+        let demand = Demand { in_use: 0, instances: self.fleet.instances_in(host, vpc) };
+        let has_room = || {
+            let state = self.lock();
+            let held = state.networks.get(vpc).and_then(|network| network.ports_of(host));
+            held.is_none_or(|held| held.count >= needed(demand.instances))
+        };
+        if has_room() {
+            return Ok(());
+        }
+        let mut progress = self.progress.subscribe();
+        let first = self
+            .lock()
+            .networks
+            .get(vpc)
+            .and_then(|network| network.vpc.as_ref())
+            .map_or(0, |vpc| vpc.ports_per_host);
+        let lease = |leases: &mut Leases| {
+            let held = leases.of(host).map(|lease| lease.ports.count);
+            let want = wanted(held, first, demand);
+            if held.is_some_and(|held| want > held) {
+                // What there is not is told of when it is next looked for.
+                leases.lease(host, want).ok();
+            }
+            Ok::<_, StoreError>(())
+        };
+        self.change_leases(vpc, lease).await?;
+        let roomy = async { while !has_room() && progress.changed().await.is_ok() {} };
+        tokio::time::timeout(ROOM_TIMEOUT, roomy).await.ok();
+        Ok(())
     }
 
     /// Whether the VPC exists.
@@ -224,29 +262,97 @@ impl Deployer {
         }
     }
 
+    /// Who holds which ports of each VPC's shared address, and what hosts use of them.
+    pub fn leases(&self) -> Vec<View> {
+        let uses = self.fleet.uses();
+        let state = self.lock();
+        let networks = state.networks.iter().filter_map(|(name, network)| {
+            let vpc = network.vpc.as_ref()?;
+            let of_vpc = |(host, used): (&String, &HostUse)| (host.clone(), used.of(name, vpc.vni));
+            Some(View {
+                vpc: name.clone(),
+                first: vpc.ports_per_host,
+                leases: network.leases.clone(),
+                uses: uses.iter().map(of_vpc).collect(),
+                dropped: network.plan.dropped.clone(),
+            })
+        });
+        networks.collect()
+    }
+
+    /// Stores leases of a VPC, unless they are other than `known` by now.
+    pub async fn replace_leases(
+        &self,
+        vpc: &str,
+        known: &Leases,
+        leases: &Leases,
+    ) -> Result<(), StoreError> {
+        let change = |stored: &mut Leases| {
+            if stored == known {
+                stored.clone_from(leases);
+            }
+            Ok::<_, StoreError>(())
+        };
+        self.change_leases(vpc, change).await
+    }
+
+    /// Takes from a host that is gone for good all ports of all VPCs: they are another's when each
+    /// proxy has dropped them, and after a rest.
+    pub async fn forget(&self, host: &str) -> Result<(), StoreError> {
+        for entry in self.store.list(LEASES_PREFIX).await?.1 {
+            let vpc = entry.key.trim_start_matches(LEASES_PREFIX);
+            let forget = |leases: &mut Leases| {
+                leases.forget(host);
+                Ok::<_, StoreError>(())
+            };
+            self.change_leases(vpc, forget).await?;
+        }
+        Ok(())
+    }
+
     /// Leases the host its ports of the VPC's shared address, if it has none.
     async fn lease(&self, vpc: &str, host: &str) -> Result<(), DeployError> {
-        let key = format!("{LEASES_PREFIX}{vpc}");
         let definition = vpc::get(&*self.store, vpc)
             .await?
             .ok_or_else(|| DeployError::UnknownVpc(vpc.to_owned()))?;
-        loop {
-            let entry = self.store.get(&key).await?;
-            let mut leases = match &entry {
-                Some(entry) => decode(&key, &entry.value)?,
-                None => Leases::default(),
-            };
+        let lease = |leases: &mut Leases| {
             if leases.of(host).is_some() {
                 return Ok(());
             }
-            leases.lease(host, definition.ports_per_host).map_err(|reason| {
-                DeployError::NoPorts { vpc: vpc.to_owned(), host: host.to_owned(), reason }
-            })?;
+            let count = wanted(None, definition.ports_per_host, Demand::default());
+            let no_ports = |reason| DeployError::NoPorts {
+                vpc: vpc.to_owned(),
+                host: host.to_owned(),
+                reason,
+            };
+            leases.lease(host, count).map(drop).map_err(no_ports)
+        };
+        self.change_leases(vpc, lease).await
+    }
+
+    /// Changes the leases of a VPC as they are stored.
+    async fn change_leases<E: From<StoreError>>(
+        &self,
+        vpc: &str,
+        change: impl Fn(&mut Leases) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let key = format!("{LEASES_PREFIX}{vpc}");
+        loop {
+            let entry = self.store.get(&key).await?;
+            let before: Leases = match &entry {
+                Some(entry) => decode(&key, &entry.value)?,
+                None => Leases::default(),
+            };
+            let mut leases = before.clone();
+            change(&mut leases)?;
+            if leases == before {
+                return Ok(());
+            }
             let precondition = Precondition::unchanged(&key, entry.as_ref());
             let write = Write::put(&key, &leases)?;
             match self.store.commit(vec![precondition], vec![write]).await {
                 Ok(_) => return Ok(()),
-                // Another host got ports meanwhile.
+                // They were changed meanwhile.
                 Err(StoreError::Conflict(_)) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -424,6 +530,12 @@ impl State {
 }
 
 impl Network {
+    /// The ports that a host was told of.
+    fn ports_of(&self, host: &str) -> Option<PortRange> {
+        let (_, request) = self.agents.get(host)?.acknowledged.as_ref()?;
+        plan::ports(request)
+    }
+
     fn is_ready(&self, host: &str, session: Session) -> bool {
         self.plan.ready.get(host) == Some(&session)
     }

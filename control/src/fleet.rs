@@ -4,7 +4,7 @@
 //! when one is late). Each stream is a session with a number of its own, so that what was true of
 //! an agent before it restarted is not mistaken for what is true of it now.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,8 +18,10 @@ use warren_proto::v1;
 use warren_proto::v1::agent_service_client::AgentServiceClient;
 
 use crate::instances::Instances;
+use crate::leasing::Use;
 use crate::name::{self, InvalidName};
 use crate::placement::{Candidate, PlacementError, place};
+use crate::ports::Demand;
 use crate::store::{Store, StoreError, Write, decode};
 
 /// Where members are stored: `member/NAME`.
@@ -65,6 +67,8 @@ struct Member {
     slots: u32,
     parked: u32,
     instances: Instances,
+    /// By VNI.
+    port_use: BTreeMap<u32, v1::PortUse>,
     /// Starts under way.
     starting: u32,
 }
@@ -84,6 +88,7 @@ impl Member {
             slots: 0,
             parked: 0,
             instances: Instances::default(),
+            port_use: BTreeMap::new(),
             starting: 0,
         }
     }
@@ -119,6 +124,20 @@ pub enum RegisterError {
     Store(#[from] StoreError),
 }
 
+/// Why a member was not forgotten.
+#[derive(Debug, thiserror::Error)]
+pub enum ForgetError {
+    /// Never registered, or forgotten.
+    #[error("there is no host or proxy \"{0}\": `warren host ls` lists them")]
+    Unknown(String),
+    /// Its heartbeats come.
+    #[error("{0} is alive: stop warrend there for good before")]
+    Alive(String),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 /// Why an instance cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InstanceError {
@@ -144,6 +163,30 @@ pub struct Peer {
     pub underlay_address: IpAddr,
     /// Its session and its agent, if it is alive.
     pub open: Option<(Session, Agent)>,
+}
+
+/// What an alive host uses of VPCs' ports.
+#[derive(Debug, Default)]
+pub struct HostUse {
+    /// Instances that run, by VPC.
+    instances: HashMap<String, u32>,
+    /// Ports in use, by VNI.
+    ports: BTreeMap<u32, v1::PortUse>,
+}
+
+impl HostUse {
+    /// The same of one VPC.
+    pub fn of(&self, vpc: &str, vni: u32) -> Use {
+        let instances = self.instances.get(vpc).copied().unwrap_or_default();
+        match self.ports.get(&vni) {
+            Some(used) => Use {
+                demand: Demand { in_use: used.in_use, instances },
+                ports: used.ports.map(Into::into),
+                former: used.former_blocks.iter().copied().collect(),
+            },
+            None => Use { demand: Demand { in_use: 0, instances }, ..Use::default() },
+        }
+    }
 }
 
 /// All members.
@@ -334,6 +377,47 @@ impl Fleet {
         members.by_name.iter().map(|(name, member)| (name.clone(), peer(member))).collect()
     }
 
+    /// What alive hosts use of VPCs' ports, by their names.
+    pub fn uses(&self) -> BTreeMap<String, HostUse> {
+        let members = self.lock();
+        let alive = members.by_name.iter().filter(|(_, member)| member.open.is_some());
+        let of_host = |(name, member): (&String, &Member)| {
+            let mut used = HostUse { ports: member.port_use.clone(), ..HostUse::default() };
+            for instance in member.instances.iter() {
+                *used.instances.entry(instance.vpc.clone()).or_default() += 1;
+            }
+            (name.clone(), used)
+        };
+        alive.map(of_host).collect()
+    }
+
+    /// Instances of a VPC on a host, with all starts that are under way there.
+    pub fn instances_in(&self, host: &str, vpc: &str) -> u32 {
+        let members = self.lock();
+        let Some(member) = members.by_name.get(host) else { return 0 };
+        let in_vpc = member.instances.iter().filter(|instance| instance.vpc == vpc);
+        in_vpc.count() as u32 + member.starting
+    }
+
+    /// Whether a member may be forgotten: it exists, and its heartbeats stopped.
+    pub fn check_dead(&self, name: &str) -> Result<(), ForgetError> {
+        match self.lock().by_name.get(name) {
+            None => Err(ForgetError::Unknown(name.to_owned())),
+            Some(member) if member.open.is_some() => Err(ForgetError::Alive(name.to_owned())),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Forgets a member that is gone for good. If it comes back, it registers as a new one.
+    pub async fn forget(&self, name: &str) -> Result<(), ForgetError> {
+        self.check_dead(name)?;
+        let write = Write { key: format!("{MEMBER_PREFIX}{name}"), value: None };
+        self.store.commit(vec![], vec![write]).await?;
+        self.lock().by_name.remove(name);
+        self.changed.send_replace(());
+        Ok(())
+    }
+
     /// Whether a member is alive and still in this session.
     pub fn is_open(&self, name: &str, session: Session) -> bool {
         self.lock().by_name.get(name).is_some_and(|member| member.is_in(session))
@@ -407,6 +491,7 @@ impl Registered {
         member.slots = heartbeat.slots;
         member.parked = heartbeat.parked;
         member.version = heartbeat.version;
+        member.port_use = heartbeat.port_use.into_iter().map(|used| (used.vni, used)).collect();
         let mut instances = heartbeat.instances;
         for instance in &mut instances {
             instance.host.clone_from(&self.name);

@@ -1,7 +1,7 @@
 //! The control plane: its API, its state, and what follows from them.
 //!
 //! [`store`] holds what must outlive the process: VPCs ([`vpc`]), the ports that hosts hold of
-//! their shared addresses ([`ports`]), their route tables ([`routes`]) and security groups
+//! their shared addresses ([`ports`], changed by [`leasing`]), their route tables ([`routes`]) and security groups
 //! ([`security`]), who the hosts and proxies are. [`fleet`] knows from
 //! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
 //! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
@@ -17,6 +17,7 @@ pub mod fleet;
 pub mod flows;
 pub mod heartbeat;
 pub mod instances;
+pub mod leasing;
 pub mod name;
 pub mod placement;
 pub mod plan;

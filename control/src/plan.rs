@@ -3,8 +3,12 @@
 //!
 //! A host's port range must be known to every alive proxy before the host uses it: else replies to
 //! its first packets would be dropped. So each proxy gets the VPC with all holders first, and a
-//! host its part of it only when each alive proxy has acknowledged that host's range. Holders on
-//! dead hosts stay: a host that is merely cut off still sends.
+//! host its part of it only when each alive proxy has acknowledged that host's range. Until then it
+//! goes on with the one that it has. Holders on dead hosts stay: a host that is merely cut off still
+//! sends.
+//!
+//! What is to be another's ports must first be known by no proxy as the former holder's: not by
+//! those that are dead, either, for one that is merely cut off still forwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -13,7 +17,7 @@ use warren_proto::v1::apply_vpc_request::Role as Apply;
 use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route, VpcSecurity};
 
 use crate::fleet::{Role, Session};
-use crate::ports::Leases;
+use crate::ports::{Lease, Leases, PortRange};
 use crate::vpc::{Vpc, VpcV6};
 
 /// A host or proxy.
@@ -38,6 +42,8 @@ pub struct Plan {
     pub ready: BTreeMap<String, Session>,
     /// The alive proxies.
     pub proxies: BTreeSet<String>,
+    /// The fenced ranges that no proxy takes packets from any more.
+    pub dropped: BTreeSet<PortRange>,
 }
 
 /// Plans the deployment of one VPC, with its own routes and security, on all nodes.
@@ -61,31 +67,78 @@ pub fn plan(
             plan.pushes.insert(name.clone(), wanted.clone());
         }
     }
+    let proxies: Vec<_> = nodes.values().filter(|node| node.role == Role::Proxy).collect();
+    let is_dropped = |range: &&PortRange| proxies.iter().all(|proxy| dropped(proxy, **range));
+    plan.dropped = leases.fenced().iter().filter(is_dropped).copied().collect();
     // The shared address is owned by the first proxy by name. Without any, hosts stay as they are.
     let Some((_, owner)) = alive(Role::Proxy).next() else { return plan };
     for (name, host) in alive(Role::Host) {
-        let Some(holder) = holder(leases, name, host) else { continue };
-        // The other holders do not matter: a host does not wait for another's range.
-        if !serving.iter().all(|holders| holders.is_some_and(|known| known.contains(&holder))) {
-            continue;
-        }
-        let request = request(
-            vpc,
-            Apply::Host(HostVpc {
-                ports: holder.ports,
+        let Some(lease) = leases.of(name) else { continue };
+        let address = host.underlay_address.to_string();
+        let is_known = |range| {
+            // The other holders do not matter: a host does not wait for another's range.
+            serving.iter().all(|holders| holders.is_some_and(|known| knows(known, &address, range)))
+        };
+        let request = |ports: PortRange| {
+            let host = HostVpc {
+                ports: Some(ports.into()),
                 proxy_address: owner.underlay_address.to_string(),
                 resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
                 search_domain: vpc.search_domain.clone(),
                 security: security.cloned(),
-            }),
-        );
+            };
+            request(vpc, Apply::Host(host))
+        };
+        let present = host.acknowledged.and_then(ports);
+        if is_known(lease.ports) && present != Some(lease.ports) {
+            plan.pushes.insert(name.clone(), request(lease.ports));
+        }
+        // It goes on with what it has while it gets another range.
+        let ports = present.filter(|range| is_held(lease, *range)).unwrap_or(lease.ports);
+        if !is_known(ports) {
+            continue;
+        }
+        let request = request(ports);
         if host.acknowledged != Some(&request) {
-            plan.pushes.insert(name.clone(), request);
+            plan.pushes.entry(name.clone()).or_insert(request);
         } else if let Some(session) = host.session {
             plan.ready.insert(name.clone(), session);
         }
     }
     plan
+}
+
+/// The ports that a host was told of.
+pub fn ports(request: &ApplyVpcRequest) -> Option<PortRange> {
+    match &request.role {
+        Some(Apply::Host(host)) => host.ports.map(Into::into),
+        _ => None,
+    }
+}
+
+/// Whether a host may go on with a range that it was told of.
+fn is_held(lease: &Lease, range: PortRange) -> bool {
+    lease.ranges().any(|held| held.contains(range))
+}
+
+/// Whether holders, in the order of their ports, have all of a range as this host's.
+fn knows(holders: &[PortHolder], address: &str, range: PortRange) -> bool {
+    let range_of = |holder: &PortHolder| holder.ports.map(PortRange::from);
+    let after = holders
+        .partition_point(|holder| range_of(holder).is_some_and(|holder| holder.base <= range.base));
+    let Some(holder) = after.checked_sub(1).and_then(|index| holders.get(index)) else {
+        return false;
+    };
+    holder.host_address == address && range_of(holder).is_some_and(|held| held.contains(range))
+}
+
+/// Whether a proxy certainly takes no packets with these ports any more.
+fn dropped(proxy: &Node<'_>, range: PortRange) -> bool {
+    let Some(Apply::Proxy(known)) = proxy.acknowledged.and_then(|known| known.role.as_ref()) else {
+        return false;
+    };
+    let mut held = known.holders.iter().filter_map(|holder| holder.ports.map(PortRange::from));
+    proxy.session.is_some() && !held.any(|held| held.overlaps(range))
 }
 
 fn request(vpc: &Vpc, role: Apply) -> ApplyVpcRequest {
@@ -99,10 +152,20 @@ fn request(vpc: &Vpc, role: Apply) -> ApplyVpcRequest {
     }
 }
 
-fn holder(leases: &Leases, name: &str, host: &Node<'_>) -> Option<PortHolder> {
-    let ports = leases.of(name)?;
-    let host_address = host.underlay_address.to_string();
-    Some(PortHolder { ports: Some(ports.into()), host_address })
+/// Who holds which ports, in the order of the ports.
+fn holders(leases: &Leases, nodes: &BTreeMap<String, Node<'_>>) -> Vec<PortHolder> {
+    let of_host = |(name, lease): (&str, &Lease)| {
+        let host = nodes.get(name).filter(|node| node.role == Role::Host)?;
+        let host_address = host.underlay_address.to_string();
+        let holder = move |range: PortRange| PortHolder {
+            ports: Some(range.into()),
+            host_address: host_address.clone(),
+        };
+        Some(lease.ranges().map(holder).collect::<Vec<_>>())
+    };
+    let mut holders: Vec<_> = leases.iter().filter_map(of_host).flatten().collect();
+    holders.sort_unstable_by_key(|holder| holder.ports.map(|ports| ports.base));
+    holders
 }
 
 fn proxy_request(
@@ -111,13 +174,12 @@ fn proxy_request(
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
 ) -> ApplyVpcRequest {
-    let hosts = nodes.iter().filter(|(_, node)| node.role == Role::Host);
     let [cidr_v6, _, gateway_v6] = VpcV6::texts(vpc.v6);
     let proxy = ProxyVpc {
         interface: vpc.interface.clone(),
         cidr: vpc.cidr.to_string(),
         gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
-        holders: hosts.filter_map(|(name, host)| holder(leases, name, host)).collect(),
+        holders: holders(leases, nodes),
         routes: routes.to_vec(),
         cidr_v6,
         gateway_v6,
@@ -193,6 +255,11 @@ mod tests {
 
         fn lease(&mut self, host: &str) {
             self.leases.lease(host, 1024).unwrap();
+        }
+
+        /// Whether the host may start instances, and with which ports.
+        fn ports(&self, host: &str) -> (bool, Option<PortRange>) {
+            (self.plan().ready.contains_key(host), self.acknowledged.get(host).and_then(ports))
         }
 
         fn plan(&self) -> Plan {
@@ -329,6 +396,59 @@ mod tests {
         assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
         world.acknowledge(&["p1"]);
         assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn a_host_goes_on_with_what_it_has_while_it_gets_more() {
+        let mut world = World::with(&["h1", "p1", "p2"]);
+        world.lease("h1");
+        world.acknowledge(&["p1", "p2"]);
+        world.acknowledge(&["h1"]);
+        let before = world.leases.of("h1").unwrap().ports;
+        let after = world.leases.lease("h1", 2048).unwrap();
+        assert_eq!(world.pushes(), ["p1", "p2"]);
+        assert_eq!(world.ports("h1"), (true, Some(before)));
+        world.acknowledge(&["p1"]);
+        assert_eq!(world.pushes(), ["p2"], "one proxy is not enough");
+        world.acknowledge(&["p2"]);
+        assert_eq!((world.pushes(), world.ports("h1")), (vec!["h1".into()], (true, Some(before))));
+        world.acknowledge(&["h1"]);
+        assert_eq!((world.pushes(), world.ports("h1")), (vec![], (true, Some(after))));
+    }
+
+    #[test]
+    fn a_host_that_shrinks_is_told_at_once_and_proxies_know_it_for_what_it_had() {
+        let mut world = World::with(&["h1", "p1"]);
+        world.lease("h1");
+        world.acknowledge(&["p1"]);
+        world.acknowledge(&["h1"]);
+        let before = world.leases.of("h1").unwrap().ports;
+        let after = world.leases.lease("h1", 512).unwrap();
+        assert_eq!(world.pushes(), ["h1", "p1"]);
+        world.acknowledge(&["h1", "p1"]);
+        assert_eq!((world.pushes(), world.ports("h1")), (vec![], (true, Some(after))));
+        let known = world.acknowledged["p1"].role.clone();
+        let Some(Apply::Proxy(proxy)) = known else { panic!() };
+        let held: u32 = proxy.holders.iter().map(|holder| holder.ports.unwrap().count).sum();
+        assert_eq!(held, before.count);
+    }
+
+    #[test]
+    fn what_is_fenced_is_dropped_when_each_proxy_says_so_dead_ones_included() {
+        let mut world = World::with(&["h1", "h2", "p1", "p2"]);
+        world.lease("h1");
+        world.lease("h2");
+        world.acknowledge(&["p1", "p2"]);
+        world.leases.forget("h1");
+        let fenced: BTreeSet<_> = world.leases.fenced().iter().copied().collect();
+        assert_eq!(world.plan().dropped, BTreeSet::new());
+        world.acknowledge(&["p1"]);
+        assert_eq!(world.plan().dropped, BTreeSet::new());
+        world.nodes.insert("p2".into(), (Role::Proxy, None));
+        assert_eq!(world.plan().dropped, BTreeSet::new(), "it may still forward");
+        world.nodes.insert("p2".into(), (Role::Proxy, Some(2)));
+        world.acknowledge(&["p2"]);
+        assert_eq!(world.plan().dropped, fenced);
     }
 
     #[test]

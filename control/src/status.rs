@@ -4,7 +4,7 @@ use tonic::{Code, Status};
 
 use crate::deploy::DeployError;
 use crate::drops::DropsError;
-use crate::fleet::{InstanceError, RegisterError};
+use crate::fleet::{ForgetError, InstanceError, RegisterError};
 use crate::flows::FlowsError;
 use crate::placement::PlacementError;
 use crate::routes::RoutesError;
@@ -106,6 +106,17 @@ impl From<RegisterError> for Status {
             }
             RegisterError::Replaced(_) => Code::Aborted,
             RegisterError::Store(_) => Code::Internal,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<ForgetError> for Status {
+    fn from(error: ForgetError) -> Self {
+        let code = match error {
+            ForgetError::Store(error) => return error.into(),
+            ForgetError::Unknown(_) => Code::NotFound,
+            ForgetError::Alive(_) => Code::FailedPrecondition,
         };
         status(code, &error)
     }

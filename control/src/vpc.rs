@@ -22,7 +22,7 @@ const NEXT_VNI: &str = "next-vni";
 const FIRST_VNI: u32 = 4096;
 /// VXLAN has 24 bits for it.
 const LAST_VNI: u32 = (1 << 24) - 1;
-const DEFAULT_PORTS_PER_HOST: u32 = 1024;
+const DEFAULT_PORTS_PER_HOST: u32 = 64;
 /// The guests' side of each slot, on every host: a VPC with these addresses would be out of reach.
 const GUEST_ADDRESSES: (Ipv4Addr, u8) = (Ipv4Addr::new(169, 254, 0, 0), 16);
 
@@ -44,7 +44,7 @@ pub struct Vpc {
     /// Its IPv6, if it has any.
     #[serde(default)]
     pub v6: Option<VpcV6>,
-    /// Ports of the shared address that each host gets: a power of two, 64 to 32768.
+    /// Ports of the shared address that each host holds at least: a power of two, 64 to 32768.
     pub ports_per_host: u32,
     /// Where its microVMs' DNS queries go; without it, they are refused.
     #[serde(default)]
@@ -325,8 +325,8 @@ mod tests {
     #[test]
     fn defaults_are_filled_in() {
         let vpc = Vpc::try_from(valid()).unwrap();
-        assert_eq!(vpc.ports_per_host, 1024);
-        assert_eq!(v1::Vpc::from(vpc), v1::Vpc { ports_per_host: 1024, ..valid() });
+        assert_eq!(vpc.ports_per_host, 64);
+        assert_eq!(v1::Vpc::from(vpc), v1::Vpc { ports_per_host: 64, ..valid() });
         let none = v1::Vpc { gateway: String::new(), ..valid() };
         assert_eq!(Vpc::try_from(none).unwrap().gateway, None);
         let none = v1::Vpc { resolver: String::new(), search_domain: String::new(), ..valid() };

@@ -40,6 +40,8 @@ pub struct Report {
     pub parked: u32,
     /// Instances; none on a proxy.
     pub instances: Vec<v1::Instance>,
+    /// What is used of VPCs' ports; none on a proxy.
+    pub port_use: Vec<v1::PortUse>,
 }
 
 impl Agent {
@@ -51,10 +53,15 @@ impl Agent {
                 slots: host.slots(),
                 parked: host.parked(),
                 instances: host.instances(),
+                port_use: host.port_use(),
             },
-            Self::Proxy(_) => {
-                Report { role: v1::Role::Proxy, slots: 0, parked: 0, instances: Vec::new() }
-            }
+            Self::Proxy(_) => Report {
+                role: v1::Role::Proxy,
+                slots: 0,
+                parked: 0,
+                instances: Vec::new(),
+                port_use: Vec::new(),
+            },
         }
     }
 

@@ -4,6 +4,7 @@ mod capture;
 mod directory;
 mod flows;
 mod guards;
+mod ports;
 mod traffic;
 mod vpcs;
 
@@ -174,6 +175,7 @@ pub struct Host {
     accounts: Mutex<Accounts>,
     /// Flows that the last sweep left in the table.
     flows: AtomicU32,
+    ports: ports::Counted,
     /// Captures that may begin.
     captures: Arc<Semaphore>,
 }
@@ -200,7 +202,9 @@ impl Host {
         }
         let (starts, log, flows) = (Starts::default(), OnceLock::new(), AtomicU32::new(0));
         let captures = Arc::new(Semaphore::new(capture::CAPTURES));
-        let host = Self { options, datapath, pool, state, starts, log, accounts, flows, captures };
+        let ports = ports::Counted::default();
+        let host =
+            Self { options, datapath, pool, state, starts, log, accounts, flows, ports, captures };
         let host = Arc::new(host);
         for (microvm, status) in found {
             host.adopt(microvm, &status).await;

@@ -110,6 +110,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 parked: report.parked,
                 instances: report.instances,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
+                port_use: report.port_use,
             }
         }));
     }
@@ -212,6 +213,9 @@ async fn sweep(host: Arc<Host>) {
         tokio::time::sleep(SWEEP_INTERVAL).await;
         if let Err(error) = host.sweep() {
             tracing::error!("cannot collect ended flows: {error}");
+        }
+        if let Err(error) = host.count_ports() {
+            tracing::error!("cannot count the ports in use: {error}");
         }
     }
 }

@@ -319,6 +319,21 @@ impl Row for StoppedRow {
     }
 }
 
+/// A host or proxy that was just forgotten.
+#[derive(Serialize)]
+pub struct ForgottenRow {
+    /// Name.
+    pub name: String,
+}
+
+impl Row for ForgottenRow {
+    const HEADER: &'static [&'static str] = &["FORGOTTEN"];
+
+    fn cells(&self) -> Vec<String> {
+        vec![self.name.clone()]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -202,14 +202,28 @@ impl Log {
         }
     }
 
-    /// The underlay addresses of the holders that a proxy was told last.
-    pub fn holders_at(&self, proxy: &str) -> Vec<String> {
+    /// The ports in the last definition that a host was given.
+    pub fn ports_of(&self, host: &str) -> Option<PortRange> {
+        match self.applied(host).pop()?.role? {
+            apply_vpc_request::Role::Host(host) => host.ports,
+            apply_vpc_request::Role::Proxy(_) => None,
+        }
+    }
+
+    /// The ports that a proxy was told last, with the underlay address of each one's holder.
+    pub fn ports_at(&self, proxy: &str) -> Vec<(PortRange, String)> {
         match self.applied(proxy).pop().and_then(|apply| apply.role) {
             Some(apply_vpc_request::Role::Proxy(proxy)) => {
-                proxy.holders.into_iter().map(|holder| holder.host_address).collect()
+                let holders = proxy.holders.into_iter();
+                holders.map(|holder| (holder.ports.unwrap(), holder.host_address)).collect()
             }
             _ => vec![],
         }
+    }
+
+    /// The underlay addresses of the holders that a proxy was told last.
+    pub fn holders_at(&self, proxy: &str) -> Vec<String> {
+        self.ports_at(proxy).into_iter().map(|(_, holder)| holder).collect()
     }
 
     /// Where in the log this first happened.
@@ -227,6 +241,7 @@ pub struct Behaviour {
     pub refuse_apply: Mutex<Option<Status>>,
     pub refuse_start: Mutex<Option<Status>>,
     pub instances: Mutex<BTreeMap<String, Instance>>,
+    pub port_use: Mutex<Vec<PortUse>>,
     /// What an invocation is answered with; by default with itself.
     pub reply: Mutex<Option<Vec<u8>>>,
     pub drops: Mutex<Vec<DropCount>>,
@@ -257,7 +272,7 @@ impl Behaviour {
 /// An agent without a data path. It serves until it is dropped.
 pub struct FakeAgent {
     pub behaviour: Arc<Behaviour>,
-    report: HeartbeatRequest,
+    pub report: HeartbeatRequest,
     server: Server,
     heartbeats: Option<Heartbeats>,
 }
@@ -287,6 +302,7 @@ impl FakeAgent {
             refuse_apply: Mutex::default(),
             refuse_start: Mutex::default(),
             instances: Mutex::default(),
+            port_use: Mutex::default(),
             reply: Mutex::default(),
             drops: Mutex::default(),
             flows: Mutex::default(),
@@ -303,6 +319,7 @@ impl FakeAgent {
             parked: 2,
             instances: vec![],
             version: "1.2.3".into(),
+            port_use: vec![],
         };
         Self { behaviour, report, server, heartbeats: None }
     }
@@ -323,6 +340,7 @@ impl FakeAgent {
                     let ticks = ticks.take_while(move |_| !ended.load(Ordering::Relaxed));
                     let beats = ticks.map(move |_| HeartbeatRequest {
                         instances: behaviour.instances.lock().unwrap().values().cloned().collect(),
+                        port_use: behaviour.port_use.lock().unwrap().clone(),
                         ..report.clone()
                     });
                     if let Ok(answers) = FleetServiceClient::new(channel).heartbeat(beats).await {

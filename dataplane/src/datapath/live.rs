@@ -1,12 +1,13 @@
 //! The flows in the table, as they are now.
 
-use std::collections::{BTreeMap, HashMap as StdHashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap as StdHashMap};
 use std::os::fd::AsFd;
 
 use aya::maps::{HashMap, MapData};
 use warren_abi::flow::Timers;
 use warren_abi::flowlog::What;
 use warren_abi::maps::{Flow, InFlow, InKey, OutKey, Traffic};
+use warren_abi::nat::block_of;
 use warren_abi::wire::UDP;
 
 use super::{Error, sweep};
@@ -71,8 +72,8 @@ pub(super) fn find(
     Ok(found)
 }
 
-/// How many ports of a VPC's shared address are in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which ports of a VPC's shared address are in use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortUse {
     /// The VPC.
     pub vni: u32,
@@ -81,23 +82,28 @@ pub struct PortUse {
     /// UDP: ports that are mapped. Others, whose ports serve several destinations at a time: flows
     /// towards the destination that most go to.
     pub ports: u32,
+    /// The blocks in which there are any, by [`block_of`].
+    pub blocks: BTreeSet<u32>,
 }
 
 /// The ports in use, by VPC and protocol.
 pub(super) fn port_use(map: &MapData) -> Result<Vec<PortUse>, Error> {
     let mut by_destination = StdHashMap::<_, u32>::new();
+    let mut uses = BTreeMap::<_, PortUse>::new();
     sweep::for_each(map.fd().as_fd(), |key, flow| {
+        let (vni, protocol) = (flow.vni, key.protocol as u8);
+        let one = uses.entry((vni, protocol)).or_default();
+        one.blocks.insert(block_of(flow.port.get()));
         // A UDP flow has its mapping's port; all mappings are towards `::`.
-        if key.protocol != u32::from(UDP) || key.is_mapping() {
-            let destination = (flow.vni, key.protocol as u8, key.peer.0, key.peer_port.0);
+        if protocol != UDP || key.is_mapping() {
+            let destination = (vni, protocol, key.peer.0, key.peer_port.0);
             *by_destination.entry(destination).or_default() += 1;
         }
     })?;
-    let mut most = BTreeMap::<_, u32>::new();
     for ((vni, protocol, ..), ports) in by_destination {
-        let most = most.entry((vni, protocol)).or_default();
-        *most = ports.max(*most);
+        let one = uses.entry((vni, protocol)).or_default();
+        one.ports = ports.max(one.ports);
     }
-    let one = |((vni, protocol), ports)| PortUse { vni, protocol, ports };
-    Ok(most.into_iter().map(one).collect())
+    let named = |((vni, protocol), one)| PortUse { vni, protocol, ..one };
+    Ok(uses.into_iter().map(named).collect())
 }

@@ -106,7 +106,7 @@ impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Flows<F> {
         let help = "Ports in use: of UDP; of TCP and ICMP, towards the destination that most \
                     flows go to, since others may use the same ports";
         let mut family = encoder.encode_descriptor("ports_used", help, None, gauge)?;
-        for PortUse { vni, protocol, ports } in used {
+        for PortUse { vni, protocol, ports, .. } in used {
             let labels = Used { vni, protocol: protocol_name(u32::from(protocol)) };
             ConstGauge::new(i64::from(ports)).encode(family.encode_family(&labels)?)?;
         }
@@ -150,8 +150,8 @@ mod tests {
             logged: Some((12, 1)),
             ports: vec![(100, 1024)],
             used: vec![
-                PortUse { vni: 100, protocol: UDP, ports: 7 },
-                PortUse { vni: 100, protocol: TCP, ports: 1000 },
+                PortUse { vni: 100, protocol: UDP, ports: 7, ..PortUse::default() },
+                PortUse { vni: 100, protocol: TCP, ports: 1000, ..PortUse::default() },
             ],
             traffic: vec![(
                 100,

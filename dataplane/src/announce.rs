@@ -1,0 +1,83 @@
+//! Tells a VPC that addresses are this proxy's now: an ARP announcement (RFC 5227, section 3) and an
+//! unsolicited neighbour advertisement (RFC 4861, section 7.2.6).
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use etherparse::{
+    ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv6Type, PacketBuilder, err::packet,
+};
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
+use std::os::fd::AsRawFd;
+use warren_abi::icmp::v6::NEIGHBOUR_ADVERTISEMENT;
+use warren_abi::wire::Neighbour;
+
+use crate::capture::PacketSocket;
+
+const BROADCAST: [u8; 6] = [0xff; 6];
+/// All nodes of the link (RFC 4291, section 2.7.1), and their MAC address (RFC 2464, section 7).
+const ALL_NODES: (Ipv6Addr, [u8; 6]) =
+    (Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), [0x33, 0x33, 0, 0, 0, 1]);
+/// The socket receives nothing that is wanted.
+const ROOM: usize = 4096;
+
+/// Addresses at an interface in a VPC.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Announcement {
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// The addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Announcement {
+    /// Sends it once, from the calling thread's network namespace. Needs `CAP_NET_RAW`.
+    pub fn send(&self) -> io::Result<()> {
+        let socket = PacketSocket::open(self.ifindex, None, ROOM)?;
+        for address in &self.addresses {
+            let frame = frame(self.mac, *address).map_err(io::Error::other)?;
+            match send(socket.as_raw_fd(), &frame, MsgFlags::empty()) {
+                Ok(_) => {}
+                Err(errno) => return Err(Errno::into(errno)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn frame(mac: [u8; 6], address: IpAddr) -> Result<Vec<u8>, packet::BuildWriteError> {
+    match address {
+        IpAddr::V4(address) => arp(mac, address),
+        IpAddr::V6(address) => advertisement(mac, address),
+    }
+}
+
+fn arp(mac: [u8; 6], address: Ipv4Addr) -> Result<Vec<u8>, packet::BuildWriteError> {
+    let mut bytes = Vec::new();
+    let octets = address.octets();
+    let (ethernet, ipv4) = (ArpHardwareId::ETHERNET, EtherType::IPV4);
+    let announcement =
+        ArpPacket::new(ethernet, ipv4, ArpOperation::REQUEST, &mac, &octets, &[0; 6], &octets)
+            .expect("the lengths are those of Ethernet and IPv4");
+    PacketBuilder::ethernet2(mac, BROADCAST).arp(announcement).write(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn advertisement(mac: [u8; 6], address: Ipv6Addr) -> Result<Vec<u8>, packet::BuildWriteError> {
+    let mut bytes = Vec::new();
+    let (to, to_mac) = ALL_NODES;
+    let kind = Icmpv6Type::Unknown {
+        type_u8: NEIGHBOUR_ADVERTISEMENT,
+        code_u8: 0,
+        bytes5to8: [Neighbour::OVERRIDE, 0, 0, 0],
+    };
+    let option = [&address.octets()[..], &Neighbour::TARGET_MAC, &mac].concat();
+    PacketBuilder::ethernet2(mac, to_mac)
+        .ipv6(address.octets(), to.octets(), Neighbour::HOP_LIMIT)
+        .icmpv6(kind)
+        .write(&mut bytes, &option)?;
+    Ok(bytes)
+}
