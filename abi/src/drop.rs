@@ -113,6 +113,8 @@ reasons! {
     FlowLimit = "flow-limit",
     /// A port more than the slot may have at one time.
     PortLimit = "port-limit",
+    /// Somebody asked for the VPC's shared address, which another proxy owns.
+    Standby = "standby",
 }
 
 impl Drop {

@@ -479,8 +479,11 @@ pub struct ProxyVpc {
     pub scope: u32,
     /// MAC address of the interface.
     pub mac: Mac,
+    /// 1: another proxy owns the shared addresses, and this one answers nobody who asks for them; 0:
+    /// it is the owner.
+    pub standby: u8,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 5],
     /// When the VPC's route table was last changed: no other change of any table has the same. 0:
     /// there is none, but the CIDR and the gateway.
     pub table: u64,

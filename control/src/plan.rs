@@ -61,17 +61,26 @@ pub fn plan(
     // Once for each proxy, not for each host: a route table is large.
     let serving: Vec<_> =
         alive(Role::Proxy).map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
+    // The shared address is owned by the first proxy by name that serves. Without any, hosts stay as
+    // they are.
+    let mut serve = alive(Role::Proxy).zip(&serving).filter(|(_, known)| known.is_some());
+    let first = || alive(Role::Proxy).next();
+    let owner = serve.next().map(|(proxy, _)| proxy).or_else(first);
+    let standby = on_standby(&wanted);
     for (name, proxy) in alive(Role::Proxy) {
         plan.proxies.insert(name.clone());
-        if proxy.acknowledged != Some(&wanted) {
+        let is_owner = owner.is_some_and(|(owner, _)| owner == name);
+        // The former owner answers for the address until the new one does.
+        let is_succeeded = owner.is_some_and(|(_, owner)| owns(owner));
+        let wanted = if is_owner || owns(proxy) && !is_succeeded { &wanted } else { &standby };
+        if proxy.acknowledged != Some(wanted) {
             plan.pushes.insert(name.clone(), wanted.clone());
         }
     }
     let proxies: Vec<_> = nodes.values().filter(|node| node.role == Role::Proxy).collect();
     let is_dropped = |range: &&PortRange| proxies.iter().all(|proxy| dropped(proxy, **range));
     plan.dropped = leases.fenced().iter().filter(is_dropped).copied().collect();
-    // The shared address is owned by the first proxy by name. Without any, hosts stay as they are.
-    let Some((_, owner)) = alive(Role::Proxy).next() else { return plan };
+    let Some((_, owner)) = owner else { return plan };
     for (name, host) in alive(Role::Host) {
         let Some(lease) = leases.of(name) else { continue };
         let address = host.underlay_address.to_string();
@@ -106,6 +115,21 @@ pub fn plan(
         }
     }
     plan
+}
+
+/// What a proxy is told that is not the owner.
+fn on_standby(wanted: &ApplyVpcRequest) -> ApplyVpcRequest {
+    let mut request = wanted.clone();
+    if let Some(Apply::Proxy(proxy)) = &mut request.role {
+        proxy.standby = true;
+    }
+    request
+}
+
+/// Whether a proxy acknowledged that it owns the shared address.
+fn owns(proxy: &Node<'_>) -> bool {
+    let known = proxy.acknowledged.and_then(|known| known.role.as_ref());
+    matches!(known, Some(Apply::Proxy(ProxyVpc { standby: false, .. })))
 }
 
 /// The ports that a host was told of.
@@ -183,6 +207,7 @@ fn proxy_request(
         routes: routes.to_vec(),
         cidr_v6,
         gateway_v6,
+        standby: false,
     };
     request(vpc, Apply::Proxy(proxy))
 }
@@ -196,7 +221,8 @@ fn holders_of_same<'a>(
     let (Some(Apply::Proxy(known)), Some(Apply::Proxy(proxy))) = (role, &wanted.role) else {
         return None;
     };
-    let ProxyVpc { interface, cidr, gateway, holders, routes, cidr_v6, gateway_v6 } = known;
+    let ProxyVpc { interface, cidr, gateway, holders, routes, cidr_v6, gateway_v6, standby: _ } =
+        known;
     let same = *vpc == wanted.vpc
         && *vni == wanted.vni
         && *shared_address == wanted.shared_address
@@ -286,6 +312,16 @@ mod tests {
             }
         }
 
+        /// The proxies that acknowledged that they own the address.
+        fn owners(&self) -> Vec<&str> {
+            let owns = |request: &ApplyVpcRequest| match &request.role {
+                Some(Apply::Proxy(proxy)) => !proxy.standby,
+                _ => false,
+            };
+            let owners = self.acknowledged.iter().filter(|(_, request)| owns(request));
+            owners.map(|(name, _)| name.as_str()).collect()
+        }
+
         fn pushes(&self) -> Vec<String> {
             self.plan().pushes.into_keys().collect()
         }
@@ -330,7 +366,13 @@ mod tests {
         world.nodes.insert("p1".into(), (Role::Proxy, Some(2)));
         assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
         world.acknowledge(&["p1"]);
-        assert_eq!(world.pushes(), ["h1"]);
+        assert_eq!((world.owners(), world.pushes()), (vec!["p2"], vec!["h1".into(), "p1".into()]));
+        world.acknowledge(&["p1"]);
+        // The former owner answers until the new one does.
+        assert_eq!(world.owners(), ["p1", "p2"]);
+        assert_eq!(world.pushes(), ["h1", "p2"]);
+        world.acknowledge(&["p2"]);
+        assert_eq!((world.owners(), world.pushes()), (vec!["p1"], vec!["h1".to_owned()]));
         let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
         assert_eq!(host.proxy_address, IpAddr::from([192, 0, b'p', 1]).to_string());
         assert_eq!(
@@ -365,10 +407,11 @@ mod tests {
         world.acknowledge(&["p2"]);
         world.nodes.insert("p1".into(), (Role::Proxy, None));
         world.nodes.insert("h2".into(), (Role::Host, None));
-        assert_eq!(world.pushes(), ["h1"]);
+        assert_eq!((world.owners(), world.pushes()), (vec![], vec!["h1".into(), "p2".into()]));
         let Some(Apply::Proxy(proxy)) = &world.acknowledged["p2"].role else { panic!() };
         assert_eq!(proxy.holders.len(), 2);
-        world.acknowledge(&["h1"]);
+        world.acknowledge(&["h1", "p2"]);
+        assert_eq!(world.owners(), ["p2"]);
         assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
     }
 

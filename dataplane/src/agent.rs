@@ -207,6 +207,7 @@ fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyV
         },
         v6: proxy_vpc_v6(request, vpc)?,
         holders: holders.collect::<Result<_, Status>>()?,
+        standby: vpc.standby,
         routes: routes("proxy.routes", &vpc.routes)?,
     })
 }

@@ -8,6 +8,7 @@
 #![deny(missing_docs)]
 
 pub mod agent;
+pub mod announce;
 pub mod capture;
 pub mod clock;
 pub mod config;

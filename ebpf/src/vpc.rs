@@ -89,6 +89,7 @@ fn resolve(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
         return Err(Drop::UnexpectedArp);
     }
     match message.operation {
+        Arp::REQUEST if vpc.standby != 0 => Err(Drop::Standby),
         Arp::REQUEST => arp::reply(ctx, &message, vpc.mac, vpc.ifindex),
         Arp::REPLY => Ok(TC_ACT_OK),
         _ => Err(Drop::UnexpectedArp),
@@ -103,6 +104,9 @@ fn resolve_v6(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     let message = nd::message(ctx)?;
     let own = |address: Ip| address.is(shared) || address.is(Ip::link_local(vpc.mac));
     match message.kind {
+        NEIGHBOUR_SOLICITATION if message.target.is(shared) && vpc.standby != 0 => {
+            Err(Drop::Standby)
+        }
         NEIGHBOUR_SOLICITATION if own(message.target) => {
             nd::reply(ctx, &message, vpc.mac, 0, vpc.ifindex)
         }

@@ -157,6 +157,7 @@ impl Warren {
                 gateway: None,
                 v6: None,
                 holders: vec![(PORTS, HOST.into())],
+                standby: false,
                 routes: Vec::new(),
             };
             Ok(ProxyDatapath::open(&this.proxy.0)?.apply_vpc(&vpc)?)

@@ -217,6 +217,7 @@ impl Router {
             gateway: Some(SERVER),
             v6: None,
             holders: vec![(PORTS, HOST.into())],
+            standby: false,
             routes: (0..routes).map(route).collect(),
         };
         Ok(self.namespace.run(|| self.proxy.apply_vpc(&vpc))?)

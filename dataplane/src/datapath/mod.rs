@@ -157,6 +157,9 @@ pub struct ProxyVpc {
     pub v6: Option<ProxyVpcV6>,
     /// Who holds which ports, of the addresses of both families: the underlay addresses of hosts.
     pub holders: Vec<(PortRange, IpAddr)>,
+    /// Another proxy owns the shared addresses: this one forwards both ways as that does, but answers
+    /// nobody who asks for them.
+    pub standby: bool,
     /// Its own routes, which come before those of CIDR and gateway; the longest prefix wins.
     pub routes: Vec<Route>,
 }

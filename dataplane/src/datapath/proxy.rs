@@ -25,6 +25,7 @@ use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
     check_gateway_v6, check_vni, fragments, sysctl, underlay,
 };
+use crate::announce::Announcement;
 use crate::clock::monotonic_ns;
 
 /// VPCs that a proxy can serve.
@@ -193,7 +194,8 @@ impl ProxyDatapath {
             gateway: vpc.gateway.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
             scope,
             mac: Mac::new(mac),
-            reserved: [0; 6],
+            standby: vpc.standby.into(),
+            reserved: [0; 5],
             // After the table changed: what programs found in it until now is not used any more.
             table: if has_table { monotonic_ns() } else { 0 },
             v6: vpc.v6.as_ref().map_or(maps::ProxyVpcV6::NONE, |v6| maps::ProxyVpcV6 {
@@ -210,6 +212,17 @@ impl ProxyDatapath {
             state.routes.set(vpc.vni, &Entries::new())?;
         }
         state.enter_interface(vpc, &interface, before.as_ref())
+    }
+
+    /// What is to be told to a VPC's neighbours: none while another proxy owns its addresses.
+    pub fn announcement(&self, vni: u32) -> Result<Option<Announcement>, Error> {
+        let vpc = self.lock().vpc(vni)?.filter(|vpc| vpc.standby == 0);
+        Ok(vpc.map(|vpc| {
+            let v6 = Some(vpc.v6.shared_address).filter(|address| !address.is_unspecified());
+            let v4 = IpAddr::from(Ipv4Addr::from(vpc.shared_address));
+            let addresses = [v4].into_iter().chain(v6.map(IpAddr::from)).collect();
+            Announcement { ifindex: vpc.ifindex, mac: vpc.mac.octets(), addresses }
+        }))
     }
 
     /// Forgets a VPC; nothing if unknown. Its interface is left up, without the shared address.
@@ -246,6 +259,7 @@ impl ProxyDatapath {
                     .filter(|gateway: &Ipv4Addr| !gateway.is_unspecified()),
                 v6: v6_of(&vpc.v6)?,
                 holders: holders.remove(&vpc.vni).unwrap_or_default(),
+                standby: vpc.standby != 0,
                 routes: Vec::new(),
             };
             vpc.routes = state.routes.of(&vpc);

@@ -166,6 +166,7 @@ mod tests {
                 gateway: Some("fe80::1".parse().unwrap()),
             }),
             holders: vec![],
+            standby: false,
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
         }
     }

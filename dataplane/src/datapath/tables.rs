@@ -67,7 +67,8 @@ fn proxy_vpc(vpc: &ProxyVpcV1) -> maps::ProxyVpc {
         gateway,
         scope,
         mac,
-        reserved: vpc.reserved,
+        standby: 0,
+        reserved: [0; 5],
         table: vpc.table,
         v6: ProxyVpcV6::NONE,
     }

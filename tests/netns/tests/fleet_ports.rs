@@ -10,7 +10,7 @@ use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip}
 use warren_netns::topology::SERVER;
 
 const PORT: u16 = 7070;
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// The ports that the host has in the first VPC, as it says itself.
 fn ports(fleet: &Fleet) -> u32 {

@@ -190,6 +190,7 @@ pub fn proxy_vpc<A: Into<IpAddr>>(vni: u32, holders: Vec<(PortRange, A)>) -> Pro
         gateway: None,
         v6: None,
         holders: holders.into_iter().map(|(ports, host)| (ports, host.into())).collect(),
+        standby: false,
         routes: Vec::new(),
     }
 }

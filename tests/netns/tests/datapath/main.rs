@@ -19,6 +19,7 @@ mod resets;
 mod reuse;
 mod routes;
 mod services;
+mod standby;
 mod timers;
 mod traffic;
 mod underlay_v6;

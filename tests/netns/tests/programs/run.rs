@@ -144,7 +144,8 @@ impl Programs {
             gateway: Ipv4(0),
             scope: SCOPE,
             mac: Mac::new(VPC_MAC),
-            reserved: [0; 6],
+            standby: 0,
+            reserved: [0; 5],
             table: 0,
             v6: ProxyVpcV6 {
                 shared_address: SHARED_V6.into(),
