@@ -80,7 +80,7 @@ async fn a_flow_is_listed_while_it_lives_and_its_port_is_known_afterwards() {
     let vni = flow["vni"].as_u64().unwrap();
     for line in [
         format!(r#"warren_ports_used{{vni="{vni}",protocol="tcp"}} 1"#),
-        format!(r#"warren_ports{{vni="{vni}"}} 1024"#),
+        format!(r#"warren_ports{{vni="{vni}"}} 64"#),
         r#"warren_flow_log_events_total{outcome="lost"} 0"#.to_owned(),
         r#"warren_flows_ended_total{reason="detached"} 0"#.to_owned(),
     ] {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use warren_dataplane::datapath::{
@@ -18,29 +19,45 @@ use crate::traffic::udp_round_trip;
 
 const PORT: u16 = 7000;
 
-/// Sends `count` numbered datagrams, a millisecond apart, to a server that echoes them. Returns
-/// how many came back.
-pub fn stream(guest: &Namespace, count: u64) -> usize {
+/// How often something was restarted while traffic flows.
+#[derive(Default)]
+pub struct Restarts(AtomicU32);
+
+impl Restarts {
+    /// Traffic began before one of them, and lasted longer than it.
+    pub fn are_enough(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 1
+    }
+}
+
+/// Sends at least so many numbered datagrams, a millisecond apart, to a server that echoes them, and
+/// goes on until there are restarts enough. Returns how many did not come back.
+pub fn stream(guest: &Namespace, least: u64, restarts: &Restarts) -> u64 {
     guest.run(|| {
         let socket = UdpSocket::bind("0.0.0.0:0").expect("there is a port");
         socket.connect((SERVER, PORT)).expect("there is a route");
+        let all = AtomicU64::new(u64::MAX);
         std::thread::scope(|scope| {
             let receiver = scope.spawn(|| {
                 socket.set_read_timeout(Some(Duration::from_secs(2))).expect("it is not zero");
                 let mut seen = BTreeSet::new();
                 let mut buffer = [0; 8];
-                while seen.len() < count as usize && socket.recv(&mut buffer).is_ok() {
+                while (seen.len() as u64) < all.load(Ordering::SeqCst)
+                    && socket.recv(&mut buffer).is_ok()
+                {
                     seen.insert(u64::from_be_bytes(buffer));
                 }
-                seen.len()
+                seen.len() as u64
             });
             let start = Instant::now();
-            for number in 0..count {
-                socket.send(&number.to_be_bytes()).expect("the guest can send");
-                let due = Duration::from_millis(number + 1);
-                std::thread::sleep(due.saturating_sub(start.elapsed()));
+            let mut sent = 0;
+            while sent < least || !restarts.are_enough() {
+                socket.send(&sent.to_be_bytes()).expect("the guest can send");
+                sent += 1;
+                std::thread::sleep(Duration::from_millis(sent).saturating_sub(start.elapsed()));
             }
-            receiver.join().expect("it does not panic")
+            all.store(sent, Ordering::SeqCst);
+            sent - receiver.join().expect("it does not panic")
         })
     })
 }
@@ -57,18 +74,21 @@ pub fn download(guest: &Namespace, port: u16, bytes: u64) -> bool {
     })
 }
 
-/// Runs `restart` over and over while `traffic` flows.
-pub fn during<T: Send>(traffic: impl FnOnce() -> T + Send, mut restart: impl FnMut()) -> T {
+/// Runs `restart` over and over while `traffic` flows, which goes on until there were enough.
+pub fn during<T: Send>(
+    traffic: impl FnOnce(&Restarts) -> T + Send,
+    mut restart: impl FnMut(),
+) -> T {
+    let restarts = Restarts::default();
     std::thread::scope(|scope| {
-        let traffic = scope.spawn(traffic);
-        let mut restarts = 0;
+        let traffic = scope.spawn(|| traffic(&restarts));
         while !traffic.is_finished() {
             restart();
-            restarts += 1;
+            restarts.0.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(100));
         }
         let traffic = traffic.join().expect("it does not panic");
-        assert!(restarts > 1, "the traffic was over before anything was restarted");
+        assert!(restarts.are_enough(), "the traffic was over before anything was restarted");
         traffic
     })
 }
@@ -82,10 +102,17 @@ fn no_packet_is_lost_while_the_host_s_data_path_restarts() {
     let _echo = udp_echo(&vpc, PORT).expect("the server starts");
     assert!(udp_round_trip(&guest.namespace, (SERVER, PORT)));
     let namespace = guest.namespace.clone();
-    assert_eq!(during(|| stream(&namespace, 6000), || bed.reopen_host()), 6000);
+    assert_eq!(during(|it| stream(&namespace, 6000, it), || bed.reopen_host()), 0);
     let bytes = 24 << 20;
     let _source = bulk_source(&vpc, PORT, bytes, 4 << 20).expect("the server starts");
-    assert!(during(|| download(&namespace, PORT, bytes), || bed.reopen_host()));
+    let downloads = |restarts: &Restarts| {
+        let mut are_right = download(&namespace, PORT, bytes);
+        while !restarts.are_enough() {
+            are_right &= download(&namespace, PORT, bytes);
+        }
+        are_right
+    };
+    assert!(during(downloads, || bed.reopen_host()));
     assert_eq!(bed.host().drops().expect("counters can be read"), []);
 }
 
@@ -102,7 +129,7 @@ fn no_packet_is_lost_while_the_proxy_s_data_path_restarts() {
         bed.reopen_proxy();
         bed.apply_proxy(VNI_A, vec![(PORTS, HOST)]);
     };
-    assert_eq!(during(|| stream(&namespace, 2000), || reapply(&mut bed)), 2000);
+    assert_eq!(during(|it| stream(&namespace, 2000, it), || reapply(&mut bed)), 0);
     let sink = bulk_sink(&vpc, PORT).expect("the server starts");
     let upload = || {
         namespace.run(|| {
@@ -117,8 +144,16 @@ fn no_packet_is_lost_while_the_proxy_s_data_path_restarts() {
             assert_eq!(stream.read(&mut [0; 1]).expect("the server closes"), 0);
         });
     };
-    during(upload, || reapply(&mut bed));
-    assert_eq!(sink.count(), 8 << 20);
+    let uploads = |restarts: &Restarts| {
+        let mut count = 0;
+        while count == 0 || !restarts.are_enough() {
+            upload();
+            count += 1;
+        }
+        count
+    };
+    let count = during(uploads, || reapply(&mut bed));
+    assert_eq!(sink.count(), count * (8 << 20));
 }
 
 #[test]

@@ -20,7 +20,7 @@ use warren_netns::topology::{HOST, MTU, PROXY, SERVER, SHARED, UNDERLAY};
 
 use crate::bed::{Bed, PORTS, SLOTS, VNI_A};
 use crate::guest::{KernelGuest, PATIENCE};
-use crate::lifecycle::{download, during, stream};
+use crate::lifecycle::{Restarts, download, during, stream};
 
 const PORT: u16 = 7000;
 const NEW_FLOWS: u16 = 7001;
@@ -181,18 +181,18 @@ fn flows_of_the_first_release_go_on_with_no_packet_lost() {
     let (stop, stop_server) = (AtomicBool::new(false), Arc::new(AtomicBool::new(false)));
     let ports = tell_ports(&vpc, stop_server.clone());
     let namespace = guest.namespace.clone();
-    let traffic = || {
+    let traffic = |restarts: &Restarts| {
         std::thread::scope(|scope| {
             let begun = scope.spawn(|| begin_flows(&namespace, &stop));
             let download = scope.spawn(|| download(&namespace, BULK, bytes));
-            let streamed = stream(&namespace, 4000);
+            let lost = stream(&namespace, 4000, restarts);
             let download = download.join().expect("it does not panic");
             stop.store(true, Ordering::SeqCst);
-            (streamed, download, begun.join().expect("it does not panic"))
+            (lost, download, begun.join().expect("it does not panic"))
         })
     };
     let mut opened = 0;
-    let (streamed, downloaded, begun) = during(traffic, || {
+    let (lost, downloaded, begun) = during(traffic, || {
         // The first release has the beginning; then comes this version, and comes again.
         std::thread::sleep(Duration::from_millis(400));
         bed.reopen_host();
@@ -200,7 +200,7 @@ fn flows_of_the_first_release_go_on_with_no_packet_lost() {
     });
     stop_server.store(true, Ordering::SeqCst);
     ports.join().expect("it does not panic");
-    assert_eq!(streamed, 4000, "datagrams");
+    assert_eq!(lost, 0, "datagrams");
     assert!(downloaded);
     assert!(begun > 50, "{begun} flows began");
     assert!(opened > 1);
@@ -218,17 +218,17 @@ fn an_upgrade_of_the_layout_that_fails_half_way_leaves_the_former_programs_at_wo
     let obstacle = obstruct(&bed, "tap-3-new");
     let before = (hooks(&bed), pins(&bed));
     let options = bed.host_options();
-    let streamed = during(
-        || stream(&guest.namespace, 2500),
+    let lost = during(
+        |restarts| stream(&guest.namespace, 2500, restarts),
         || {
             try_open(&bed, &options).expect_err("something is in the way");
             assert_eq!((hooks(&bed), pins(&bed)), before);
         },
     );
-    assert_eq!(streamed, 2500);
+    assert_eq!(lost, 0);
     std::fs::remove_file(obstacle).expect("it can be unpinned");
-    let streamed = during(|| stream(&guest.namespace, 2500), || bed.reopen_host());
-    assert_eq!(streamed, 2500);
+    let lost = during(|restarts| stream(&guest.namespace, 2500, restarts), || bed.reopen_host());
+    assert_eq!(lost, 0);
     assert!(hooks(&bed).iter().all(|program| !before.0.contains(program)));
 }
 
@@ -253,14 +253,14 @@ fn an_upgrade_that_fails_half_way_puts_the_former_programs_back() {
     assert_eq!(before.0.len(), SLOTS as usize, "all but one have a program");
     bed.host = None;
     let options = bed.host_options();
-    let streamed = during(
-        || stream(&guest.namespace, 2500),
+    let lost = during(
+        |restarts| stream(&guest.namespace, 2500, restarts),
         || {
             try_open(&bed, &options).expect_err("something is in the way");
             assert_eq!((hooks(&bed), pins(&bed)), before);
         },
     );
-    assert_eq!(streamed, 2500);
+    assert_eq!(lost, 0);
     std::fs::remove_file(obstacle).expect("it can be unpinned");
     bed.reopen_host();
     assert!(hooks(&bed).iter().all(|program| !before.0.contains(program)));
@@ -291,15 +291,15 @@ fn programs_that_the_kernel_rejects_change_nothing() {
     for program in [programs::TAP, programs::TUNNEL_HOST, programs::SWEEP] {
         let mut options = bed.host_options();
         options.object = broken(&options.object, program);
-        let streamed = during(
-            || stream(&guest.namespace, 2500),
+        let lost = during(
+            |restarts| stream(&guest.namespace, 2500, restarts),
             || {
                 let error = try_open(&bed, &options).expect_err("the kernel rejects it");
                 let named = matches!(&error, Error::Program { object, .. } if object == program);
                 assert!(named, "{error}");
             },
         );
-        assert_eq!(streamed, 2500);
+        assert_eq!(lost, 0);
         assert_eq!((hooks(&bed), pins(&bed)), before);
     }
     bed.reopen_host();
