@@ -115,11 +115,12 @@ fn tell_ports(vpc: &Namespace, stop: Arc<AtomicBool>) -> std::thread::JoinHandle
     })
 }
 
-/// Begins flow after flow until it is stopped; each must keep its port, and lose nothing.
+/// Begins flow after flow until it is stopped, or most ports are taken; each must keep its port, and
+/// lose nothing.
 fn begin_flows(guest: &Namespace, stop: &AtomicBool) -> u32 {
     guest.run(|| {
         let mut flows = 0;
-        while !stop.load(Ordering::SeqCst) {
+        while !stop.load(Ordering::SeqCst) && flows < PORTS.count / 4 * 3 {
             let socket = UdpSocket::bind("0.0.0.0:0").expect("there is a port");
             socket.connect((SERVER, NEW_FLOWS)).expect("there is a route");
             socket.set_read_timeout(Some(PATIENCE)).expect("it is not zero");
@@ -132,8 +133,8 @@ fn begin_flows(guest: &Namespace, stop: &AtomicBool) -> u32 {
             ports.sort_unstable();
             assert_eq!(ports[0], ports[3], "a flow got another port");
             flows += 1;
-            // There are no more than so many ports.
-            std::thread::sleep(Duration::from_millis(4));
+            // They are to last as long as the restarts.
+            std::thread::sleep(Duration::from_millis(10));
         }
         flows
     })
