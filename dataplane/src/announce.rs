@@ -3,13 +3,12 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
 
 use etherparse::{
     ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv6Type, PacketBuilder, err::packet,
 };
-use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
-use std::os::fd::AsRawFd;
 use warren_abi::icmp::v6::NEIGHBOUR_ADVERTISEMENT;
 use warren_abi::wire::Neighbour;
 
@@ -39,10 +38,7 @@ impl Announcement {
         let socket = PacketSocket::open(self.ifindex, None, ROOM)?;
         for address in &self.addresses {
             let frame = frame(self.mac, *address).map_err(io::Error::other)?;
-            match send(socket.as_raw_fd(), &frame, MsgFlags::empty()) {
-                Ok(_) => {}
-                Err(errno) => return Err(Errno::into(errno)),
-            }
+            send(socket.as_raw_fd(), &frame, MsgFlags::empty())?;
         }
         Ok(())
     }

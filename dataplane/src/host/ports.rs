@@ -1,8 +1,8 @@
 //! What this host uses of VPCs' ports, for the control plane: it gives more ahead of need.
 
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_proto::v1;
@@ -25,23 +25,27 @@ struct Last {
 impl super::Host {
     /// Counts the ports in use, if it is time to; call it every second.
     pub fn count_ports(&self) -> Result<(), datapath::Error> {
-        let mut last = self.ports.0.lock().unwrap_or_else(PoisonError::into_inner);
         let start = Instant::now();
-        if last.due.is_some_and(|due| due > start) {
+        if self.counted().due.is_some_and(|due| due > start) {
             return Ok(());
         }
         // First: what is counted then includes all flows that began in former ranges.
         let vpcs = self.datapath.vpcs()?;
         let uses = self.datapath.port_use()?;
-        last.uses = vpcs.iter().map(|vpc| total(vpc, &uses)).collect();
-        let pause: Duration = start.elapsed() * SHARE;
-        last.due = Some(Instant::now() + pause);
+        let uses = vpcs.iter().map(|vpc| total(vpc, &uses)).collect();
+        let due = Some(Instant::now() + start.elapsed() * SHARE);
+        // Only now: heartbeats do not wait for the pass.
+        *self.counted() = Last { due, uses };
         Ok(())
     }
 
     /// What was counted last.
     pub fn port_use(&self) -> Vec<v1::PortUse> {
-        self.ports.0.lock().unwrap_or_else(PoisonError::into_inner).uses.clone()
+        self.counted().uses.clone()
+    }
+
+    fn counted(&self) -> MutexGuard<'_, Last> {
+        self.ports.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
