@@ -12,7 +12,9 @@
 #[cfg(feature = "probe")]
 extern crate alloc;
 
+pub mod bfd;
 pub mod checksum;
+pub mod claim;
 pub mod conntrack;
 pub mod drop;
 pub mod family;

@@ -3,6 +3,7 @@
 //! Pinned maps outlive the program that made them. A change of a layout here needs the next number
 //! in [`layouts`], and in `warrend` how its entries are made from the former's.
 
+pub use crate::claim::Claim;
 use crate::drop::Drop;
 use crate::flow::{FlowState, Timers};
 pub use crate::flowlog::{FlowCounts, FlowEvent};
@@ -66,6 +67,13 @@ pub mod names {
     pub const LIMITS: &str = "LIMITS";
     /// Host: number of a slot -> [`Held`](super::Held).
     pub const HELD: &str = "HELD";
+    /// Host: [`Member`](super::Member) -> 1.
+    pub const MEMBERS: &str = "MEMBERS";
+    /// Host: VNI -> [`Claim`](super::Claim), the last one that came.
+    pub const CLAIMS: &str = "CLAIMS";
+    /// Both: underlay address -> when a request of BFD came from there last, in nanoseconds of
+    /// `CLOCK_MONOTONIC`.
+    pub const HEARD: &str = "HEARD";
 }
 
 /// Numbers of the layouts of pinned maps, which count up; 1 where none is given.
@@ -151,8 +159,13 @@ pub mod programs {
     /// What [`FRAGMENTS_PROXY`] ends with, in IPv6.
     pub const FRAGMENTS_PROXY_V6: &str = "fragments_proxy_v6";
 
+    /// What [`UNDERLAY_HOST`] ends with, for what is not the tunnel's.
+    pub const NODE_HOST: &str = "node_host";
+    /// What [`UNDERLAY_PROXY`] ends with, for what is not the tunnel's.
+    pub const NODE_PROXY: &str = "node_proxy";
+
     /// All of a host's.
-    pub const OF_HOST: [&str; 20] = [
+    pub const OF_HOST: [&str; 21] = [
         TAP,
         TAP_V6,
         TO_GUEST_V6,
@@ -173,10 +186,19 @@ pub mod programs {
         FRAGMENTS_REST_V6,
         FRAGMENTS_TO_GUEST_V6,
         FIRST_TO_GUEST_V6,
+        NODE_HOST,
     ];
     /// All of a proxy's.
-    pub const OF_PROXY: [&str; 7] =
-        [TUNNEL_PROXY, UNDERLAY_PROXY, VPC, ANSWER, ANSWER_V6, FRAGMENTS_PROXY, FRAGMENTS_PROXY_V6];
+    pub const OF_PROXY: [&str; 8] = [
+        TUNNEL_PROXY,
+        UNDERLAY_PROXY,
+        VPC,
+        ANSWER,
+        ANSWER_V6,
+        FRAGMENTS_PROXY,
+        FRAGMENTS_PROXY_V6,
+        NODE_PROXY,
+    ];
 }
 
 /// Places of the programs that others end with, in [`names::TAILS`].
@@ -211,8 +233,10 @@ pub mod tails {
     pub const FRAGMENTS_TO_GUEST_V6: u32 = 12;
     /// [`programs::FIRST_TO_GUEST_V6`].
     pub const FIRST_TO_GUEST_V6: u32 = 13;
+    /// [`programs::NODE_HOST`], [`programs::NODE_PROXY`].
+    pub const NODE: u32 = 14;
     /// All of them.
-    pub const ALL: [(u32, &str); 14] = [
+    pub const ALL: [(u32, &str); 16] = [
         (TAP_V6, programs::TAP_V6),
         (TO_GUEST_V6, programs::TO_GUEST_V6),
         (ERROR_TO_VPC, programs::ERROR_TO_VPC),
@@ -227,6 +251,8 @@ pub mod tails {
         (FRAGMENTS_PROXY_V6, programs::FRAGMENTS_PROXY_V6),
         (FRAGMENTS_TO_GUEST_V6, programs::FRAGMENTS_TO_GUEST_V6),
         (FIRST_TO_GUEST_V6, programs::FIRST_TO_GUEST_V6),
+        (NODE, programs::NODE_HOST),
+        (NODE, programs::NODE_PROXY),
     ];
     /// Room for them, and for those of later versions.
     pub const COUNT: u32 = 16;
@@ -304,10 +330,20 @@ pub struct HostVpc {
     pub port_base: u32,
     /// How many ports, at least 1.
     pub port_count: u32,
-    /// Underlay address of the proxy that owns the addresses.
+    /// Underlay address of the proxy that owns the addresses, until one claims them.
     pub proxy_address: Ip,
     /// IPv6 address in the VPC that guests appear as; `::`: none.
     pub shared_address_v6: Ip,
+}
+
+/// A proxy of a VPC: replies may come from it, and it may claim the shared addresses.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// The VPC.
+    pub vni: u32,
+    /// Underlay address of the proxy.
+    pub proxy: Ip,
 }
 
 /// A flow, as its guest sees it.
@@ -483,7 +519,9 @@ pub struct ProxyVpc {
     /// it is the owner.
     pub standby: u8,
     /// Zero.
-    pub reserved: [u8; 5],
+    pub reserved: u8,
+    /// [`Claim::sequence`] of the claim by which it is the owner, or was last; 0: it never was.
+    pub claim: u32,
     /// When the VPC's route table was last changed: no other change of any table has the same. 0:
     /// there is none, but the CIDR and the gateway.
     pub table: u64,
@@ -596,6 +634,8 @@ mod pod {
     pod!(
         Slot,
         HostVpc,
+        Member,
+        Claim,
         OutKey,
         Flow,
         InKey,
@@ -630,6 +670,8 @@ without_padding!(
     Datagram = 96,
     Slot = 32,
     HostVpc = 44,
+    Member = 20,
+    Claim = 20,
     OutKey = 32,
     Traffic = 16,
     Flow = 48,

@@ -88,6 +88,7 @@ fn attaches(
         shared_address_v6: None,
         ports: PortRange { base: 1024, count: 1024 },
         proxy_address: PROXY.into(),
+        proxies: Vec::new(),
     })?;
     let slot = datapath.slots().first().context("no slot")?.clone();
     let tap = File::from(datapath.open_tap(slot.number)?);

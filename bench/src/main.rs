@@ -2,6 +2,7 @@
 
 mod attach;
 mod datapath;
+mod failover;
 mod options;
 mod packet;
 mod restart;
@@ -38,6 +39,8 @@ enum Bench {
     Start,
     /// Each program's nanoseconds per packet, over 1 to 1,000,000 live flows
     Packet,
+    /// Proxy nodes that die, are drained and join under traffic, beside a pair of gateways of the kernel's
+    Failover,
     /// Throughput and latency through Warren, routing, SNAT by nftables, and the kernel's VXLAN
     Datapath,
 }
@@ -47,7 +50,8 @@ const ROUNDS: u32 = 200;
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    let log = tracing_subscriber::fmt().with_max_level(tracing::Level::ERROR);
+    log.with_writer(std::io::stderr).init();
     let rounds = |default| arguments.rounds.unwrap_or(default);
     let (figures, table) = match arguments.bench {
         Bench::Attach => times(attach::run(rounds(ROUNDS))?),
@@ -63,6 +67,7 @@ fn main() -> Result<()> {
             let (figures, table) = packet::run(rounds(packet::ROUNDS))?;
             (figures, format!("Nanoseconds per packet:\n\n{table}"))
         }
+        Bench::Failover => times(failover::run(rounds(failover::ROUNDS))?),
         Bench::Datapath => {
             let (figures, table) = datapath::run(rounds(datapath::ROUNDS))?;
             (figures, format!("Medians, and of Warren's ratios to the others:\n\n{table}"))

@@ -562,8 +562,8 @@ impl Network {
         let mut plan =
             plan(vpc, &self.routes, self.security.message.as_ref(), &self.leases, &nodes);
         if !settled {
-            // The proxy that hosts send to may be about to register again: do not move them.
-            plan.pushes.retain(|name, _| plan.proxies.contains(name));
+            // Proxies that serve may be about to register again: nothing moves from them.
+            plan.pushes.clear();
             plan.ready.clear();
         }
         self.plan = plan;

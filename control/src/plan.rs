@@ -7,6 +7,10 @@
 //! goes on with the one that it has. Holders on dead hosts stay: a host that is merely cut off still
 //! sends.
 //!
+//! Which proxy owns a VPC's addresses is settled between the proxies: they are told who is alive, in
+//! the order of succession. One that is not, and merely cut off from here, thereby loses what it owns:
+//! it does not learn of new ranges.
+//!
 //! What is to be another's ports must first be known by no proxy as the former holder's: not by
 //! those that are dead, either, for one that is merely cut off still forwards.
 
@@ -55,32 +59,33 @@ pub fn plan(
     nodes: &BTreeMap<String, Node<'_>>,
 ) -> Plan {
     let mut plan = Plan::default();
-    let wanted = proxy_request(vpc, routes, leases, nodes);
     let alive =
         |role| nodes.iter().filter(move |(_, node)| node.role == role && node.session.is_some());
+    let order = succession(vpc.vni, alive(Role::Proxy));
+    let addresses = order.iter().map(|(_, proxy)| proxy.underlay_address.to_string()).collect();
+    let wanted = proxy_request(vpc, routes, leases, nodes, addresses);
     // Once for each proxy, not for each host: a route table is large.
     let serving: Vec<_> =
-        alive(Role::Proxy).map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
-    // The shared address is owned by the first proxy by name that serves. Without any, hosts stay as
-    // they are.
-    let mut serve = alive(Role::Proxy).zip(&serving).filter(|(_, known)| known.is_some());
-    let first = || alive(Role::Proxy).next();
-    let owner = serve.next().map(|(proxy, _)| proxy).or_else(first);
-    let standby = on_standby(&wanted);
-    for (name, proxy) in alive(Role::Proxy) {
-        plan.proxies.insert(name.clone());
-        let is_owner = owner.is_some_and(|(owner, _)| owner == name);
-        // The former owner answers for the address until the new one does.
-        let is_succeeded = owner.is_some_and(|(_, owner)| owns(owner));
-        let wanted = if is_owner || owns(proxy) && !is_succeeded { &wanted } else { &standby };
-        if proxy.acknowledged != Some(wanted) {
-            plan.pushes.insert(name.clone(), wanted.clone());
+        order.iter().map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
+    for (name, proxy) in &order {
+        plan.proxies.insert((*name).clone());
+        if proxy.acknowledged != Some(&wanted) {
+            plan.pushes.insert((*name).clone(), wanted.clone());
         }
     }
+    // The one that owns the shared addresses says so itself; until then, hosts begin here.
+    let mut serve = order.iter().zip(&serving).filter(|(_, known)| known.is_some());
+    let first = serve.next().map(|(proxy, _)| proxy).or_else(|| order.first());
+    let mut all: Vec<_> = nodes
+        .values()
+        .filter(|node| node.role == Role::Proxy)
+        .map(|proxy| proxy.underlay_address.to_string())
+        .collect();
+    all.sort_unstable();
     let proxies: Vec<_> = nodes.values().filter(|node| node.role == Role::Proxy).collect();
     let is_dropped = |range: &&PortRange| proxies.iter().all(|proxy| dropped(proxy, **range));
     plan.dropped = leases.fenced().iter().filter(is_dropped).copied().collect();
-    let Some((_, owner)) = owner else { return plan };
+    let Some((_, first)) = first else { return plan };
     for (name, host) in alive(Role::Host) {
         let Some(lease) = leases.of(name) else { continue };
         let address = host.underlay_address.to_string();
@@ -91,7 +96,8 @@ pub fn plan(
         let request = |ports: PortRange| {
             let host = HostVpc {
                 ports: Some(ports.into()),
-                proxy_address: owner.underlay_address.to_string(),
+                proxy_address: first.underlay_address.to_string(),
+                proxies: all.clone(),
                 resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
                 search_domain: vpc.search_domain.clone(),
                 security: security.cloned(),
@@ -117,19 +123,23 @@ pub fn plan(
     plan
 }
 
-/// What a proxy is told that is not the owner.
-fn on_standby(wanted: &ApplyVpcRequest) -> ApplyVpcRequest {
-    let mut request = wanted.clone();
-    if let Some(Apply::Proxy(proxy)) = &mut request.role {
-        proxy.standby = true;
-    }
-    request
-}
-
-/// Whether a proxy acknowledged that it owns the shared address.
-fn owns(proxy: &Node<'_>) -> bool {
-    let known = proxy.acknowledged.and_then(|known| known.role.as_ref());
-    matches!(known, Some(Apply::Proxy(ProxyVpc { standby: false, .. })))
+/// Proxies in the order in which they are to own a VPC's addresses: another one for each VPC, and one
+/// more or less changes nothing between the others (rendezvous hashing).
+fn succession<'a, 'b>(
+    vni: u32,
+    proxies: impl Iterator<Item = (&'a String, &'a Node<'b>)>,
+) -> Vec<(&'a String, &'a Node<'b>)>
+where
+    'b: 'a,
+{
+    let weight = |name: &str| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&vni.to_be_bytes()).update(name.as_bytes());
+        *hasher.finalize().as_bytes()
+    };
+    let mut order: Vec<_> = proxies.collect();
+    order.sort_by_cached_key(|(name, _)| weight(name));
+    order
 }
 
 /// The ports that a host was told of.
@@ -197,6 +207,7 @@ fn proxy_request(
     routes: &[Route],
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
+    proxies: Vec<String>,
 ) -> ApplyVpcRequest {
     let [cidr_v6, _, gateway_v6] = VpcV6::texts(vpc.v6);
     let proxy = ProxyVpc {
@@ -207,7 +218,7 @@ fn proxy_request(
         routes: routes.to_vec(),
         cidr_v6,
         gateway_v6,
-        standby: false,
+        proxies,
     };
     request(vpc, Apply::Proxy(proxy))
 }
@@ -221,7 +232,7 @@ fn holders_of_same<'a>(
     let (Some(Apply::Proxy(known)), Some(Apply::Proxy(proxy))) = (role, &wanted.role) else {
         return None;
     };
-    let ProxyVpc { interface, cidr, gateway, holders, routes, cidr_v6, gateway_v6, standby: _ } =
+    let ProxyVpc { interface, cidr, gateway, holders, routes, cidr_v6, gateway_v6, proxies } =
         known;
     let same = *vpc == wanted.vpc
         && *vni == wanted.vni
@@ -232,6 +243,7 @@ fn holders_of_same<'a>(
         && *gateway == proxy.gateway
         && *cidr_v6 == proxy.cidr_v6
         && *gateway_v6 == proxy.gateway_v6
+        && *proxies == proxy.proxies
         && *routes == proxy.routes;
     same.then_some(holders)
 }
@@ -312,14 +324,12 @@ mod tests {
             }
         }
 
-        /// The proxies that acknowledged that they own the address.
-        fn owners(&self) -> Vec<&str> {
-            let owns = |request: &ApplyVpcRequest| match &request.role {
-                Some(Apply::Proxy(proxy)) => !proxy.standby,
-                _ => false,
-            };
-            let owners = self.acknowledged.iter().filter(|(_, request)| owns(request));
-            owners.map(|(name, _)| name.as_str()).collect()
+        /// The proxies that may own the addresses, as this one was told, by the last octet of their
+        /// addresses.
+        fn order(&self, proxy: &str) -> Vec<u8> {
+            let Some(Apply::Proxy(proxy)) = &self.acknowledged[proxy].role else { panic!() };
+            let last = |address: &String| address.rsplit('.').next().unwrap().parse().unwrap();
+            proxy.proxies.iter().map(last).collect()
         }
 
         fn pushes(&self) -> Vec<String> {
@@ -364,17 +374,14 @@ mod tests {
         world.acknowledge(&["p2"]);
         world.acknowledge(&["h1"]);
         world.nodes.insert("p1".into(), (Role::Proxy, Some(2)));
-        assert_eq!((world.pushes(), world.ready()), (vec!["p1".into()], vec![]));
-        world.acknowledge(&["p1"]);
-        assert_eq!((world.owners(), world.pushes()), (vec!["p2"], vec!["h1".into(), "p1".into()]));
-        world.acknowledge(&["p1"]);
-        // The former owner answers until the new one does.
-        assert_eq!(world.owners(), ["p1", "p2"]);
-        assert_eq!(world.pushes(), ["h1", "p2"]);
-        world.acknowledge(&["p2"]);
-        assert_eq!((world.owners(), world.pushes()), (vec!["p1"], vec!["h1".to_owned()]));
+        assert_eq!((world.pushes(), world.ready()), (vec!["p1".into(), "p2".into()], vec![]));
+        world.acknowledge(&["p1", "p2"]);
+        assert_eq!(world.order("p1"), world.order("p2"));
+        assert_eq!((world.order("p1").len(), world.pushes()), (2, vec!["h1".to_owned()]));
         let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
-        assert_eq!(host.proxy_address, IpAddr::from([192, 0, b'p', 1]).to_string());
+        let both = [1, 2].map(|last| IpAddr::from([192, 0, b'p', last]).to_string());
+        assert_eq!(host.proxies, both);
+        assert_eq!(host.proxy_address, both[usize::from(world.order("p1")[0]) - 1]);
         assert_eq!(
             (host.resolver.as_str(), host.search_domain.as_str()),
             ("10.1.0.2", "corp.internal")
@@ -407,12 +414,35 @@ mod tests {
         world.acknowledge(&["p2"]);
         world.nodes.insert("p1".into(), (Role::Proxy, None));
         world.nodes.insert("h2".into(), (Role::Host, None));
-        assert_eq!((world.owners(), world.pushes()), (vec![], vec!["h1".into(), "p2".into()]));
+        world.acknowledge(&["p2"]);
+        assert_eq!((world.order("p2"), world.pushes()), (vec![2], vec!["h1".to_owned()]));
         let Some(Apply::Proxy(proxy)) = &world.acknowledged["p2"].role else { panic!() };
         assert_eq!(proxy.holders.len(), 2);
-        world.acknowledge(&["h1", "p2"]);
-        assert_eq!(world.owners(), ["p2"]);
+        world.acknowledge(&["h1"]);
         assert_eq!((world.pushes(), world.ready()), (vec![], vec!["h1".to_owned()]));
+    }
+
+    #[test]
+    fn vpcs_are_spread_over_proxies_and_one_that_goes_moves_only_its_own() {
+        let node = Node {
+            role: Role::Proxy,
+            underlay_address: IpAddr::from([192, 0, 2, 1]),
+            session: Some(1),
+            acknowledged: None,
+        };
+        let nodes: BTreeMap<_, _> = (1..=4).map(|n| (format!("p{n}"), node.clone())).collect();
+        let mut firsts = BTreeMap::<String, usize>::new();
+        for vni in 4096..5096 {
+            let names = |without: &str| {
+                let left = nodes.iter().filter(|(name, _)| *name != without);
+                succession(vni, left).into_iter().map(|(name, _)| name.clone()).collect::<Vec<_>>()
+            };
+            let mut all = names("");
+            *firsts.entry(all[0].clone()).or_default() += 1;
+            all.retain(|name| name != "p3");
+            assert_eq!(all, names("p3"));
+        }
+        assert!(firsts.values().all(|count| (200..300).contains(count)), "{firsts:?}");
     }
 
     #[test]

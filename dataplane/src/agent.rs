@@ -126,6 +126,11 @@ fn ip(field: &str, text: &str) -> Result<IpAddr, Status> {
         .map_err(|_| Status::invalid_argument(format!("{field} \"{text}\" is not an IP address")))
 }
 
+/// Addresses of either family.
+fn ips(field: &str, texts: &[String]) -> Result<Vec<IpAddr>, Status> {
+    texts.iter().map(|text| ip(field, text)).collect()
+}
+
 fn vni(value: u32) -> Result<u32, Status> {
     if (1..1 << 24).contains(&value) {
         Ok(value)
@@ -162,6 +167,7 @@ fn host_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::HostVpc) -> Result<HostVpc,
         shared_address_v6: address_v6("shared_address_v6", &request.shared_address_v6)?,
         ports: ports("host.ports", vpc.ports)?,
         proxy_address: ip("host.proxy_address", &vpc.proxy_address)?,
+        proxies: ips("host.proxies", &vpc.proxies)?,
     })
 }
 
@@ -207,7 +213,7 @@ fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyV
         },
         v6: proxy_vpc_v6(request, vpc)?,
         holders: holders.collect::<Result<_, Status>>()?,
-        standby: vpc.standby,
+        claim: None,
         routes: routes("proxy.routes", &vpc.routes)?,
     })
 }
@@ -289,7 +295,8 @@ impl AgentService for Agent {
                 host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?, naming, security)?;
             }
             (Self::Proxy(proxy), Some(VpcRole::Proxy(vpc))) => {
-                proxy.apply_vpc(&proxy_vpc(&request, vpc)?)?;
+                let proxies = ips("proxy.proxies", &vpc.proxies)?;
+                proxy.apply_vpc(&proxy_vpc(&request, vpc)?, &proxies)?;
             }
             (Self::Host(_), _) => {
                 return Err(Status::invalid_argument("role: this agent is a host: set `host`"));

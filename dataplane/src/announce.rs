@@ -3,23 +3,21 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use etherparse::{
     ArpHardwareId, ArpOperation, ArpPacket, EtherType, Icmpv6Type, PacketBuilder, err::packet,
 };
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, sendto, socket};
 use warren_abi::icmp::v6::NEIGHBOUR_ADVERTISEMENT;
 use warren_abi::wire::Neighbour;
 
-use crate::capture::PacketSocket;
+use crate::capture;
 
 const BROADCAST: [u8; 6] = [0xff; 6];
 /// All nodes of the link (RFC 4291, section 2.7.1), and their MAC address (RFC 2464, section 7).
 const ALL_NODES: (Ipv6Addr, [u8; 6]) =
     (Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), [0x33, 0x33, 0, 0, 0, 1]);
-/// The socket receives nothing that is wanted.
-const ROOM: usize = 4096;
 
 /// Addresses at an interface in a VPC.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,13 +30,26 @@ pub struct Announcement {
     pub addresses: Vec<IpAddr>,
 }
 
-impl Announcement {
-    /// Sends it once, from the calling thread's network namespace. Needs `CAP_NET_RAW`.
-    pub fn send(&self) -> io::Result<()> {
-        let socket = PacketSocket::open(self.ifindex, None, ROOM)?;
-        for address in &self.addresses {
-            let frame = frame(self.mac, *address).map_err(io::Error::other)?;
-            send(socket.as_raw_fd(), &frame, MsgFlags::empty())?;
+/// Sends announcements. It receives nothing: the kernel waits for all processors when it closes a
+/// socket that does.
+#[derive(Debug)]
+pub struct Announcer {
+    socket: OwnedFd,
+}
+
+impl Announcer {
+    /// In the calling thread's network namespace. Needs `CAP_NET_RAW`.
+    pub fn open() -> io::Result<Self> {
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
+        Ok(Self { socket })
+    }
+
+    /// Sends an announcement once.
+    pub fn send(&self, announcement: &Announcement) -> io::Result<()> {
+        let interface = capture::link_address(announcement.ifindex, 0)?;
+        for address in &announcement.addresses {
+            let frame = frame(announcement.mac, *address).map_err(io::Error::other)?;
+            sendto(self.socket.as_raw_fd(), &frame, &interface, MsgFlags::empty())?;
         }
         Ok(())
     }

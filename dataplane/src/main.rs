@@ -197,7 +197,9 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     }
     let datapath = ProxyDatapath::open(&options)?;
     tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
-    Ok(Some(Agent::Proxy(Arc::new(Proxy::new(datapath)))))
+    let file = config.run_dir.join("proxies.json");
+    let proxy = Proxy::start(Arc::new(datapath), config.underlay.address, &file)?;
+    Ok(Some(Agent::Proxy(proxy)))
 }
 
 fn programs(config: &Config) -> Result<Vec<u8>> {

@@ -1,44 +1,179 @@
-//! A proxy node: the data path, and who is told of its addresses.
+//! A proxy node: the data path, and which of VPCs' shared addresses it owns. Proxies watch each other
+//! and take over what another can serve no more. Nobody else is needed for it.
+//!
+//! [`session`] finds out who forwards, [`succession`] who is to own what, `told` which hosts are
+//! told of it; this is the thread that does it.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+mod message;
+pub mod session;
+pub mod succession;
+mod told;
 
-use tokio::task::AbortHandle;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::datapath::{DropCount, Error, ProxyDatapath, ProxyVpc};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use warren_abi::bfd::{self, Control};
+use warren_abi::claim::{self, Entry, kind};
+use warren_abi::wire::Ip;
 
+use self::message::Message;
+use self::session::{INTERVAL, Session, State};
+use self::succession::{Health, Move, Standing, Statement, Succession};
+use self::told::Told;
+use crate::announce::Announcer;
+use crate::clock::monotonic_ns;
+use crate::datapath::{Changed, DropCount, Error, LinkEvents, ProxyDatapath, ProxyVpc};
+
+/// A daemon that did not ask for so long is not there.
+const ORPHANED: Duration = Duration::from_millis(150);
+/// For so long, what others say is waited for: after the start, and after being isolated.
+const SETTLING: Duration = Duration::from_millis(200);
+/// How often a proxy says what it has said before.
+const REPEAT: Duration = Duration::from_secs(1);
+/// How often something new is said.
+const BURST: u32 = 3;
+/// So many hosts are asked whether this proxy is isolated, when no other proxy answers.
+const WITNESSES: usize = 4;
 /// When addresses are announced again, after the first time at once: an announcement may be lost.
-const AGAIN: [Duration; 3] =
-    [Duration::from_millis(100), Duration::from_secs(1), Duration::from_secs(3)];
+const AGAIN: [Duration; 4] = [
+    Duration::from_millis(20),
+    Duration::from_millis(100),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+];
 
-/// A proxy node.
+/// A proxy node, at work on a thread of its own until it is dropped.
 pub struct Proxy {
+    own: Ip,
     datapath: Arc<ProxyDatapath>,
-    /// Announcements under way, by VNI.
-    announcing: Mutex<HashMap<u32, AbortHandle>>,
+    /// Where the proxies of VPCs are kept for a daemon that restarts.
+    file: PathBuf,
+    /// Of BFD's requests.
+    sessions: UdpSocket,
+    /// Of claims.
+    claims: UdpSocket,
+    links: LinkEvents,
+    announcer: Announcer,
+    state: Mutex<Inner>,
+}
+
+struct Inner {
+    succession: Succession,
+    sessions: BTreeMap<Ip, Session>,
+    told: Told,
+    /// The proxies of each VPC, the first one first; and the hosts that hold ports.
+    proxies: BTreeMap<u32, Vec<IpAddr>>,
+    hosts: BTreeMap<u32, BTreeSet<Ip>>,
+    settled_at: Instant,
+    /// Whether this proxy reaches others, or at least hosts; none: that is not known yet.
+    witness: Option<bool>,
+    /// What the last decision was made on; and whether more than that is new since, or it is to be
+    /// made again for time went by.
+    view: (Standing, BTreeMap<Ip, Health>),
+    is_new: bool,
+    decide_at: Instant,
+    /// How often what this proxy says is said again at once.
+    burst: u32,
+    repeat_at: Instant,
+    /// When, and of which VPCs, addresses are announced again.
+    announcements: BTreeSet<(Instant, u32)>,
 }
 
 impl Proxy {
-    /// A proxy over an open data path.
-    pub fn new(datapath: ProxyDatapath) -> Self {
-        Self { datapath: Arc::new(datapath), announcing: Mutex::default() }
+    /// Begins with what the data path knows, and with the proxies that `file` holds.
+    ///
+    /// Sockets are those of the calling thread's network namespace. `own` is the address in the
+    /// underlay.
+    ///
+    /// # Errors
+    /// If sockets cannot be opened or the file cannot be read.
+    pub fn start(
+        datapath: Arc<ProxyDatapath>,
+        own: IpAddr,
+        file: &Path,
+    ) -> Result<Arc<Self>, Error> {
+        let socket = |port| {
+            let socket = UdpSocket::bind((own, port))
+                .and_then(|socket| socket.set_nonblocking(true).map(|()| socket));
+            socket.map_err(|source| Error::system("open", format!("UDP port {port}"), source))
+        };
+        let now = Instant::now();
+        let mut state = Inner {
+            succession: Succession::new(own.into()),
+            sessions: BTreeMap::new(),
+            told: Told::default(),
+            proxies: load(file)?,
+            hosts: BTreeMap::new(),
+            settled_at: now + SETTLING,
+            witness: Some(true),
+            view: (Standing::Settling, BTreeMap::new()),
+            is_new: true,
+            decide_at: now,
+            burst: BURST,
+            repeat_at: now,
+            announcements: BTreeSet::new(),
+        };
+        for vpc in datapath.vpcs()? {
+            let proxies = state.proxies.get(&vpc.vni).cloned().unwrap_or_default();
+            state.know(own, &vpc, vpc.claim, &proxies, now);
+        }
+        state.proxies.retain(|vni, _| state.hosts.contains_key(vni));
+        let proxy = Arc::new(Self {
+            own: own.into(),
+            datapath,
+            file: file.to_owned(),
+            sessions: socket(0)?,
+            claims: socket(claim::PORT)?,
+            links: LinkEvents::open()?,
+            announcer: Announcer::open()
+                .map_err(|source| Error::system("open", "packet socket", source))?,
+            state: Mutex::new(state),
+        });
+        proxy.check_carriers(&Changed::All);
+        let weak = Arc::downgrade(&proxy);
+        std::thread::Builder::new()
+            .name("proxy".to_owned())
+            .spawn(move || run(&weak))
+            .map_err(|source| Error::system("start", "thread", source))?;
+        Ok(proxy)
     }
 
-    /// Makes a VPC known, or replaces what was known of it. Addresses that are this proxy's from now
-    /// on are announced. To be called from a runtime's thread.
-    pub fn apply_vpc(&self, vpc: &ProxyVpc) -> Result<(), Error> {
-        let before = self.datapath.announcement(vpc.vni)?;
-        self.datapath.apply_vpc(vpc)?;
-        if before != self.datapath.announcement(vpc.vni)? {
-            self.announce(vpc.vni);
-        }
+    /// Makes a VPC known to the data path, or replaces what was known. `proxies` may own its
+    /// addresses, the first one first; without any, it is this one alone.
+    pub fn apply_vpc(&self, vpc: &ProxyVpc, proxies: &[IpAddr]) -> Result<(), Error> {
+        let vni = vpc.vni;
+        let mut state = self.lock();
+        let claim = state.succession.claim(vni);
+        self.datapath.apply_vpc(&ProxyVpc { claim, ..vpc.clone() })?;
+        state.know(self.own.into(), vpc, None, proxies, Instant::now());
+        self.save(&state.proxies)?;
+        let is_willing = self.datapath.has_carrier(vni)?;
+        state.succession.set_willing(vni, is_willing);
+        (state.burst, state.is_new) = (BURST, true);
+        self.decide(&mut state);
         Ok(())
     }
 
     /// Forgets a VPC.
     pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> {
-        self.datapath.remove_vpc(vni)
+        let mut state = self.lock();
+        self.datapath.remove_vpc(vni)?;
+        state.succession.remove(vni);
+        state.told.forget(vni);
+        state.hosts.remove(&vni);
+        state.proxies.remove(&vni);
+        self.save(&state.proxies)
+    }
+
+    /// Whether this proxy owns a VPC's addresses.
+    pub fn owns(&self, vni: u32) -> bool {
+        self.lock().succession.claim(vni).is_some()
     }
 
     /// What was dropped, per VNI and reason.
@@ -46,31 +181,340 @@ impl Proxy {
         self.datapath.drops()
     }
 
-    /// Announces the VPC's addresses several times, as long as they are this proxy's.
-    fn announce(&self, vni: u32) {
-        announce_once(&self.datapath, vni);
-        let datapath = self.datapath.clone();
-        let task = tokio::spawn(async move {
-            for pause in AGAIN {
-                tokio::time::sleep(pause).await;
-                announce_once(&datapath, vni);
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // What a panic leaves half done, the next turn completes.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in everything that came, and does what is due. Returns when the next turn is.
+    fn turn(&self) -> Instant {
+        let mut state = self.lock();
+        self.receive_answers(&mut state);
+        self.receive_messages(&mut state);
+        let changed = self.links.take();
+        if changed != Changed::Links(Vec::new()) {
+            drop(state);
+            self.check_carriers(&changed);
+            state = self.lock();
+        }
+        self.ask(&mut state);
+        self.decide(&mut state);
+        let now = Instant::now();
+        let next = state.told.next().into_iter().chain([now + INTERVAL / 2]).min();
+        next.unwrap_or(now)
+    }
+
+    /// Asks who is to be asked, and concludes from who did not answer.
+    fn ask(&self, state: &mut Inner) {
+        let now = Instant::now();
+        let Inner { succession, sessions, hosts, .. } = state;
+        let mut wanted: BTreeSet<Ip> = succession.others().collect();
+        let state_of = |sessions: &BTreeMap<Ip, Session>, node: &Ip| {
+            sessions.get(node).map_or(State::Init, Session::state)
+        };
+        let is_alone =
+            !wanted.is_empty() && wanted.iter().all(|node| state_of(sessions, node) == State::Down);
+        // Whoever hears from nobody may be cut off itself: those that are not know.
+        let asked = if is_alone { WITNESSES } else { 0 };
+        let witnesses: BTreeSet<Ip> = hosts.values().flatten().take(asked).copied().collect();
+        wanted.extend(&witnesses);
+        sessions.retain(|node, _| wanted.contains(node));
+        succession.retain(|node| wanted.contains(&node));
+        for node in wanted {
+            let session = sessions.entry(node).or_insert_with(|| Session::new(rand::random()));
+            if session.conclude(now) {
+                tracing::warn!(node = %IpAddr::from(node), "does not forward any more");
             }
-        });
-        let mut announcing = self.announcing.lock().unwrap_or_else(PoisonError::into_inner);
-        announcing.retain(|_, task| !task.is_finished());
-        if let Some(before) = announcing.insert(vni, task.abort_handle()) {
-            before.abort();
+            if let Some(request) = session.request(now) {
+                // What cannot be sent is not answered.
+                self.sessions.send_to(&request.to_bytes(), (IpAddr::from(node), bfd::PORT)).ok();
+            }
+        }
+        let states = || witnesses.iter().map(|node| state_of(sessions, node));
+        let witness = match () {
+            () if witnesses.is_empty() || states().any(|state| state == State::Up) => Some(true),
+            () if states().all(|state| state == State::Down) => Some(false),
+            () => None,
+        };
+        let is_late = |node| sessions.get(node).is_some_and(Session::is_late);
+        if witness != Some(true) && witnesses.iter().any(is_late) {
+            state.settled_at = now + SETTLING;
+        }
+        if (witness == Some(false)) != (state.witness == Some(false)) {
+            let what =
+                if witness == Some(false) { "reaches nobody" } else { "reaches others again" };
+            tracing::warn!("this proxy {what}");
+        }
+        state.witness = witness;
+    }
+
+    fn receive_answers(&self, state: &mut Inner) {
+        let mut bytes = [0; size_of::<Control>()];
+        while let Some((length, from)) = receive(&self.sessions, &mut bytes) {
+            let Some(session) = state.sessions.get_mut(&Ip::from(from.ip())) else { continue };
+            let before = session.state();
+            if length == bytes.len() && from.port() == bfd::PORT {
+                session.answered(&Control::from_bytes(bytes));
+            }
+            if before == State::Down && session.state() == State::Up {
+                tracing::info!(node = %from.ip(), "forwards again");
+                state.burst = BURST;
+            }
+        }
+    }
+
+    fn receive_messages(&self, state: &mut Inner) {
+        let now = Instant::now();
+        let mut bytes = [0; 2048];
+        while let Some((length, from)) = receive(&self.claims, &mut bytes) {
+            let from = Ip::from(from.ip());
+            let Some(message) = bytes.get(..length).and_then(Message::from_bytes) else { continue };
+            let session = state.sessions.get_mut(&from);
+            let is_other = session.is_some();
+            session.into_iter().for_each(Session::spoke);
+            match message.kind {
+                kind::KNOWN => {
+                    for entry in message.entries {
+                        let (vni, sequence) = (entry.vni(), entry.sequence());
+                        if state.told.known(from, vni, sequence, now) {
+                            state.is_new |= state.succession.outbid(vni, sequence, now);
+                        }
+                    }
+                }
+                kind::QUERY if is_other => state.burst = BURST,
+                kind::STATEMENTS if is_other => {
+                    for entry in message.entries {
+                        let statement = statement(entry);
+                        state.is_new |= state.succession.hear(from, entry.vni(), statement, now);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Decides who owns what, and tells those who must know.
+    fn decide(&self, state: &mut Inner) {
+        let now = Instant::now();
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let standing = match () {
+            () if state.witness == Some(false) => Standing::Isolated,
+            () if state.witness.is_none() => Standing::Settling,
+            () if now < state.settled_at && state.succession.others().next().is_some() => {
+                Standing::Settling
+            }
+            () => Standing::Settled,
+        };
+        let sessions = &state.sessions;
+        let others = state.succession.others().collect::<BTreeSet<_>>().into_iter();
+        let health = others.map(|node| (node, self.health(sessions.get(&node), node, now)));
+        let view = (standing, health.collect::<BTreeMap<_, _>>());
+        if state.is_new || view != state.view || now >= state.decide_at {
+            let health = |node| view.1.get(&node).copied().unwrap_or(Health::Unknown);
+            let moves = state.succession.decide((now, unix as u32), standing, health);
+            for what in &moves {
+                self.carry_out(state, *what, now);
+            }
+            if !moves.is_empty() {
+                state.burst = BURST;
+            }
+            (state.is_new, state.view, state.decide_at) = (false, view, now + REPEAT);
+        }
+        self.say(state, now);
+        for (host, message) in state.told.packets(now) {
+            self.send(&message, host);
+        }
+        while let Some((due, vni)) = state.announcements.first().copied() {
+            if due > now {
+                break;
+            }
+            state.announcements.pop_first();
+            self.announce(vni);
+        }
+    }
+
+    fn health(&self, session: Option<&Session>, node: Ip, now: Instant) -> Health {
+        let Some(session) = session else { return Health::Unknown };
+        let heard = || match self.datapath.heard(node.into()) {
+            Ok(heard) => heard.map(|heard| monotonic_ns().saturating_sub(heard)),
+            Err(error) => {
+                tracing::error!(%error, "cannot tell whether another proxy's daemon is there");
+                None
+            }
+        };
+        match session.state() {
+            State::Init => Health::Unknown,
+            State::Down => Health::Down,
+            State::Up if heard().is_none_or(|ns| u128::from(ns) > ORPHANED.as_nanos()) => {
+                Health::Orphaned
+            }
+            State::Up if session.is_shaky(now) => Health::Shaky,
+            State::Up => Health::Up,
+        }
+    }
+
+    fn carry_out(&self, state: &mut Inner, what: Move, now: Instant) {
+        let (vni, claim) = match what {
+            Move::Take { vni, sequence } => (vni, Some(sequence)),
+            Move::Leave { vni } => (vni, None),
+        };
+        if let Err(error) = self.datapath.set_claim(vni, claim) {
+            tracing::error!(vni, %error, "a VPC's addresses are left to other proxies");
+            state.succession.set_willing(vni, false);
+            state.is_new = true;
+            return;
+        }
+        let Some(sequence) = claim else {
+            tracing::info!(vni, "does not own the VPC's addresses any more");
+            return state.told.forget(vni);
+        };
+        tracing::info!(vni, sequence, "owns the VPC's addresses");
+        if let Some(hosts) = state.hosts.get(&vni) {
+            state.told.tell(vni, sequence, hosts, now);
+        }
+        let all = [Duration::ZERO].into_iter().chain(AGAIN);
+        state.announcements.extend(all.map(|pause| (now + pause, vni)));
+    }
+
+    /// Tells the VPC that its addresses are here, if they are.
+    fn announce(&self, vni: u32) {
+        let sent = match self.datapath.announcement(vni) {
+            Ok(Some(announcement)) => {
+                self.announcer.send(&announcement).map_err(|error| error.to_string())
+            }
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(reason) = sent {
+            tracing::error!(vni, reason, "a VPC is not told that its shared address moved here");
+        }
+    }
+
+    /// Says to the other proxies what this one is, if that is due.
+    fn say(&self, state: &mut Inner, now: Instant) {
+        if state.burst == 0 && now < state.repeat_at {
+            return;
+        }
+        state.burst = state.burst.saturating_sub(1);
+        state.repeat_at = now + REPEAT;
+        let said = state.succession.statements();
+        let entries: Vec<_> = said.map(|(vni, said)| entry(vni, said)).collect();
+        let messages = Message::statements(&entries);
+        let query = Message { kind: kind::QUERY, entries: Vec::new() };
+        for other in state.succession.others().collect::<BTreeSet<_>>() {
+            for message in &messages {
+                self.send(message, other);
+            }
+            if !state.succession.has_heard(other) {
+                self.send(&query, other);
+            }
+        }
+    }
+
+    fn send(&self, message: &Message, to: Ip) {
+        let to = SocketAddr::new(to.into(), claim::PORT);
+        // Whatever is lost is sent again.
+        self.claims.send_to(&message.to_bytes(), to).ok();
+    }
+
+    /// Finds out whether VPCs can be reached whose interfaces may have changed.
+    fn check_carriers(&self, changed: &Changed) {
+        let mut state = self.lock();
+        let all = || state.hosts.keys().copied().collect();
+        let of_link = |link: &u32| self.datapath.vpc_at(*link).ok().flatten();
+        let vnis: BTreeSet<u32> = match changed {
+            Changed::All => all(),
+            Changed::Links(links) => links.iter().filter_map(of_link).collect(),
+        };
+        for vni in vnis {
+            let is_there = self.datapath.has_carrier(vni).unwrap_or_else(|error| {
+                tracing::error!(vni, %error, "cannot tell whether a VPC can be reached");
+                true
+            });
+            if state.succession.set_willing(vni, is_there) {
+                tracing::warn!(vni, is_there, "the carrier of a VPC's interface changed");
+                (state.burst, state.is_new) = (BURST, true);
+            }
+        }
+    }
+
+    /// Keeps the proxies of VPCs.
+    fn save(&self, proxies: &BTreeMap<u32, Vec<IpAddr>>) -> Result<(), Error> {
+        let new = self.file.with_extension("new");
+        let text = serde_json::to_vec(proxies).map_err(io::Error::other);
+        text.and_then(|text| std::fs::write(&new, text))
+            .and_then(|()| std::fs::rename(&new, &self.file))
+            .map_err(|source| Error::system("write", self.file.display(), source))
+    }
+}
+
+impl Inner {
+    fn know(
+        &mut self,
+        own: IpAddr,
+        vpc: &ProxyVpc,
+        claim: Option<u32>,
+        proxies: &[IpAddr],
+        now: Instant,
+    ) {
+        let vni = vpc.vni;
+        let proxies = if proxies.is_empty() { vec![own] } else { proxies.to_vec() };
+        let order = proxies.iter().copied().map(Ip::from).collect();
+        self.succession.apply(vni, order, claim, now);
+        self.proxies.insert(vni, proxies);
+        let hosts = vpc.holders.iter().map(|(_, host)| Ip::from(*host)).collect();
+        if let Some(sequence) = self.succession.claim(vni) {
+            self.told.tell(vni, sequence, &hosts, now);
+        }
+        self.hosts.insert(vni, hosts);
+    }
+}
+
+fn entry(vni: u32, said: Statement) -> Entry {
+    let owner = if said.is_owner { Entry::OWNER } else { 0 };
+    let unwilling = if said.is_willing { 0 } else { Entry::UNWILLING };
+    Entry::new(vni, said.sequence, owner | unwilling)
+}
+
+fn statement(entry: Entry) -> Statement {
+    Statement {
+        sequence: entry.sequence(),
+        is_owner: entry.flags & Entry::OWNER != 0,
+        is_willing: entry.flags & Entry::UNWILLING == 0,
+    }
+}
+
+fn load(file: &Path) -> Result<BTreeMap<u32, Vec<IpAddr>>, Error> {
+    let read = match std::fs::read(file) {
+        Ok(text) => serde_json::from_slice(&text).map_err(io::Error::other),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(error),
+    };
+    read.map_err(|source| Error::system("read", file.display(), source))
+}
+
+fn receive(socket: &UdpSocket, bytes: &mut [u8]) -> Option<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(bytes) {
+            Ok(received) => return Some(received),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            // An ICMP error, of something sent before.
+            Err(_) => {}
         }
     }
 }
 
-fn announce_once(datapath: &ProxyDatapath, vni: u32) {
-    let sent = match datapath.announcement(vni) {
-        Ok(Some(announcement)) => announcement.send().map_err(|error| error.to_string()),
-        Ok(None) => Ok(()),
-        Err(error) => Err(error.to_string()),
-    };
-    if let Err(reason) = sent {
-        tracing::error!(vni, reason, "a VPC is not told that its shared address moved here");
+/// The thread: ends when the proxy is gone.
+fn run(proxy: &Weak<Proxy>) {
+    while let Some(proxy) = proxy.upgrade() {
+        let next = proxy.turn();
+        let left = next.saturating_duration_since(Instant::now());
+        let timeout =
+            PollTimeout::try_from(left.as_millis() as u32 + 1).unwrap_or(PollTimeout::MAX);
+        let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let (sessions, claims) = (proxy.sessions.as_fd(), proxy.claims.as_fd());
+        let mut fds = [sessions, claims, proxy.links.as_fd()].map(readable);
+        // Interrupted or not: the next turn finds out what came.
+        poll(&mut fds, timeout).ok();
     }
 }

@@ -20,3 +20,15 @@ pub unsafe fn compare_exchange(word: *mut u64, expected: u64, new: u64) -> bool 
     }
     found == expected
 }
+
+/// Adds to a word.
+///
+/// # Safety
+/// As of [`compare_exchange`].
+#[inline(always)]
+pub unsafe fn add(word: *mut u64, count: u64) {
+    // SAFETY: one atomic instruction on the map value.
+    unsafe {
+        asm!("lock *(u64 *)({word} + 0) += {count}", word = in(reg) word, count = in(reg) count);
+    }
+}

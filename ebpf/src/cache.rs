@@ -10,7 +10,8 @@ use aya_ebpf::maps::{Array, PerCpuArray};
 use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
 use warren_abi::wire::Ip;
 
-use crate::maps::{BLOCKS, HOST_VPCS, INTERFACES, PROXY_VPCS, uncached_slot};
+use crate::atomic;
+use crate::maps::{BLOCKS, CLAIMS, HOST_VPCS, INTERFACES, PROXY_VPCS, uncached_slot};
 
 /// Places for slots: powers of two, like all here. Those whose indices are alike take turns.
 const SLOTS: u32 = 4096;
@@ -46,29 +47,51 @@ struct Cached<V> {
 /// Valid until another is asked for, which may take its place.
 #[inline(always)]
 pub fn slot(ifindex: u32) -> Option<&'static Slot> {
-    get(&SLOT_CACHE, ifindex % SLOTS, ifindex.into(), || uncached_slot(ifindex))
+    get(&SLOT_CACHE, ifindex % SLOTS, ifindex.into(), |slot| {
+        *slot = uncached_slot(ifindex)?;
+        Some(())
+    })
 }
 
-/// A VPC on a host.
+/// A VPC on a host, with the proxy that claimed its addresses last.
 #[inline(always)]
 pub fn host_vpc(vni: u32) -> Option<&'static HostVpc> {
-    // SAFETY: it is copied at once; one that is replaced meanwhile is looked up again.
-    get(&HOST_VPC_CACHE, vni % VPCS, vni.into(), || unsafe { HOST_VPCS.get(vni).copied() })
+    // SAFETY: they are copied at once; one that is replaced meanwhile is looked up again.
+    get(&HOST_VPC_CACHE, vni % VPCS, vni.into(), |vpc| unsafe {
+        *vpc = *HOST_VPCS.get(vni)?;
+        if let Some(claim) = CLAIMS.get(vni) {
+            vpc.proxy_address = claim.proxy;
+        }
+        Some(())
+    })
+}
+
+/// Tells all who look something up here that a program changed a table.
+#[inline(always)]
+pub fn changed() {
+    if let Some(count) = CHANGES.get_ptr_mut(0) {
+        // SAFETY: the verifier checked the pointer for null; an array's entries stay.
+        unsafe { atomic::add(count, 1) };
+    }
 }
 
 /// A VPC on a proxy.
 #[inline(always)]
 pub fn proxy_vpc(vni: u32) -> Option<&'static ProxyVpc> {
     // SAFETY: as above.
-    get(&PROXY_VPC_CACHE, vni % VPCS, vni.into(), || unsafe { PROXY_VPCS.get(vni).copied() })
+    get(&PROXY_VPC_CACHE, vni % VPCS, vni.into(), |vpc| unsafe {
+        *vpc = *PROXY_VPCS.get(vni)?;
+        Some(())
+    })
 }
 
 /// The VPC that an interface of a proxy is in.
 #[inline(always)]
 pub fn vpc_of(ifindex: u32) -> Option<&'static ProxyVpc> {
     // SAFETY: as above.
-    get(&INTERFACE_CACHE, ifindex % VPCS, ifindex.into(), || unsafe {
-        INTERFACES.get(ifindex).copied()
+    get(&INTERFACE_CACHE, ifindex % VPCS, ifindex.into(), |vpc| unsafe {
+        *vpc = *INTERFACES.get(ifindex)?;
+        Some(())
     })
 }
 
@@ -79,16 +102,20 @@ pub fn holder(block: warren_abi::maps::BlockKey) -> Option<&'static Ip> {
     // The shared address is not in the key: a VPC has one in each state.
     let key = u64::from(block.vni) << 32 | u64::from(block.block);
     // SAFETY: as above.
-    get(&HOLDER_CACHE, index % HOLDERS, key, || unsafe { BLOCKS.get(block).copied() })
+    get(&HOLDER_CACHE, index % HOLDERS, key, |holder| unsafe {
+        *holder = *BLOCKS.get(block)?;
+        Some(())
+    })
 }
 
-/// What is under a key: in its place, or else in its table, and then there.
+/// What is under a key: in its place, or else filled in from its table. No copy of it is on the
+/// stack.
 #[inline(always)]
 fn get<V>(
     cache: &'static PerCpuArray<Cached<V>>,
     index: u32,
     key: u64,
-    look_up: impl FnOnce() -> Option<V>,
+    fill: impl FnOnce(&mut V) -> Option<()>,
 ) -> Option<&'static V> {
     // SAFETY: the verifier checks pointers for null; an array's entries stay, and tc programs do
     // not interrupt one another on a CPU. The count is read before the table is.
@@ -97,7 +124,7 @@ fn get<V>(
         let place = &mut *cache.get_ptr_mut(index)?;
         if place.state != state || place.key != key {
             place.state = 0;
-            place.value = look_up()?;
+            fill(&mut place.value)?;
             place.key = key;
             place.state = state;
         }

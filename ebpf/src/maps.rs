@@ -10,8 +10,8 @@ use warren_abi::flow::Timers;
 use warren_abi::flowlog::level;
 use warren_abi::fragment::{Cell, Datagram};
 use warren_abi::maps::{
-    BlockKey, CachedRoute, Drops, Flow, FlowCounts, Guard, Held, HostVpc, InFlow, InKey, Limits,
-    OutKey, Policy, ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
+    BlockKey, CachedRoute, Claim, Drops, Flow, FlowCounts, Guard, Held, HostVpc, InFlow, InKey,
+    Limits, Member, OutKey, Policy, ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
 };
 use warren_abi::services;
 use warren_abi::wire::{Ip, Ipv4, Mac};
@@ -79,6 +79,12 @@ pub static DATAGRAMS: LruHashMap<Cell, Datagram> = LruHashMap::with_max_entries(
 pub static LIMITS: Array<Limits> = Array::with_max_entries(1, 0);
 #[map]
 pub static HELD: Array<Held> = Array::with_max_entries(1, 0);
+#[map]
+pub static MEMBERS: HashMap<Member, u32> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static CLAIMS: HashMap<u32, Claim> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static HEARD: LruHashMap<Ip, u64> = LruHashMap::with_max_entries(1024, 0);
 
 /// How far a migration is: [`warren_abi::maps::migration`].
 #[map]

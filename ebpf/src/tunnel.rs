@@ -23,8 +23,8 @@ use warren_abi::wire::{ETHERTYPE_IPV6, Ethernet, GATEWAY_MAC, ICMP, Ip, Ipv4};
 use crate::maps::End;
 use crate::parse::{Packet, at};
 use crate::{
-    blocks, cache, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, parse,
-    route, tail,
+    blocks, cache, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, node,
+    parse, route, tail,
 };
 
 /// Address families (`linux/socket.h`).
@@ -47,7 +47,7 @@ pub fn host(ctx: &TcContext, vni: u32, remote: &Ip) -> i32 {
     let Some(vpc) = cache::host_vpc(vni) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
-    if !End::same(remote, &vpc.proxy_address) {
+    if !End::same(remote, &vpc.proxy_address) && !node::is_member(vni, remote) {
         return drops::verdict(ctx, 0, Err(Drop::NotFromProxy));
     }
     match parse::ethertype(ctx) {

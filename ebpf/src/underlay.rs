@@ -2,7 +2,7 @@
 //!
 //! A packet of the tunnel that is not segmented (GSO) is decapsulated here and dealt with at once:
 //! twice as fast as by way of the VXLAN device, which all others take, as does whatever is unusual
-//! about the outer headers. What is not the tunnel's passes.
+//! about the outer headers. What is not the tunnel's is a [`node`]'s message, or passes.
 //!
 //! In IPv6, all take the VXLAN device's way.
 //!
@@ -23,11 +23,10 @@ use warren_abi::wire::{
     UDP, VXLAN_PORT, Vxlan,
 };
 
-use crate::drops::TCX_NEXT;
 use crate::encap::ECN;
 use crate::maps::End;
 use crate::parse::{IP, at, pull};
-use crate::{migration, tunnel};
+use crate::{migration, node, tunnel};
 
 /// Addressed to this machine (`linux/if_packet.h`).
 const PACKET_HOST: u32 = 0;
@@ -46,11 +45,11 @@ static SEGMENTED: Array<u32> = Array::with_max_entries(TUNNEL_PORTS, 0);
 pub fn underlay_host(ctx: TcContext) -> i32 {
     // Without its outer headers, a packet could not be left to a former version's program.
     if migration::is_on() {
-        return TCX_NEXT;
+        return node::message(&ctx);
     }
     match decapsulate(&ctx) {
         Some((vni, remote)) => tunnel::host(&ctx, vni, &Ip::v4(remote)),
-        None => TCX_NEXT,
+        None => node::message(&ctx),
     }
 }
 
@@ -59,7 +58,7 @@ pub fn underlay_host(ctx: TcContext) -> i32 {
 pub fn underlay_proxy(ctx: TcContext) -> i32 {
     match decapsulate(&ctx) {
         Some((vni, remote)) => tunnel::proxy(&ctx, vni, &Ip::v4(remote)),
-        None => TCX_NEXT,
+        None => node::message(&ctx),
     }
 }
 

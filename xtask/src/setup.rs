@@ -30,6 +30,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("postgresql", "load of the benchmark of restarts"),
     ("unbound", "a real resolver in a tenant's VPC"),
     ("bind9-dnsutils", "a guest's DNS client: dig"),
+    ("keepalived", "gateways that the benchmark of dying proxies compares with"),
     ("nmap", "what a guest can reach"),
 ];
 

@@ -147,6 +147,7 @@ impl Warren {
             shared_address_v6: None,
             ports: PORTS,
             proxy_address: PROXY.into(),
+            proxies: Vec::new(),
         })?;
         topology.proxy.run(|| -> Result<()> {
             let vpc = ProxyVpc {
@@ -157,7 +158,7 @@ impl Warren {
                 gateway: None,
                 v6: None,
                 holders: vec![(PORTS, HOST.into())],
-                standby: false,
+                claim: Some(1),
                 routes: Vec::new(),
             };
             Ok(ProxyDatapath::open(&this.proxy.0)?.apply_vpc(&vpc)?)

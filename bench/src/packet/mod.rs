@@ -101,6 +101,7 @@ impl Bed {
             shared_address_v6: None,
             ports: PORTS,
             proxy_address: PROXY.into(),
+            proxies: Vec::new(),
         })?;
         let proxy = topology.proxy.run(|| ProxyDatapath::open(proxy))?;
         let router = Router { proxy, namespace: topology.proxy.clone() };
@@ -217,7 +218,7 @@ impl Router {
             gateway: Some(SERVER),
             v6: None,
             holders: vec![(PORTS, HOST.into())],
-            standby: false,
+            claim: Some(1),
             routes: (0..routes).map(route).collect(),
         };
         Ok(self.namespace.run(|| self.proxy.apply_vpc(&vpc))?)

@@ -221,6 +221,14 @@ impl Log {
         }
     }
 
+    /// The proxies that may own a VPC's addresses, as a proxy was told last.
+    pub fn succession_at(&self, proxy: &str) -> Vec<String> {
+        match self.applied(proxy).pop().and_then(|apply| apply.role) {
+            Some(apply_vpc_request::Role::Proxy(proxy)) => proxy.proxies,
+            _ => vec![],
+        }
+    }
+
     /// The underlay addresses of the holders that a proxy was told last.
     pub fn holders_at(&self, proxy: &str) -> Vec<String> {
         self.ports_at(proxy).into_iter().map(|(_, holder)| holder).collect()

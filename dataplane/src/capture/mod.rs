@@ -25,6 +25,7 @@ use warren_proto::v1;
 use crate::datapath::{self, HostDatapath};
 
 pub use self::filter::{Filter, InvalidFilter};
+pub(crate) use self::socket::link_address;
 pub use self::socket::{PacketSocket, Received};
 
 /// Bytes of the kernel's in which packets of each side wait.

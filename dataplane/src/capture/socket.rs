@@ -28,6 +28,24 @@ pub struct Received {
     pub length: usize,
 }
 
+/// An interface, as packet sockets name it; the protocol is in network byte order.
+pub(crate) fn link_address(ifindex: u32, protocol: u16) -> io::Result<LinkAddr> {
+    let address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: protocol,
+        sll_ifindex: ifindex as i32,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the pointer and the length are those of a whole sockaddr_ll.
+    let address = unsafe {
+        LinkAddr::from_raw((&raw const address).cast(), Some(size_of::<libc::sockaddr_ll>() as u32))
+    };
+    Ok(address.ok_or(Errno::EINVAL)?)
+}
+
 impl PacketSocket {
     /// Receives from now on what the interface of this index sees and the filter matches. What is
     /// not taken in time waits, in about `room` bytes of the kernel's, or is lost.
@@ -42,23 +60,7 @@ impl PacketSocket {
         }
         setsockopt(&socket, sockopt::ReceiveTimestampns, &true)?;
         setsockopt(&socket, sockopt::RcvBufForce, &room)?;
-        let address = libc::sockaddr_ll {
-            sll_family: libc::AF_PACKET as u16,
-            sll_protocol: SockProtocol::EthAll as u16,
-            sll_ifindex: ifindex as i32,
-            sll_hatype: 0,
-            sll_pkttype: 0,
-            sll_halen: 0,
-            sll_addr: [0; 8],
-        };
-        // SAFETY: the pointer and the length are those of a whole sockaddr_ll.
-        let address = unsafe {
-            LinkAddr::from_raw(
-                (&raw const address).cast(),
-                Some(size_of::<libc::sockaddr_ll>() as u32),
-            )
-        };
-        bind(socket.as_raw_fd(), &address.ok_or(Errno::EINVAL)?)?;
+        bind(socket.as_raw_fd(), &link_address(ifindex, SockProtocol::EthAll as u16)?)?;
         Ok(Self { socket })
     }
 

@@ -84,6 +84,15 @@ impl<K: Pod, V: Pod> Table<K, V> {
         self.map.get(key, 0).map_err(|source| Error::map(self.name, source))
     }
 
+    /// As [`Table::get`]; none if there is no such entry.
+    pub fn find(&self, key: &K) -> Result<Option<V>, Error> {
+        match self.map.get(key, 0) {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(Error::map(self.name, error)),
+        }
+    }
+
     pub fn keys(&self) -> impl Iterator<Item = Result<K, MapError>> {
         self.map.keys()
     }

@@ -21,6 +21,7 @@ use super::limits::{self, SlotLimits};
 use super::live::{self, Claims, LiveFlow, PortUse};
 use super::migrate::Migration;
 use super::netlink::{Interface, Netlink};
+use super::owners::{self, Owners};
 use super::pins::Pins;
 use super::policy::{self, Policies};
 use super::programs::{Globals, MapSpec, Programs};
@@ -28,7 +29,7 @@ use super::slots::{self, SlotTable};
 use super::{
     Attachment, Carried, DropCount, Error, HostOptions, HostVpc, MAX_SLOTS, Policy, PolicyId,
     PortRange, Restrictions, Slot, SweepReport, Usage, check_address, check_vni, fragments, join,
-    services, sweep, tap, underlay,
+    services, sweep, sysctl, tap, underlay,
 };
 
 /// Slots that maps have room for at least, so that a host can be given more without downtime.
@@ -63,6 +64,7 @@ struct State {
     vpcs: Table<u32, maps::HostVpc>,
     /// The keys of `vpcs`: this process is the only one to write.
     vnis: BTreeSet<u32>,
+    owners: Owners,
     policies: Policies,
     limits: SlotLimits,
 }
@@ -116,7 +118,8 @@ impl HostDatapath {
         let vnis = vnis.map_err(|source| Error::map(names::HOST_VPCS, source))?;
         let policies = Policies::open(&mut programs)?;
         let limits = SlotLimits::open(&mut programs)?;
-        let mut state = State { slots: table, vpcs, vnis, policies, limits };
+        let owners = Owners::open(&mut programs, &changes)?;
+        let mut state = State { slots: table, vpcs, vnis, owners, policies, limits };
         let counters = Counters::new(programs.map(names::DROPS)?);
         let flows = programs.data(names::CT_OUT)?;
         let claims = Claims::new(programs.map(names::CT_IN)?);
@@ -130,6 +133,7 @@ impl HostDatapath {
             slots::open(options, &made, &mut netlink, &mut programs, &mut state.slots, mtu)?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_HOST, underlay::SHORT_CUT, interface)?;
+        sysctl::hurry_neighbours(interface)?;
         let both = [programs::FRAGMENTS_FIRST, programs::FRAGMENTS_REST];
         fragments::connect(&mut netlink, &mut programs, &both, &fragments)?;
         services::connect(&mut netlink, &mut programs, &services, &slots, mtu)?;
@@ -210,7 +214,11 @@ impl HostDatapath {
             check_address("shared IPv6 address", address)?;
             underlay::check_mtu_v6(&self.underlay)?;
         }
-        underlay::check_remote(&self.underlay, "proxy address", vpc.proxy_address)?;
+        let proxies: BTreeSet<Ip> =
+            vpc.proxies.iter().copied().chain([vpc.proxy_address]).map(Ip::from).collect();
+        for proxy in &proxies {
+            underlay::check_remote(&self.underlay, "proxy address", (*proxy).into())?;
+        }
         vpc.ports.check()?;
         let value = maps::HostVpc {
             shared_address: vpc.shared_address.into(),
@@ -220,6 +228,7 @@ impl HostDatapath {
             shared_address_v6: vpc.shared_address_v6.map_or(Ip::UNSPECIFIED, Ip::from),
         };
         let mut state = self.lock();
+        state.owners.set_proxies(vpc.vni, proxies)?;
         state.vpcs.insert(&vpc.vni, &value)?;
         state.vnis.insert(vpc.vni);
         Ok(())
@@ -232,10 +241,12 @@ impl HostDatapath {
             return Err(Error::VpcInUse { vni, slot });
         }
         state.vnis.remove(&vni);
-        state.vpcs.remove(&vni)
+        state.vpcs.remove(&vni)?;
+        state.owners.set_proxies(vni, BTreeSet::new())
     }
 
-    /// The VPCs that the programs know, in the order of their VNIs.
+    /// The VPCs that the programs know, in the order of their VNIs, with the proxies that own their
+    /// addresses now.
     pub fn vpcs(&self) -> Result<Vec<HostVpc>, Error> {
         let state = self.lock();
         let mut vpcs = state
@@ -243,6 +254,8 @@ impl HostDatapath {
             .iter()
             .map(|entry| {
                 let (vni, vpc) = entry.map_err(|e| Error::map(names::HOST_VPCS, e))?;
+                let owner = state.owners.owner(vni)?.unwrap_or(vpc.proxy_address);
+                let others = state.owners.proxies(vni).filter(|proxy| *proxy != owner);
                 Ok(HostVpc {
                     vni,
                     shared_address: vpc.shared_address.into(),
@@ -250,7 +263,8 @@ impl HostDatapath {
                         .filter(|address| !address.is_unspecified())
                         .map(Into::into),
                     ports: PortRange { base: vpc.port_base as u16, count: vpc.port_count },
-                    proxy_address: vpc.proxy_address.into(),
+                    proxy_address: owner.into(),
+                    proxies: others.map(IpAddr::from).collect(),
                 })
             })
             .collect::<Result<Vec<_>, _>>()?;
@@ -508,6 +522,7 @@ fn load(
     let (slots, count) = (options.slots, options.flows);
     let [policies, rule_hits] = policy::map_specs();
     let [limits, held] = limits::map_specs(room, slots);
+    let [members, claims] = owners::map_specs(MAX_VPCS);
     let globals = Globals {
         underlay,
         services,
@@ -532,6 +547,8 @@ fn load(
         MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS).layout(layouts::DATAGRAMS),
         limits,
         held,
+        members,
+        claims,
         Changes::map_spec(),
     ];
     Programs::load(&options.object, &globals, pins, &maps, &programs::OF_HOST)

@@ -27,9 +27,11 @@ mod flow_events;
 mod fragments;
 mod host;
 mod limits;
+mod links;
 mod live;
 mod migrate;
 mod netlink;
+mod owners;
 mod pins;
 mod policy;
 mod programs;
@@ -49,6 +51,7 @@ pub use carried::Carried;
 pub use flow_events::{FlowEvents, FlowLogLevel, FlowLogOptions, FlowTotals};
 pub use host::HostDatapath;
 pub use limits::{Limits, Usage};
+pub use links::{Changed, LinkEvents};
 pub use live::{LiveFlow, PortUse};
 pub use policy::{OTHERWISE, Policy, PolicyId};
 pub use proxy::ProxyDatapath;
@@ -126,7 +129,7 @@ pub struct PortRange {
 }
 
 /// A VPC, as a host knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostVpc {
     /// VXLAN network identifier, 1 to 2^24-1.
     pub vni: u32,
@@ -136,8 +139,11 @@ pub struct HostVpc {
     pub shared_address_v6: Option<Ipv6Addr>,
     /// This host's ports of both addresses.
     pub ports: PortRange,
-    /// Underlay address of the proxy that owns the shared addresses.
+    /// Underlay address of the proxy that owns the shared addresses, until another claims them
+    /// ([`warren_abi::claim`]).
     pub proxy_address: IpAddr,
+    /// All that may claim them, and that replies may come from, beside that one.
+    pub proxies: Vec<IpAddr>,
 }
 
 /// A VPC, as a proxy knows it.
@@ -157,9 +163,9 @@ pub struct ProxyVpc {
     pub v6: Option<ProxyVpcV6>,
     /// Who holds which ports, of the addresses of both families: the underlay addresses of hosts.
     pub holders: Vec<(PortRange, IpAddr)>,
-    /// Another proxy owns the shared addresses: this one forwards both ways as that does, but answers
-    /// nobody who asks for them.
-    pub standby: bool,
+    /// Sequence number of the claim by which this proxy owns the shared addresses. None: another
+    /// does, and this one forwards both ways as that does, but answers nobody who asks for them.
+    pub claim: Option<u32>,
     /// Its own routes, which come before those of CIDR and gateway; the longest prefix wins.
     pub routes: Vec<Route>,
 }
@@ -321,7 +327,7 @@ pub enum Error {
 }
 
 impl Error {
-    fn system(operation: &'static str, object: impl Display, source: io::Error) -> Self {
+    pub(crate) fn system(operation: &'static str, object: impl Display, source: io::Error) -> Self {
         Self::System { operation, object: object.to_string(), source }
     }
 

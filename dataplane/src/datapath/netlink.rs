@@ -36,6 +36,8 @@ pub(super) struct Interface {
     /// Largest IP packet, in bytes.
     pub mtu: u32,
     pub is_up: bool,
+    /// Whether there is somebody at the other end.
+    pub has_carrier: bool,
     /// None unless it is an Ethernet device.
     pub mac: Option<[u8; 6]>,
     pub kind: Option<InfoKind>,
@@ -92,6 +94,19 @@ impl Netlink {
                 Err(Error::NoInterface { name: name.to_owned() })
             }
             Err(source) => Err(Error::system("look up", name, source)),
+        }
+    }
+
+    /// The interface of this index, if there is one.
+    pub fn interface_at(&mut self, index: u32) -> Result<Option<Interface>, Error> {
+        let request = LinkUnspec::new_with_index(index).build();
+        match self.request(RouteNetlinkMessage::GetLink(request), 0) {
+            Ok(answers) => Ok(answers.into_iter().find_map(|answer| match answer {
+                RouteNetlinkMessage::NewLink(link) => Some(interface(link)),
+                _ => None,
+            })),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+            Err(source) => Err(Error::system("look up", index, source)),
         }
     }
 
@@ -313,6 +328,7 @@ fn interface(link: LinkMessage) -> Interface {
         name: String::new(),
         mtu: 0,
         is_up: link.header.flags.contains(LinkFlags::Up),
+        has_carrier: link.header.flags.contains(LinkFlags::LowerUp),
         mac: None,
         kind: None,
     };

@@ -23,7 +23,7 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
-    check_gateway_v6, check_vni, fragments, sysctl, underlay,
+    check_gateway_v6, check_vni, fragments, is_missing, sysctl, underlay,
 };
 use crate::announce::Announcement;
 use crate::clock::monotonic_ns;
@@ -40,6 +40,7 @@ const MAX_BLOCKS: u32 = 1 << 18;
 pub struct ProxyDatapath {
     fragments: String,
     underlay: Underlay,
+    heard: HashMap<MapData, Ip, u64>,
     state: Mutex<State>,
 }
 
@@ -109,6 +110,7 @@ impl ProxyDatapath {
         )?;
         let interface = &options.underlay_interface;
         programs.attach(programs::UNDERLAY_PROXY, underlay::SHORT_CUT, interface)?;
+        sysctl::hurry_neighbours(interface)?;
         fragments::connect(&mut netlink, &mut programs, &[programs::FRAGMENTS_PROXY], &fragments)?;
         for link in programs.pins().link_names()? {
             if link.starts_with(LINK_PREFIX) {
@@ -118,6 +120,7 @@ impl ProxyDatapath {
         }
         programs.commit()?;
         let changes = Changes::open(&mut programs)?;
+        let heard = programs.map(names::HEARD)?;
         let state = State {
             netlink,
             vpcs: Table::open(&mut programs, names::PROXY_VPCS, &changes)?,
@@ -127,7 +130,7 @@ impl ProxyDatapath {
             routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
         };
-        Ok(Self { fragments: fragments.name, underlay, state: Mutex::new(state) })
+        Ok(Self { fragments: fragments.name, underlay, heard, state: Mutex::new(state) })
     }
 
     /// Name of the device for fragments: see [`crate::fragments`].
@@ -194,8 +197,9 @@ impl ProxyDatapath {
             gateway: vpc.gateway.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
             scope,
             mac: Mac::new(mac),
-            standby: vpc.standby.into(),
-            reserved: [0; 5],
+            standby: vpc.claim.is_none().into(),
+            reserved: 0,
+            claim: vpc.claim.or(before.map(|before| before.claim)).unwrap_or_default(),
             // After the table changed: what programs found in it until now is not used any more.
             table: if has_table { monotonic_ns() } else { 0 },
             v6: vpc.v6.as_ref().map_or(maps::ProxyVpcV6::NONE, |v6| maps::ProxyVpcV6 {
@@ -212,6 +216,40 @@ impl ProxyDatapath {
             state.routes.set(vpc.vni, &Entries::new())?;
         }
         state.enter_interface(vpc, &interface, before.as_ref())
+    }
+
+    /// Makes this proxy the owner of a VPC's addresses by a claim, or puts it on standby. Nothing if
+    /// the VPC is unknown.
+    pub fn set_claim(&self, vni: u32, claim: Option<u32>) -> Result<(), Error> {
+        let mut state = self.lock();
+        let Some(mut vpc) = state.vpc(vni)? else { return Ok(()) };
+        vpc.standby = claim.is_none().into();
+        vpc.claim = claim.unwrap_or(vpc.claim);
+        state.interfaces.insert(&vpc.ifindex, &vpc)?;
+        state.vpcs.insert(&vni, &vpc)
+    }
+
+    /// Whether a VPC's interface is up, and somebody at its other end.
+    pub fn has_carrier(&self, vni: u32) -> Result<bool, Error> {
+        let mut state = self.lock();
+        let Some(vpc) = state.vpc(vni)? else { return Ok(false) };
+        let interface = state.netlink.interface_at(vpc.ifindex)?;
+        Ok(interface.is_some_and(|interface| interface.is_up && interface.has_carrier))
+    }
+
+    /// The VPC that the interface of this index is in.
+    pub fn vpc_at(&self, ifindex: u32) -> Result<Option<u32>, Error> {
+        Ok(self.lock().interfaces.find(&ifindex)?.map(|vpc| vpc.vni))
+    }
+
+    /// When each node of the underlay asked last whether this one forwards, in nanoseconds of
+    /// `CLOCK_MONOTONIC`.
+    pub fn heard(&self, node: IpAddr) -> Result<Option<u64>, Error> {
+        match self.heard.get(&Ip::from(node), 0) {
+            Ok(when) => Ok(Some(when)),
+            Err(error) if is_missing(&error) => Ok(None),
+            Err(error) => Err(Error::map(names::HEARD, error)),
+        }
     }
 
     /// What is to be told to a VPC's neighbours: none while another proxy owns its addresses.
@@ -259,7 +297,7 @@ impl ProxyDatapath {
                     .filter(|gateway: &Ipv4Addr| !gateway.is_unspecified()),
                 v6: v6_of(&vpc.v6)?,
                 holders: holders.remove(&vpc.vni).unwrap_or_default(),
-                standby: vpc.standby != 0,
+                claim: (vpc.standby == 0).then_some(vpc.claim),
                 routes: Vec::new(),
             };
             vpc.routes = state.routes.of(&vpc);
@@ -322,7 +360,7 @@ impl State {
     }
 
     fn vpc(&self, vni: u32) -> Result<Option<maps::ProxyVpc>, Error> {
-        Ok(self.all_vpcs()?.into_iter().find(|vpc| vpc.vni == vni))
+        self.vpcs.find(&vni)
     }
 
     fn interface_owner(&self, ifindex: u32) -> Result<Option<u32>, Error> {
@@ -372,6 +410,7 @@ impl State {
         for address in wanted {
             self.netlink.add_address(interface, address)?;
         }
+        sysctl::hurry_neighbours(&interface.name)?;
         self.netlink.set_up(&[interface], interface.mtu)
     }
 

@@ -166,7 +166,7 @@ mod tests {
                 gateway: Some("fe80::1".parse().unwrap()),
             }),
             holders: vec![],
-            standby: false,
+            claim: None,
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
         }
     }

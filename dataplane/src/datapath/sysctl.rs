@@ -24,6 +24,20 @@ pub(super) fn reset_ipv6(interface: &str) -> Result<(), Error> {
     set(interface, "disable_ipv6", "0")
 }
 
+/// Has the kernel ask for neighbours on an interface again after 20 ms, not a second: one question that
+/// is lost, while addresses move, would hold up all traffic with that neighbour for so long.
+pub(super) fn hurry_neighbours(interface: &str) -> Result<(), Error> {
+    for family in ["ipv4", "ipv6"] {
+        let path = format!("/proc/sys/net/{family}/neigh/{interface}/retrans_time_ms");
+        match fs::write(&path, "20") {
+            // It has none of this family.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            result => result.map_err(|source| Error::system("write", path, source))?,
+        }
+    }
+    Ok(())
+}
+
 fn set(interface: &str, name: &str, value: &str) -> Result<(), Error> {
     let path = format!("/proc/sys/net/ipv6/conf/{interface}/{name}");
     fs::write(&path, value).map_err(|source| Error::system("write", path, source))

@@ -68,7 +68,8 @@ fn proxy_vpc(vpc: &ProxyVpcV1) -> maps::ProxyVpc {
         scope,
         mac,
         standby: 0,
-        reserved: [0; 5],
+        reserved: 0,
+        claim: 0,
         table: vpc.table,
         v6: ProxyVpcV6::NONE,
     }

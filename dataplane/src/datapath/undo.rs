@@ -21,16 +21,23 @@ pub(super) struct Undo {
     former: HashMap<u32, SchedClassifier>,
     /// Pins that were made.
     pins: Vec<PathBuf>,
+    /// All went well: what comes later is not put back.
+    is_over: bool,
 }
 
 impl Undo {
     /// Remembers a pin that is about to be made.
     pub fn pin(&mut self, path: PathBuf) {
-        self.pins.push(path);
+        if !self.is_over {
+            self.pins.push(path);
+        }
     }
 
     /// Remembers the program of a pinned link that is about to get another.
     pub fn hook(&mut self, path: &Path, link: &FdLink) -> Result<(), Error> {
+        if self.is_over {
+            return Ok(());
+        }
         let error = |source| Error::program("look up the program of", path.display(), source);
         let info = link.info().map_err(|source| {
             Error::system("look up link", path.display(), io::Error::other(source))
@@ -50,8 +57,9 @@ impl Undo {
         Ok(())
     }
 
-    /// All went well: nothing is put back.
+    /// All went well: nothing is put back, nor what is changed from now on.
     pub fn keep(&mut self) {
+        self.is_over = true;
         self.hooks.clear();
         self.former.clear();
         self.pins.clear();

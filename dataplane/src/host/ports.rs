@@ -77,6 +77,7 @@ mod tests {
             shared_address_v6: None,
             ports: PortRange { base: 1024, count: 128 },
             proxy_address: std::net::IpAddr::from([192, 0, 2, 8]),
+            proxies: Vec::new(),
         };
         let one = |vni, protocol, ports, blocks: &[u32]| PortUse {
             vni,

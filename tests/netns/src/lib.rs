@@ -5,7 +5,9 @@
 #![deny(missing_docs)]
 
 pub mod capture;
+pub mod cluster;
 pub mod fleet;
+pub mod grid;
 pub mod guest;
 pub mod netns;
 pub mod postgres;

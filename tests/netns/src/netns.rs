@@ -2,12 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// A network namespace that lives as long as this value, its clones, and the processes in it.
@@ -96,6 +97,22 @@ impl Namespace {
             let stderr = String::from_utf8_lossy(&output.stderr);
             bail!("`ip {words}` in {}: {}", self.name, stderr.trim());
         }
+        Ok(())
+    }
+
+    /// Runs `ip` once for all of these lines.
+    pub fn ip_batch(&self, lines: impl Iterator<Item = String>) -> Result<()> {
+        let mut command = self.command("ip");
+        command.args(["-batch", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("cannot run `ip` (package iproute2)")?;
+        let mut input = child.stdin.take().context("it has an input")?;
+        for line in lines {
+            writeln!(input, "{line}")?;
+        }
+        drop(input);
+        let output = child.wait_with_output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`ip -batch` in {}: {}", self.name, error.trim());
         Ok(())
     }
 

@@ -154,6 +154,7 @@ impl Bed {
             shared_address_v6: self.v6.then_some(SHARED_V6),
             ports,
             proxy_address: self.ends[1],
+            proxies: Vec::new(),
         };
         self.host().apply_vpc(&vpc).expect("the host takes the VPC");
     }
@@ -190,7 +191,7 @@ pub fn proxy_vpc<A: Into<IpAddr>>(vni: u32, holders: Vec<(PortRange, A)>) -> Pro
         gateway: None,
         v6: None,
         holders: holders.into_iter().map(|(ports, host)| (ports, host.into())).collect(),
-        standby: false,
+        claim: Some(1),
         routes: Vec::new(),
     }
 }
@@ -206,6 +207,7 @@ fn object() -> Vec<u8> {
 }
 
 /// Waits until something is so that becomes so in a moment.
+#[track_caller]
 pub fn eventually(mut so: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + crate::guest::PATIENCE;
     while !so() {

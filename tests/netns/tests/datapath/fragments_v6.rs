@@ -124,7 +124,10 @@ fn a_guest_s_fragments_pass_in_order_without_the_daemon_and_in_any_order_with_it
         guest.send(&parts[2]);
         assert!(received(&server).0 == sent);
         assert_eq!(bed.host().drops().expect("counters can be read"), []);
-        assert_eq!(bed.proxy().drops().expect("counters can be read"), []);
+        // The server's kernel tells of its multicast groups, behind an extension header.
+        let mut drops = bed.proxy().drops().expect("counters can be read");
+        drops.retain(|drop| drop.reason != DropReason::ExtensionHeader);
+        assert_eq!(drops, []);
     }
 }
 

@@ -103,6 +103,7 @@ fn guests_of_two_hosts_reach_each_other_by_their_shared_ports() {
         shared_address_v6: None,
         ports: theirs,
         proxy_address: PROXY.into(),
+        proxies: Vec::new(),
     };
     second.apply_vpc(&vpc).expect("the host takes the VPC");
     bed.host().attach(1, VNI_A).expect("the slot is free");

@@ -180,6 +180,7 @@ fn what_was_known_is_known_after_a_restart() {
         shared_address_v6: None,
         ports: PORTS,
         proxy_address: PROXY.into(),
+        proxies: Vec::new(),
     });
     assert_eq!(known, expected);
     let known = bed.topology.proxy.run(|| bed.proxy().vpcs()).expect("VPCs can be read");
@@ -306,17 +307,18 @@ fn mistakes_in_vpcs_are_named() {
         shared_address_v6: None,
         ports: PORTS,
         proxy_address: PROXY.into(),
+        proxies: Vec::new(),
     };
     for wrong in [
-        HostVpc { vni: 0, ..good },
-        HostVpc { vni: 1 << 24, ..good },
-        HostVpc { ports: PortRange { base: 1000, count: 64 }, ..good },
-        HostVpc { ports: PortRange { base: 960, count: 64 }, ..good },
-        HostVpc { ports: PortRange { base: 1024, count: 65 }, ..good },
-        HostVpc { ports: PortRange { base: 1024, count: 0 }, ..good },
-        HostVpc { ports: PortRange { base: 65472, count: 128 }, ..good },
-        HostVpc { shared_address: [224, 0, 0, 1].into(), ..good },
-        HostVpc { proxy_address: Ipv4Addr::UNSPECIFIED.into(), ..good },
+        HostVpc { vni: 0, ..good.clone() },
+        HostVpc { vni: 1 << 24, ..good.clone() },
+        HostVpc { ports: PortRange { base: 1000, count: 64 }, ..good.clone() },
+        HostVpc { ports: PortRange { base: 960, count: 64 }, ..good.clone() },
+        HostVpc { ports: PortRange { base: 1024, count: 65 }, ..good.clone() },
+        HostVpc { ports: PortRange { base: 1024, count: 0 }, ..good.clone() },
+        HostVpc { ports: PortRange { base: 65472, count: 128 }, ..good.clone() },
+        HostVpc { shared_address: [224, 0, 0, 1].into(), ..good.clone() },
+        HostVpc { proxy_address: Ipv4Addr::UNSPECIFIED.into(), ..good.clone() },
     ] {
         let result = bed.host().apply_vpc(&wrong);
         assert!(matches!(result, Err(Error::Invalid { .. })), "{wrong:?}: {result:?}");

@@ -20,6 +20,7 @@ mod reuse;
 mod routes;
 mod services;
 mod standby;
+mod succession;
 mod timers;
 mod traffic;
 mod underlay_v6;

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, UdpSocket};
 
 use warren_abi::drop::Drop as DropReason;
+use warren_dataplane::announce::Announcer;
 use warren_dataplane::datapath::{ProxyVpc, ProxyVpcV6};
 use warren_netns::netns::Namespace;
 use warren_netns::topology::{CIDR_V6, HOST, SHARED, SHARED_V6};
@@ -21,19 +22,19 @@ fn neighbour(vpc: &Namespace, address: IpAddr) -> Option<String> {
 fn a_proxy_on_standby_answers_nobody_and_announces_the_address_when_it_is_its_own() {
     let bed = Bed::dual();
     let vpc = &bed.topology.vpcs[0];
-    let apply = |standby| {
+    let apply = |claim| {
         let v6 = Some(ProxyVpcV6 {
             shared_address: SHARED_V6,
             cidr: CIDR_V6.parse().expect("it is a CIDR"),
             gateway: None,
         });
         let definition =
-            ProxyVpc { standby, v6, ..proxy_vpc(VNI_A, vec![(PORTS, IpAddr::from(HOST))]) };
+            ProxyVpc { claim, v6, ..proxy_vpc(VNI_A, vec![(PORTS, IpAddr::from(HOST))]) };
         let apply = || bed.proxy().apply_vpc(&definition);
         bed.topology.proxy.run(apply).expect("the proxy takes the VPC");
     };
     let addresses = [IpAddr::from(SHARED), IpAddr::from(SHARED_V6)];
-    apply(true);
+    apply(None);
     assert_eq!(bed.proxy().announcement(VNI_A).expect("it is known"), None);
     let before = bed.proxy_drops(VNI_A, DropReason::Standby);
     for address in addresses {
@@ -50,12 +51,13 @@ fn a_proxy_on_standby_answers_nobody_and_announces_the_address_when_it_is_its_ow
         let words = format!("neigh replace {address} lladdr 02:00:00:00:00:99 dev eth0 nud stale");
         vpc.ip(&words).expect("ip can set it");
     }
-    apply(false);
+    apply(Some(1));
     let announcement = bed.proxy().announcement(VNI_A).expect("it is known");
     let announcement = announcement.expect("it is the owner");
     assert_eq!(announcement.addresses, addresses);
     let mac = announcement.mac.map(|octet| format!("{octet:02x}")).join(":");
-    bed.topology.proxy.run(|| announcement.send()).expect("it can be sent");
+    let send = || Announcer::open()?.send(&announcement);
+    bed.topology.proxy.run(send).expect("it can be sent");
     for address in addresses {
         eventually(|| neighbour(vpc, address).as_deref() == Some(mac.as_str()));
     }

@@ -145,7 +145,8 @@ impl Programs {
             scope: SCOPE,
             mac: Mac::new(VPC_MAC),
             standby: 0,
-            reserved: [0; 5],
+            reserved: 0,
+            claim: 0,
             table: 0,
             v6: ProxyVpcV6 {
                 shared_address: SHARED_V6.into(),

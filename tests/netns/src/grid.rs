@@ -1,0 +1,107 @@
+//! Hosts and proxies on one underlay, and two tenants' VPCs with the same CIDR: links of their own,
+//! on which all proxies stand.
+//!
+//! ```text
+//!   host 1 .1 ──┬── 192.0.2.0/24 ──┬── proxy 1 .101 ──┬── vpc-a ── server 10.0.0.10
+//!   host 2 .2 ──┘   (a bridge)     ├── proxy 2 .102 ──┤   (two bridges, 10.0.0.0/24 each)
+//!                                  └── proxy 3 .103 ──┴── vpc-b ── server 10.0.0.10
+//! ```
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+
+use crate::netns::{Namespace, veth};
+use crate::topology::{SERVER, UNDERLAY, VPC_INTERFACES};
+
+/// A machine on the underlay.
+#[derive(Debug)]
+pub struct Machine {
+    /// Its network.
+    pub namespace: Namespace,
+    /// Its address in the underlay.
+    pub address: Ipv4Addr,
+    /// Its cables: the names of their other ends. That of the underlay is the first one.
+    pub cables: Vec<String>,
+}
+
+/// The machines, connected.
+#[derive(Debug)]
+pub struct Grid {
+    /// Where `warrend --role host` runs.
+    pub hosts: Vec<Machine>,
+    /// Where `warrend --role proxy` runs.
+    pub proxies: Vec<Machine>,
+    /// The tenants' servers, one namespace each.
+    pub vpcs: [Namespace; 2],
+    fabric: Namespace,
+}
+
+impl Grid {
+    /// Makes and connects everything.
+    pub fn new(hosts: u8, proxies: u8) -> Result<Self> {
+        let fabric = Namespace::new("fabric")?;
+        for bridge in ["br0", "br-a", "br-b"] {
+            fabric.ip(&format!("link add {bridge} type bridge stp_state 0 forward_delay 0"))?;
+            fabric.ip(&format!("link set {bridge} up"))?;
+        }
+        // A wire filters nothing. Without the module br_netfilter there is no such switch.
+        fabric.sysctl("bridge/bridge-nf-call-iptables", "0").ok();
+        let plug = |bridge: &str, cable: &str, machine: &Namespace, interface: &str| {
+            veth(&fabric, cable, machine, interface)?;
+            fabric.ip(&format!("link set {cable} master {bridge}"))
+        };
+        let machine = |name: String, last: u8| -> Result<Machine> {
+            let address = Ipv4Addr::new(192, 0, 2, last);
+            let namespace = Namespace::new(&name)?;
+            plug("br0", &name, &namespace, UNDERLAY)?;
+            namespace.ip(&format!("addr add {address}/24 dev {UNDERLAY}"))?;
+            Ok(Machine { namespace, address, cables: vec![name] })
+        };
+        let hosts = (1..=hosts).map(|n| machine(format!("host{n}"), n)).collect::<Result<_>>()?;
+        let proxies = (1..=proxies).map(|n| {
+            let mut proxy = machine(format!("proxy{n}"), 100 + n)?;
+            for (bridge, interface) in ["br-a", "br-b"].into_iter().zip(VPC_INTERFACES) {
+                let cable = format!("{interface}-{n}");
+                plug(bridge, &cable, &proxy.namespace, interface)?;
+                proxy.cables.push(cable);
+            }
+            Ok(proxy)
+        });
+        let proxies = proxies.collect::<Result<_>>()?;
+        let vpcs = [Namespace::new("vpc-a")?, Namespace::new("vpc-b")?];
+        for (vpc, bridge) in vpcs.iter().zip(["br-a", "br-b"]) {
+            plug(bridge, vpc.name(), vpc, "eth0")?;
+            vpc.ip(&format!("addr add {SERVER}/24 dev eth0"))?;
+        }
+        Ok(Self { hosts, proxies, vpcs, fabric })
+    }
+
+    /// Cuts cables: both ends lose their carrier.
+    pub fn cut(&self, cables: &[String]) -> Result<()> {
+        self.fabric.ip_batch(cables.iter().map(|cable| format!("link set {cable} down")))
+    }
+
+    /// Mends cables that were cut.
+    pub fn mend(&self, cables: &[String]) -> Result<()> {
+        self.fabric.ip_batch(cables.iter().map(|cable| format!("link set {cable} up")))
+    }
+
+    /// Loses what comes out of a machine's end of a cable (`ingress`) or what goes into it
+    /// (`egress`), or both, and nobody sees that there is no carrier.
+    pub fn block(&self, cable: &str, hooks: &[&str]) -> Result<()> {
+        let chain = |hook: &&str| {
+            let device = format!("\"{cable}\"");
+            format!(
+                "chain {hook} {{ type filter hook {hook} device {device} priority 0; policy drop; }};"
+            )
+        };
+        let chains: Vec<_> = hooks.iter().map(chain).collect();
+        self.fabric.nft(&format!("table netdev block-{cable} {{ {} }}", chains.join(" ")))
+    }
+
+    /// Undoes [`Grid::block`].
+    pub fn unblock(&self, cable: &str) -> Result<()> {
+        self.fabric.nft(&format!("delete table netdev block-{cable}"))
+    }
+}
