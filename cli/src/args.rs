@@ -119,6 +119,19 @@ pub struct VpcCreate {
 pub enum HostCommand {
     /// List the hosts and proxies.
     Ls,
+    /// Have proxies own no VPC's addresses any more: their traffic goes over to others without loss,
+    /// and then they may be stopped. Waits until that is so.
+    Drain {
+        /// Names.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Undo `drain`.
+    Undrain {
+        /// Names.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
     /// Forget hosts and proxies that are gone for good: a host's ports become others' two minutes
     /// after each proxy has dropped it as their holder.
     Forget {

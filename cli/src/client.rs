@@ -7,12 +7,12 @@ use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
     AddRoutesRequest, CallInstanceRequest, CapturePacketsRequest, CapturePacketsResponse,
     ChangeSecurityRulesRequest, CreateSecurityGroupRequest, CreateVpcRequest, DeleteRoutesRequest,
-    DeleteSecurityGroupRequest, FindFleetMappingsRequest, ForgetHostRequest, GetSecurityRequest,
-    GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, Instance, ListFleetDropsRequest,
-    ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest, ListRoutesRequest,
-    ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route, RunInstanceRequest,
-    RunInstanceResponse, SecurityDefaults, SecurityGroup, SetSecurityDefaultsRequest,
-    StopInstanceRequest, Vpc,
+    DeleteSecurityGroupRequest, DrainProxyRequest, FindFleetMappingsRequest, ForgetHostRequest,
+    GetSecurityRequest, GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, Instance,
+    ListFleetDropsRequest, ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest,
+    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route,
+    RunInstanceRequest, RunInstanceResponse, SecurityDefaults, SecurityGroup,
+    SetSecurityDefaultsRequest, StopInstanceRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -43,6 +43,11 @@ impl Client {
     pub async fn hosts(&mut self) -> Result<Vec<Host>, Error> {
         let answer = self.service.list_hosts(ListHostsRequest {}).await;
         Ok(self.unwrap(answer)?.hosts)
+    }
+
+    pub async fn drain_proxy(&mut self, name: String, drained: bool) -> Result<(), Error> {
+        let answer = self.service.drain_proxy(DrainProxyRequest { name, drained }).await;
+        self.unwrap(answer).map(drop)
     }
 
     pub async fn forget_host(&mut self, name: String) -> Result<(), Error> {

@@ -13,6 +13,7 @@ use crate::args::{
 };
 use crate::capture;
 use crate::client::Client;
+use crate::drain;
 use crate::drops;
 use crate::error::Error;
 use crate::flows;
@@ -44,6 +45,13 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Host(HostCommand::Ls) => {
             let rows: Vec<_> = client.hosts().await?.into_iter().map(HostRow::from).collect();
             print(&render::list(output, &rows))
+        }
+        Command::Host(HostCommand::Drain { names }) => drain::run(client, output, names).await,
+        Command::Host(HostCommand::Undrain { names }) => {
+            for name in &names {
+                client.drain_proxy(name.clone(), false).await?;
+            }
+            drain::show(client, output, &names).await
         }
         Command::Host(HostCommand::Forget { names }) => {
             let mut rows = Vec::new();

@@ -28,6 +28,9 @@ pub enum Error {
     /// The answer cannot be used.
     #[error("the control plane's answer lacks {0}")]
     Incomplete(&'static str),
+    /// Proxies still own addresses.
+    #[error("these proxies still own VPCs' addresses: {}", names.join(", "))]
+    Undrained { names: Vec<String> },
     /// A host or proxy does not tell what it dropped.
     #[error("the drops of {host} are not known: {problem}")]
     DropsUnknown { host: String, problem: String },
@@ -74,6 +77,9 @@ impl Error {
             Self::NoGroup { vpc, .. } => {
                 Some(format!("`warren security-group ls {vpc}` lists them"))
             }
+            Self::Undrained { .. } => {
+                Some("`warren host ls` shows whether another proxy is alive and not drained".into())
+            }
             Self::Some { first, .. } => first.hint(),
             Self::Refused { .. }
             | Self::Usage(_)
@@ -91,6 +97,7 @@ impl Error {
             Self::Incomplete(_) | Self::NotAProbe | Self::Output(_) => 1,
             Self::Usage(_) | Self::Ambiguous { .. } => 2,
             Self::Connect(_)
+            | Self::Undrained { .. }
             | Self::DropsUnknown { .. }
             | Self::FlowsUnknown { .. }
             | Self::HitsUnknown { .. } => 3,

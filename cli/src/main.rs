@@ -4,6 +4,7 @@ mod args;
 mod capture;
 mod client;
 mod commands;
+mod drain;
 mod drops;
 mod error;
 mod flows;

@@ -12,12 +12,12 @@ use warren_proto::v1::{
     CapturePacketsRequest, CapturePacketsResponse, ChangeSecurityRulesRequest,
     ChangeSecurityRulesResponse, CreateSecurityGroupRequest, CreateSecurityGroupResponse,
     CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
-    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, EndInstanceRequest,
-    FindFleetMappingsRequest, FindFleetMappingsResponse, ForgetHostRequest, ForgetHostResponse,
-    GetSecurityRequest, GetSecurityResponse, InvokeInstanceRequest, ListFleetDropsRequest,
-    ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse, ListHostsRequest,
-    ListHostsResponse, ListInstancesRequest, ListInstancesResponse, ListRoutesRequest,
-    ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
+    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DrainProxyRequest, DrainProxyResponse,
+    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, ForgetHostRequest,
+    ForgetHostResponse, GetSecurityRequest, GetSecurityResponse, InvokeInstanceRequest,
+    ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse,
+    ListHostsRequest, ListHostsResponse, ListInstancesRequest, ListInstancesResponse,
+    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
     ReplaceRoutesResponse, RuleHits, RunInstanceRequest, RunInstanceResponse,
     SetSecurityDefaultsRequest, SetSecurityDefaultsResponse, StartInstanceRequest,
     StopInstanceRequest, StopInstanceResponse,
@@ -81,6 +81,15 @@ impl ControlService for Api {
         self.deployer.forget(&name).await?;
         self.fleet.forget(&name).await?;
         Ok(Response::new(ForgetHostResponse {}))
+    }
+
+    async fn drain_proxy(
+        &self,
+        request: Request<DrainProxyRequest>,
+    ) -> Result<Response<DrainProxyResponse>, Status> {
+        let DrainProxyRequest { name, drained } = request.into_inner();
+        self.fleet.drain(&name, drained).await?;
+        Ok(Response::new(DrainProxyResponse {}))
     }
 
     async fn run_instance(

@@ -552,6 +552,7 @@ impl Network {
                 role: peer.role,
                 underlay_address: peer.underlay_address,
                 session,
+                drained: peer.drained,
                 acknowledged: told
                     .filter(|(acknowledged_in, _)| Some(*acknowledged_in) == session)
                     .map(|(_, request)| request),

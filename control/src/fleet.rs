@@ -26,6 +26,8 @@ use crate::store::{Store, StoreError, Write, decode};
 
 /// Where members are stored: `member/NAME`.
 const MEMBER_PREFIX: &str = "member/";
+/// Which proxies are drained: `drained/NAME`.
+const DRAINED_PREFIX: &str = "drained/";
 
 /// The number of a heartbeat stream.
 pub type Session = u64;
@@ -71,6 +73,10 @@ struct Member {
     port_use: BTreeMap<u32, v1::PortUse>,
     /// Starts under way.
     starting: u32,
+    /// VPCs whose addresses a proxy owns.
+    owned: u32,
+    /// Whether it is to own none.
+    drained: bool,
 }
 
 struct OpenSession {
@@ -90,6 +96,8 @@ impl Member {
             instances: Instances::default(),
             port_use: BTreeMap::new(),
             starting: 0,
+            owned: 0,
+            drained: false,
         }
     }
 }
@@ -138,6 +146,20 @@ pub enum ForgetError {
     Store(#[from] StoreError),
 }
 
+/// Why a proxy was not drained.
+#[derive(Debug, thiserror::Error)]
+pub enum DrainError {
+    /// Never registered, or forgotten.
+    #[error("there is no proxy \"{0}\": `warren host ls` lists them")]
+    Unknown(String),
+    /// It owns nothing that others could take over.
+    #[error("{0} is a host: only proxies are drained")]
+    Host(String),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 /// Why an instance cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InstanceError {
@@ -163,6 +185,8 @@ pub struct Peer {
     pub underlay_address: IpAddr,
     /// Its session and its agent, if it is alive.
     pub open: Option<(Session, Agent)>,
+    /// Whether it is to own no VPC's addresses.
+    pub drained: bool,
 }
 
 /// What an alive host uses of VPCs' ports.
@@ -213,6 +237,11 @@ impl Fleet {
         for entry in store.list(MEMBER_PREFIX).await?.1 {
             let name = entry.key.trim_start_matches(MEMBER_PREFIX).to_owned();
             by_name.insert(name, Member::new(decode(&entry.key, &entry.value)?));
+        }
+        for entry in store.list(DRAINED_PREFIX).await?.1 {
+            if let Some(member) = by_name.get_mut(entry.key.trim_start_matches(DRAINED_PREFIX)) {
+                member.drained = true;
+            }
         }
         Ok(Self {
             store,
@@ -362,6 +391,8 @@ impl Fleet {
             alive: member.open.is_some(),
             heartbeat_age_ms: member.last_heartbeat.map_or(0, |at| at.elapsed().as_millis() as u64),
             version: member.version.clone(),
+            owned: member.owned,
+            drained: member.drained,
         };
         members.by_name.iter().map(host).collect()
     }
@@ -373,6 +404,7 @@ impl Fleet {
             role: member.registration.role,
             underlay_address: member.registration.underlay_address,
             open: member.open.as_ref().map(|open| (open.number, open.agent.clone())),
+            drained: member.drained,
         };
         members.by_name.iter().map(|(name, member)| (name.clone(), peer(member))).collect()
     }
@@ -411,9 +443,27 @@ impl Fleet {
     /// Forgets a member that is gone for good. If it comes back, it registers as a new one.
     pub async fn forget(&self, name: &str) -> Result<(), ForgetError> {
         self.check_dead(name)?;
-        let write = Write { key: format!("{MEMBER_PREFIX}{name}"), value: None };
-        self.store.commit(vec![], vec![write]).await?;
+        let gone = |prefix| Write { key: format!("{prefix}{name}"), value: None };
+        let writes = [MEMBER_PREFIX, DRAINED_PREFIX].map(gone);
+        self.store.commit(vec![], writes.into()).await?;
         self.lock().by_name.remove(name);
+        self.changed.send_replace(());
+        Ok(())
+    }
+
+    /// Has a proxy own nothing from now on, or undoes that.
+    pub async fn drain(&self, name: &str, drained: bool) -> Result<(), DrainError> {
+        match self.lock().by_name.get(name).map(|member| member.registration.role) {
+            None => return Err(DrainError::Unknown(name.to_owned())),
+            Some(Role::Host) => return Err(DrainError::Host(name.to_owned())),
+            Some(Role::Proxy) => {}
+        }
+        let key = format!("{DRAINED_PREFIX}{name}");
+        let write = if drained { Write::put(key, &drained)? } else { Write { key, value: None } };
+        self.store.commit(vec![], vec![write]).await?;
+        if let Some(member) = self.lock().by_name.get_mut(name) {
+            member.drained = drained;
+        }
         self.changed.send_replace(());
         Ok(())
     }
@@ -491,6 +541,7 @@ impl Registered {
         member.slots = heartbeat.slots;
         member.parked = heartbeat.parked;
         member.version = heartbeat.version;
+        member.owned = heartbeat.owned;
         member.port_use = heartbeat.port_use.into_iter().map(|used| (used.vni, used)).collect();
         let mut instances = heartbeat.instances;
         for instance in &mut instances {

@@ -33,6 +33,8 @@ pub struct Node<'a> {
     pub underlay_address: IpAddr,
     /// Its session, if it is alive.
     pub session: Option<Session>,
+    /// A proxy that is to own no addresses, as long as there is another one.
+    pub drained: bool,
     /// The last definition of this VPC that it acknowledged in this session.
     pub acknowledged: Option<&'a ApplyVpcRequest>,
 }
@@ -62,8 +64,7 @@ pub fn plan(
     let alive =
         |role| nodes.iter().filter(move |(_, node)| node.role == role && node.session.is_some());
     let order = succession(vpc.vni, alive(Role::Proxy));
-    let addresses = order.iter().map(|(_, proxy)| proxy.underlay_address.to_string()).collect();
-    let wanted = proxy_request(vpc, routes, leases, nodes, addresses);
+    let wanted = proxy_request(vpc, routes, leases, nodes, &order);
     // Once for each proxy, not for each host: a route table is large.
     let serving: Vec<_> =
         order.iter().map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
@@ -74,8 +75,9 @@ pub fn plan(
         }
     }
     // The one that owns the shared addresses says so itself; until then, hosts begin here.
-    let mut serve = order.iter().zip(&serving).filter(|(_, known)| known.is_some());
-    let first = serve.next().map(|(proxy, _)| proxy).or_else(|| order.first());
+    let serve = || order.iter().zip(&serving).filter(|(_, known)| known.is_some());
+    let first = serve().find(|((_, proxy), _)| !proxy.drained).or_else(|| serve().next());
+    let first = first.map(|(proxy, _)| proxy).or_else(|| order.first());
     let mut all: Vec<_> = nodes
         .values()
         .filter(|node| node.role == Role::Proxy)
@@ -207,8 +209,12 @@ fn proxy_request(
     routes: &[Route],
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
-    proxies: Vec<String>,
+    order: &[(&String, &Node<'_>)],
 ) -> ApplyVpcRequest {
+    let all_drained = order.iter().all(|(_, proxy)| proxy.drained);
+    let is_wanted = |(_, proxy): &&(_, &Node<'_>)| all_drained || !proxy.drained;
+    let proxies = order.iter().filter(is_wanted);
+    let proxies = proxies.map(|(_, proxy)| proxy.underlay_address.to_string()).collect();
     let [cidr_v6, _, gateway_v6] = VpcV6::texts(vpc.v6);
     let proxy = ProxyVpc {
         interface: vpc.interface.clone(),
@@ -278,6 +284,7 @@ mod tests {
         routes: Vec<Route>,
         security: Option<VpcSecurity>,
         nodes: BTreeMap<String, (Role, Option<Session>)>,
+        drained: BTreeSet<String>,
         acknowledged: BTreeMap<String, ApplyVpcRequest>,
     }
 
@@ -307,6 +314,7 @@ mod tests {
                     role: *role,
                     underlay_address: IpAddr::from([192, 0, letter, digit - b'0']),
                     session: *session,
+                    drained: self.drained.contains(name),
                     acknowledged: self.acknowledged.get(name),
                 };
                 (name.clone(), node)
@@ -423,11 +431,28 @@ mod tests {
     }
 
     #[test]
+    fn a_drained_proxy_knows_everything_and_is_not_to_own_the_addresses() {
+        let mut world = World::with(&["h1", "p1", "p2"]);
+        world.lease("h1");
+        world.drained.insert("p1".into());
+        world.acknowledge(&["p1", "p2"]);
+        assert_eq!((world.order("p1"), world.order("p2")), (vec![2], vec![2]));
+        let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
+        assert_eq!(host.proxy_address, IpAddr::from([192, 0, b'p', 2]).to_string());
+        assert_eq!(host.proxies.len(), 2, "packets may be on their way from it");
+        // Somebody has to.
+        world.drained.insert("p2".into());
+        world.acknowledge(&["p1", "p2"]);
+        assert_eq!(world.order("p1").len(), 2);
+    }
+
+    #[test]
     fn vpcs_are_spread_over_proxies_and_one_that_goes_moves_only_its_own() {
         let node = Node {
             role: Role::Proxy,
             underlay_address: IpAddr::from([192, 0, 2, 1]),
             session: Some(1),
+            drained: false,
             acknowledged: None,
         };
         let nodes: BTreeMap<_, _> = (1..=4).map(|n| (format!("p{n}"), node.clone())).collect();

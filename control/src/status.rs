@@ -4,7 +4,7 @@ use tonic::{Code, Status};
 
 use crate::deploy::DeployError;
 use crate::drops::DropsError;
-use crate::fleet::{ForgetError, InstanceError, RegisterError};
+use crate::fleet::{DrainError, ForgetError, InstanceError, RegisterError};
 use crate::flows::FlowsError;
 use crate::placement::PlacementError;
 use crate::routes::RoutesError;
@@ -117,6 +117,17 @@ impl From<ForgetError> for Status {
             ForgetError::Store(error) => return error.into(),
             ForgetError::Unknown(_) => Code::NotFound,
             ForgetError::Alive(_) => Code::FailedPrecondition,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<DrainError> for Status {
+    fn from(error: DrainError) -> Self {
+        let code = match error {
+            DrainError::Store(error) => return error.into(),
+            DrainError::Unknown(_) => Code::NotFound,
+            DrainError::Host(_) => Code::FailedPrecondition,
         };
         status(code, &error)
     }

@@ -142,6 +142,43 @@ async fn a_proxy_that_died_is_left_out_until_it_is_back_and_knows_everything() {
 }
 
 #[tokio::test]
+async fn a_drained_proxy_is_to_own_nothing_also_after_a_restart() {
+    let mut world = World::new().await;
+    let _h1 = world.host("h1", 1).await;
+    let (_p1, _p2) = (world.proxy("p1", 8).await, world.proxy("p2", 9).await);
+    world.create_vpc("blue").await;
+    world.run("blue", "").await.unwrap();
+    let mut client = world.client().await;
+    let mut drain = async |name: &str, drained| {
+        client.drain_proxy(DrainProxyRequest { name: name.into(), drained }).await.map(drop)
+    };
+    drain("p1", true).await.unwrap();
+    let left_out = async |world: &World| {
+        eventually("it is left out, and told of everything", || async {
+            ["p1", "p2"].iter().all(|proxy| world.log.succession_at(proxy) == ["192.0.2.9"])
+                && world.log.holders_at("p1").len() == 1
+        })
+        .await;
+    };
+    left_out(&world).await;
+    let status = drain("h1", true).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert_eq!(drain("nobody", true).await.unwrap_err().code(), Code::NotFound);
+
+    world.stop_control().await;
+    world.log.clear();
+    world.start_control().await;
+    left_out(&world).await;
+    let mut client = world.client().await;
+    let hosts = client.list_hosts(ListHostsRequest {}).await.unwrap().into_inner().hosts;
+    let drained: Vec<_> = hosts.iter().filter(|host| host.drained).map(|host| &host.name).collect();
+    assert_eq!(drained, ["p1"]);
+    client.drain_proxy(DrainProxyRequest { name: "p1".into(), drained: false }).await.unwrap();
+    eventually("it may own them again", || async { world.log.succession_at("p2").len() == 2 })
+        .await;
+}
+
+#[tokio::test]
 async fn a_proxy_that_refuses_is_named_and_asked_again() {
     let world = World::new().await;
     let (_h1, p1) = (world.host("h1", 1).await, world.proxy("p1", 9).await);

@@ -42,6 +42,8 @@ pub struct Report {
     pub instances: Vec<v1::Instance>,
     /// What is used of VPCs' ports; none on a proxy.
     pub port_use: Vec<v1::PortUse>,
+    /// VPCs whose addresses it owns; 0 on a host.
+    pub owned: u32,
 }
 
 impl Agent {
@@ -54,13 +56,15 @@ impl Agent {
                 parked: host.parked(),
                 instances: host.instances(),
                 port_use: host.port_use(),
+                owned: 0,
             },
-            Self::Proxy(_) => Report {
+            Self::Proxy(proxy) => Report {
                 role: v1::Role::Proxy,
                 slots: 0,
                 parked: 0,
                 instances: Vec::new(),
                 port_use: Vec::new(),
+                owned: proxy.owned(),
             },
         }
     }

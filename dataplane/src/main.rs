@@ -111,6 +111,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 instances: report.instances,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 port_use: report.port_use,
+                owned: report.owned,
             }
         }));
     }

@@ -176,6 +176,11 @@ impl Proxy {
         self.lock().succession.claim(vni).is_some()
     }
 
+    /// Of how many VPCs this proxy owns the addresses.
+    pub fn owned(&self) -> u32 {
+        self.lock().succession.held()
+    }
+
     /// What was dropped, per VNI and reason.
     pub fn drops(&self) -> Result<Vec<DropCount>, Error> {
         self.datapath.drops()

@@ -25,6 +25,8 @@ pub const CONNECTIONS: usize = 1000;
 const IDLE_PORT: u16 = 7200;
 /// Both guests' connections begin here: what stands for the one cannot stand for the other.
 const FIRST_PORT: u16 = 20_000;
+/// So many times, others are used.
+const TURNS: u16 = 20;
 /// Bits a second of the transfer, and transactions a second.
 const TCP_RATE: &str = "100M";
 const TRANSACTIONS: &str = "200";
@@ -123,8 +125,9 @@ pub struct Idle {
 }
 
 impl Idle {
-    /// Opens them, the same number from each guest, from the same ports.
-    pub fn open(guests: &[Namespace], vpc: &Namespace) -> Result<Self> {
+    /// Opens them, the same number from each guest, from the same ports; those of an earlier `turn`
+    /// may not be free yet.
+    pub fn open(guests: &[Namespace], vpc: &Namespace, turn: u16) -> Result<Self> {
         let listener = vpc.run(|| reusable(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, IDLE_PORT)));
         let listener: TcpListener = {
             let socket = listener?;
@@ -133,8 +136,9 @@ impl Idle {
         };
         let mut ends = Vec::new();
         for guest in guests {
-            for port in 0..(CONNECTIONS / guests.len()) as u16 {
-                let own = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, FIRST_PORT + port);
+            let count = (CONNECTIONS / guests.len()) as u16;
+            for port in (FIRST_PORT + turn % TURNS * count..).take(count.into()) {
+                let own = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port);
                 let to = SockaddrIn::from(SocketAddrV4::new(SERVER, IDLE_PORT));
                 let client = guest.run(|| -> Result<TcpStream> {
                     let socket = reusable(own)?;

@@ -114,7 +114,7 @@ impl Bed {
         let namespaces: Vec<Namespace> = guests.iter().map(|it| it.namespace.clone()).collect();
         let vpc = &cluster.grid.vpcs[0];
         let load = Load::start(&namespaces[0], vpc, cluster.run().path())?;
-        let idle = Idle::open(&namespaces, vpc)?;
+        let idle = Idle::open(&namespaces, vpc, 0)?;
         let pulse = Pulse::start(&namespaces[0], vpc)?;
         std::thread::sleep(QUIET);
         Ok(Self { cluster, pulse, idle, load, _guests: guests })
@@ -173,18 +173,20 @@ impl Bed {
 struct Peer {
     pair: Pair,
     losses: Losses,
+    turn: u16,
 }
 
 impl Peer {
     fn new() -> Result<Self> {
-        Ok(Self { pair: Pair::new()?, losses: Losses::default() })
+        Ok(Self { pair: Pair::new()?, losses: Losses::default(), turn: 0 })
     }
 
     fn death(&mut self) -> Result<(Duration, Duration)> {
-        let Self { pair, losses } = self;
+        let Self { pair, losses, turn } = self;
         let (guests, vpc) = (&pair.guests, &pair.grid.vpcs[0]);
         let load = Load::start(&guests[0], vpc, pair.run.path())?;
-        let idle = Idle::open(guests, vpc)?;
+        let idle = Idle::open(guests, vpc, *turn)?;
+        *turn += 1;
         let pulse = Pulse::start(&guests[0], vpc)?;
         std::thread::sleep(QUIET);
         let master = pair.master()?;

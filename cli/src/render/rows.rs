@@ -88,6 +88,9 @@ pub struct HostRow {
     slots: u32,
     instances: u32,
     parked: u32,
+    /// VPCs whose addresses a proxy owns.
+    owned: u32,
+    drained: bool,
     underlay_address: String,
     endpoint: String,
     version: String,
@@ -110,6 +113,8 @@ impl From<v1::Host> for HostRow {
             slots: host.slots,
             instances: host.instances,
             parked: host.parked,
+            owned: host.owned,
+            drained: host.drained,
             underlay_address: host.underlay_address,
             endpoint: host.endpoint,
             version: host.version,
@@ -126,6 +131,7 @@ impl Row for HostRow {
         "SLOTS",
         "INSTANCES",
         "PARKED",
+        "OWNS",
         "UNDERLAY",
         "ENDPOINT",
         "VERSION",
@@ -134,6 +140,11 @@ impl Row for HostRow {
     fn cells(&self) -> Vec<String> {
         let of_host =
             |number: u32| if self.role == "host" { number.to_string() } else { "-".into() };
+        let owns = match (self.role, self.drained) {
+            ("proxy", false) => self.owned.to_string(),
+            ("proxy", true) => format!("{} (drained)", self.owned),
+            _ => "-".into(),
+        };
         let heard = self.heartbeat_age_ms.map(|age| format!("{:.1} s", age as f64 / 1000.0));
         vec![
             self.name.clone(),
@@ -143,6 +154,7 @@ impl Row for HostRow {
             of_host(self.slots),
             of_host(self.instances),
             of_host(self.parked),
+            owns,
             self.underlay_address.clone(),
             self.endpoint.clone(),
             dash(some(self.version.clone()).as_deref()),
@@ -400,20 +412,24 @@ mod tests {
             alive: true,
             heartbeat_age_ms: 449,
             version: "0.1.0".into(),
+            owned: 0,
+            drained: false,
         };
         let never_heard_of = v1::Host {
             name: "p1".into(),
             role: v1::Role::Proxy.into(),
             alive: false,
             version: String::new(),
+            owned: 3,
+            drained: true,
             ..host.clone()
         };
         let rows = [HostRow::from(host), HostRow::from(never_heard_of)];
         assert_eq!(
             list(Output::Table, &rows),
-            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED  UNDERLAY   ENDPOINT               VERSION\n\
-             h1    host   yes    0.4 s       64     3          8       192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
-             p1    proxy  no     -           -      -          -       192.0.2.1  http://192.0.2.1:7701  -"
+            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED  OWNS         UNDERLAY   ENDPOINT               VERSION\n\
+             h1    host   yes    0.4 s       64     3          8       -            192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
+             p1    proxy  no     -           -      -          -       3 (drained)  192.0.2.1  http://192.0.2.1:7701  -"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["heartbeat_age_ms"], 449);

@@ -328,6 +328,7 @@ impl FakeAgent {
             instances: vec![],
             version: "1.2.3".into(),
             port_use: vec![],
+            owned: 0,
         };
         Self { behaviour, report, server, heartbeats: None }
     }

@@ -197,6 +197,11 @@ impl Succession {
         Some(network.sequence)
     }
 
+    /// Of how many VPCs this proxy owns the addresses now.
+    pub fn held(&self) -> u32 {
+        self.networks.values().filter(|network| network.holds).count() as u32
+    }
+
     /// The other proxies that may own any addresses.
     pub fn others(&self) -> impl Iterator<Item = Ip> {
         let all = self.networks.values().flat_map(|network| &network.order);
