@@ -40,6 +40,15 @@ enum Task {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Set up, build, and have proxies and daemons fail at random under traffic
+    Chaos {
+        /// What fails when: the same seed, the same schedule; without one, another each time
+        #[arg(long)]
+        seed: Option<u64>,
+        /// How long
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=1440))]
+        minutes: u64,
+    },
     /// Look for bytes that make a parser fail, until one is found or the time is over
     Fuzz {
         /// Which parser; without one they are listed
@@ -66,6 +75,7 @@ fn main() -> Result<()> {
         Task::Build { log_verdicts } => build::all(log_verdicts),
         Task::Demo { json } => run::demo(json),
         Task::Test { filter } => run::test(filter),
+        Task::Chaos { seed, minutes } => run::chaos(seed, minutes),
         Task::Fuzz { target, seconds } => fuzz::run(target, seconds),
         Task::Lint => run::lint(),
         Task::Bench { name, json } => run::bench(name, json),

@@ -58,6 +58,20 @@ pub fn test(filter: Option<String>) -> Result<()> {
     Ok(())
 }
 
+/// `cargo xtask chaos`.
+pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
+    setup::all()?;
+    build::all(false)?;
+    let mut command = Command::new("cargo");
+    command.current_dir(root()).args(["test", "--release", "--package", "warren-netns"]);
+    command.args(["--test", "chaos", "--", "--nocapture"]);
+    command.env("WARREN_CHAOS_SECONDS", (minutes * 60).to_string());
+    if let Some(seed) = seed {
+        command.env("WARREN_CHAOS_SEED", seed.to_string());
+    }
+    run(&mut command)
+}
+
 /// `cargo xtask lint`.
 pub fn lint() -> Result<()> {
     step("lint", "rustfmt");

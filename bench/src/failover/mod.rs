@@ -109,8 +109,8 @@ struct Bed {
 
 impl Bed {
     fn new() -> Result<Self> {
-        let cluster = Cluster::new(PROXIES)?;
-        let guests = vec![cluster.guest(1, VNIS[0])?, cluster.guest(2, VNIS[0])?];
+        let cluster = Cluster::new(1, PROXIES)?;
+        let guests = vec![cluster.guest(0, 1, VNIS[0])?, cluster.guest(0, 2, VNIS[0])?];
         let namespaces: Vec<Namespace> = guests.iter().map(|it| it.namespace.clone()).collect();
         let vpc = &cluster.grid.vpcs[0];
         let load = Load::start(&namespaces[0], vpc, cluster.run().path())?;
@@ -154,7 +154,7 @@ impl Bed {
         let owner = self.cluster.owner(VNIS[0])?;
         let all: Vec<usize> = (0..PROXIES.into()).collect();
         let new = (owner + 1) % all.len();
-        self.cluster.proxy(new)?.remove_vpc(VNIS[0])?;
+        self.cluster.remove_at(new, VNIS[0])?;
         std::thread::sleep(WATCHED);
         let start = Instant::now();
         self.cluster.apply(VNIS[0], &all)?;

@@ -1,64 +1,79 @@
-//! A host's data path and several proxies on a [`Grid`], each proxy at work as a node of its own.
+//! Hosts' data paths and proxies on a [`Grid`]: each proxy is a `warrend` of its own, without a control
+//! plane. What that would tell them, the test does.
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use tokio::runtime::Runtime;
 use warren_dataplane::datapath::{
-    DEFAULT_FLOWS, FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, ProxyDatapath,
-    ProxyOptions, ProxyVpc, Timers,
+    DEFAULT_FLOWS, FlowLogOptions, HostDatapath, HostOptions, HostVpc, PortRange, Timers,
 };
-use warren_dataplane::proxy::Proxy;
+use warren_proto::endpoint::{Endpoint, connect};
+use warren_proto::v1;
+use warren_proto::v1::agent_service_client::AgentServiceClient;
 
 use crate::fleet::built;
 use crate::grid::Grid;
 use crate::guest::KernelGuest;
+use crate::process::Process;
 use crate::rundir::RunDir;
 use crate::topology::{CIDR, SHARED, UNDERLAY, VPC_INTERFACES};
 
 /// The VPCs, on the interfaces of the same order.
 pub const VNIS: [u32; 2] = [100, 200];
-/// The host's ports, in both VPCs.
-pub const PORTS: PortRange = PortRange { base: 4096, count: 4096 };
-/// Slots of the host.
-pub const SLOTS: u32 = 4;
+/// Ports of each host, in both VPCs.
+const PORTS: u32 = 4096;
+/// Slots of each host.
+const SLOTS: u32 = 4;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// One host, and proxies that serve both VPCs.
+/// Hosts, and proxies that serve both VPCs.
 pub struct Cluster {
     /// The machines.
     pub grid: Grid,
     run: RunDir,
-    host: Option<HostDatapath>,
-    proxies: Vec<Option<Arc<Proxy>>>,
+    runtime: Runtime,
+    hosts: Vec<Option<HostDatapath>>,
+    proxies: Vec<Option<Process>>,
 }
 
 impl Cluster {
     /// Starts everything; the first proxy owns both VPCs' addresses.
-    pub fn new(proxies: u8) -> Result<Self> {
-        let grid = Grid::new(1, proxies)?;
-        let proxies = grid.proxies.iter().map(|_| None).collect();
-        let mut cluster = Self { grid, run: RunDir::new()?, host: None, proxies };
-        cluster.open_host()?;
-        let addresses = cluster.addresses();
-        for vni in VNIS {
-            cluster.host().apply_vpc(&HostVpc {
-                vni,
-                shared_address: SHARED,
-                shared_address_v6: None,
-                ports: PORTS,
-                proxy_address: addresses[0],
-                proxies: addresses.clone(),
-            })?;
-        }
-        let all: Vec<_> = (0..addresses.len()).collect();
+    pub fn new(hosts: u8, proxies: u8) -> Result<Self> {
+        let mut cluster = Self {
+            grid: Grid::new(hosts, proxies)?,
+            run: RunDir::new()?,
+            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
+            hosts: (0..hosts).map(|_| None).collect(),
+            proxies: (0..proxies).map(|_| None).collect(),
+        };
+        let proxies = cluster.addresses();
+        let all: Vec<_> = (0..proxies.len()).collect();
         for index in &all {
-            cluster.open_proxy(*index)?;
+            cluster.start_proxy(*index)?;
+        }
+        for host in 0..cluster.hosts.len() {
+            cluster.open_host(host)?;
+            for vni in VNIS {
+                cluster.host(host).apply_vpc(&HostVpc {
+                    vni,
+                    shared_address: SHARED,
+                    shared_address_v6: None,
+                    ports: ports(host),
+                    // Until one says that it owns the address: not the first one's.
+                    proxy_address: *proxies.last().context("there is a proxy")?,
+                    proxies: proxies.clone(),
+                })?;
+            }
         }
         for vni in VNIS {
             cluster.apply(vni, &all)?;
-            wait(|| Ok(cluster.proxy(0)?.owns(vni)))?;
+        }
+        for (host, vni) in (0..cluster.hosts.len()).flat_map(|host| VNIS.map(|vni| (host, vni))) {
+            wait(|| Ok(cluster.owner_at(host, vni)? == 0))?;
         }
         Ok(cluster)
     }
@@ -68,19 +83,19 @@ impl Cluster {
         &self.run
     }
 
-    /// The host's data path, which is open.
+    /// A host's data path, which is open.
     ///
     /// # Panics
     /// If it was closed.
-    pub fn host(&self) -> &HostDatapath {
-        self.host.as_ref().expect("it is open")
+    pub fn host(&self, index: usize) -> &HostDatapath {
+        self.hosts[index].as_ref().expect("it is open")
     }
 
-    /// Opens the host's data path, as by a daemon that starts.
-    pub fn open_host(&mut self) -> Result<()> {
-        let machine = &self.grid.hosts[0];
+    /// Opens a host's data path, as by a daemon that starts.
+    pub fn open_host(&mut self, index: usize) -> Result<()> {
+        let machine = &self.grid.hosts[index];
         let options = HostOptions {
-            bpffs: self.run.bpf().join("host"),
+            bpffs: self.run.bpf().join(machine.namespace.name()),
             object: std::fs::read(built("warren-ebpf.o")?)?,
             underlay_interface: UNDERLAY.to_owned(),
             underlay_address: machine.address.into(),
@@ -90,84 +105,141 @@ impl Cluster {
             timers: Timers::DEFAULT,
             flow_log: FlowLogOptions::default(),
         };
-        self.host = Some(machine.namespace.run(|| HostDatapath::open(&options))?);
+        self.hosts[index] = Some(machine.namespace.run(|| HostDatapath::open(&options))?);
         Ok(())
     }
 
-    /// Leaves the host's data path as a killed daemon does.
-    pub fn close_host(&mut self) {
-        self.host = None;
+    /// Leaves a host's data path as a killed daemon does.
+    pub fn close_host(&mut self, index: usize) {
+        self.hosts[index] = None;
     }
 
-    /// Starts the daemon of a proxy.
-    pub fn open_proxy(&mut self, index: usize) -> Result<()> {
+    /// Starts the daemon of a proxy, and waits until it serves.
+    pub fn start_proxy(&mut self, index: usize) -> Result<()> {
         let machine = &self.grid.proxies[index];
-        let name = machine.namespace.name();
-        let options = ProxyOptions {
-            bpffs: self.run.bpf().join(name),
-            object: std::fs::read(built("warren-ebpf.o")?)?,
-            underlay_interface: UNDERLAY.to_owned(),
-            underlay_address: machine.address.into(),
-            interface_prefix: "wrn".to_owned(),
-        };
-        let file = self.run.path().join(format!("{name}.json"));
-        let proxy = machine.namespace.run(|| -> Result<_> {
-            let datapath = Arc::new(ProxyDatapath::open(&options)?);
-            Ok(Proxy::start(datapath, machine.address.into(), &file)?)
-        });
-        self.proxies[index] = Some(proxy?);
+        let (dir, socket) = (self.dir(index), self.socket(index));
+        std::fs::create_dir_all(&dir)?;
+        let config = format!(
+            "name = '{name}'\nlisten = ['unix:{socket}']\nrun_dir = '{dir}'\nbpffs = '{bpf}/{name}'\n\
+             programs = '{programs}'\n[underlay]\ninterface = '{UNDERLAY}'\naddress = '{address}'\n",
+            name = machine.namespace.name(),
+            socket = socket.display(),
+            dir = dir.display(),
+            bpf = self.run.bpf().display(),
+            programs = built("warren-ebpf.o")?.display(),
+            address = machine.address,
+        );
+        let path = dir.join("warrend.toml");
+        std::fs::write(&path, config)?;
+        let mut command = machine.namespace.command(built("warrend")?);
+        command.args(["--role", "proxy", "--config"]).arg(path);
+        let mut process =
+            Process::start(machine.namespace.name(), command, &dir.join("warrend.log"))?;
+        process
+            .wait_until(PATIENCE, || std::os::unix::net::UnixStream::connect(&socket).is_ok())?;
+        self.proxies[index] = Some(process);
         Ok(())
     }
 
-    /// Ends the daemon of a proxy; its programs stay.
-    pub fn close_proxy(&mut self, index: usize) -> Result<()> {
-        let proxy = self.proxies[index].take().context("it is not there")?;
-        let weak = Arc::downgrade(&proxy);
-        drop(proxy);
-        // Its thread ends its turn.
-        wait(|| Ok(weak.strong_count() == 0))
+    /// Kills the daemon of a proxy; its programs stay.
+    pub fn kill_proxy(&mut self, index: usize) -> Result<()> {
+        self.proxies[index].take().context("it is not there")?.kill().map(drop)
     }
 
-    /// A proxy whose daemon is there.
-    pub fn proxy(&self, index: usize) -> Result<&Arc<Proxy>> {
-        self.proxies[index].as_ref().context("its daemon is not there")
+    /// Whether the daemon of a proxy is there.
+    pub fn has_proxy(&self, index: usize) -> bool {
+        self.proxies[index].is_some()
+    }
+
+    /// Sends a signal to the daemon of a proxy.
+    pub fn signal_proxy(&self, index: usize, signal: Signal) -> Result<()> {
+        self.proxies[index].as_ref().context("it is not there")?.signal(signal)
+    }
+
+    /// What the daemon of a proxy logged.
+    pub fn log_of(&self, index: usize) -> String {
+        std::fs::read_to_string(self.dir(index).join("warrend.log")).unwrap_or_default()
     }
 
     /// Makes a VPC known to all proxies whose daemon is there; these may own its address, in this
     /// order.
     pub fn apply(&self, vni: u32, order: &[usize]) -> Result<()> {
-        let addresses = self.addresses();
-        let order: Vec<_> = order.iter().map(|index| addresses[*index]).collect();
-        let place = VNIS.iter().position(|it| *it == vni).context("there is no such VPC")?;
-        let vpc = ProxyVpc {
-            vni,
-            interface: VPC_INTERFACES[place].to_owned(),
-            shared_address: SHARED,
-            cidr: CIDR.parse()?,
-            gateway: None,
-            v6: None,
-            holders: vec![(PORTS, self.grid.hosts[0].address.into())],
-            claim: None,
-            routes: Vec::new(),
-        };
-        for (machine, proxy) in self.grid.proxies.iter().zip(&self.proxies) {
-            let Some(proxy) = proxy else { continue };
-            machine.namespace.run(|| proxy.apply_vpc(&vpc, &order))?;
-        }
-        Ok(())
+        let there = |index: &usize| self.has_proxy(*index);
+        (0..self.proxies.len()).filter(there).try_for_each(|index| self.apply_at(index, vni, order))
     }
 
-    /// The proxy that the host sends a VPC's packets to.
-    pub fn owner(&self, vni: u32) -> Result<usize> {
-        let vpcs = self.host().vpcs()?;
+    /// The same, to one proxy.
+    pub fn apply_at(&self, index: usize, vni: u32, order: &[usize]) -> Result<()> {
+        let place = VNIS.iter().position(|it| *it == vni).context("there is no such VPC")?;
+        let addresses = self.addresses();
+        let holders = self.grid.hosts.iter().enumerate().map(|(host, machine)| {
+            let PortRange { base, count } = ports(host);
+            let ports = Some(v1::PortRange { base: base.into(), count });
+            v1::PortHolder { ports, host_address: machine.address.to_string() }
+        });
+        let vpc = v1::ProxyVpc {
+            interface: VPC_INTERFACES[place].to_owned(),
+            cidr: CIDR.to_owned(),
+            holders: holders.collect(),
+            proxies: order.iter().map(|index| addresses[*index].to_string()).collect(),
+            ..v1::ProxyVpc::default()
+        };
+        let request = v1::ApplyVpcRequest {
+            vpc: VPC_INTERFACES[place].to_owned(),
+            vni,
+            shared_address: SHARED.to_string(),
+            role: Some(v1::apply_vpc_request::Role::Proxy(vpc)),
+            ..v1::ApplyVpcRequest::default()
+        };
+        self.call(index, async |agent| agent.apply_vpc(request).await.map(drop))
+    }
+
+    /// Has a proxy forget a VPC.
+    pub fn remove_at(&self, index: usize, vni: u32) -> Result<()> {
+        let request = v1::RemoveVpcRequest { vni };
+        self.call(index, async |agent| agent.remove_vpc(request).await.map(drop))
+    }
+
+    /// What a proxy dropped, by VNI and reason.
+    pub fn drops_at(&self, index: usize) -> Result<Vec<v1::DropCount>> {
+        let mut drops = Vec::new();
+        self.call(index, async |agent| {
+            drops = agent.list_drops(v1::ListDropsRequest {}).await?.into_inner().drops;
+            Ok(())
+        })?;
+        Ok(drops)
+    }
+
+    fn call(
+        &self,
+        index: usize,
+        what: impl AsyncFnOnce(
+            &mut AgentServiceClient<tonic::transport::Channel>,
+        ) -> Result<(), tonic::Status>,
+    ) -> Result<()> {
+        let endpoint = Endpoint::Unix(self.socket(index));
+        self.runtime.block_on(async {
+            let mut agent = AgentServiceClient::new(connect(&endpoint).await?);
+            what(&mut agent).await.context("a proxy refuses")
+        })
+    }
+
+    /// The proxy that a host sends a VPC's packets to.
+    pub fn owner_at(&self, host: usize, vni: u32) -> Result<usize> {
+        let vpcs = self.host(host).vpcs()?;
         let vpc = vpcs.iter().find(|vpc| vpc.vni == vni).context("there is no such VPC")?;
         let place = self.addresses().iter().position(|it| *it == vpc.proxy_address);
         place.context("it is no proxy's")
     }
 
-    /// A guest with a kernel's network stack on a slot, in a VPC.
-    pub fn guest(&self, slot: u32, vni: u32) -> Result<KernelGuest> {
-        let (machine, host) = (&self.grid.hosts[0], self.host());
+    /// The same, of the first host.
+    pub fn owner(&self, vni: u32) -> Result<usize> {
+        self.owner_at(0, vni)
+    }
+
+    /// A guest with a kernel's network stack on a slot of a host, in a VPC.
+    pub fn guest(&self, host: usize, slot: u32, vni: u32) -> Result<KernelGuest> {
+        let (machine, host) = (&self.grid.hosts[host], self.host(host));
         let mut tap = None;
         // A process that another thread forks has it open until it executes its program.
         wait(|| {
@@ -184,6 +256,19 @@ impl Cluster {
     fn addresses(&self) -> Vec<IpAddr> {
         self.grid.proxies.iter().map(|proxy| proxy.address.into()).collect()
     }
+
+    fn dir(&self, index: usize) -> PathBuf {
+        self.run.path().join(self.grid.proxies[index].namespace.name())
+    }
+
+    fn socket(&self, index: usize) -> PathBuf {
+        self.dir(index).join("grpc.sock")
+    }
+}
+
+/// The ports that a host holds.
+fn ports(host: usize) -> PortRange {
+    PortRange { base: 4096 * (host as u16 + 1), count: PORTS }
 }
 
 /// Waits until something is so that becomes so in a moment.

@@ -18,16 +18,14 @@ const VNI_B: u32 = VNIS[1];
 
 /// Three proxies, a host, and a server in each VPC that sends datagrams back.
 fn cluster() -> (Cluster, Vec<Server>) {
-    // Shown when a test fails.
-    tracing_subscriber::fmt().with_test_writer().try_init().ok();
-    let cluster = Cluster::new(3).expect("it starts");
+    let cluster = Cluster::new(1, 3).expect("it starts");
     let echo = |vpc| udp_echo(vpc, PORT).expect("the server starts");
     let servers = cluster.grid.vpcs.iter().map(echo).collect();
     (cluster, servers)
 }
 
 fn guest(cluster: &Cluster, slot: u32, vni: u32) -> KernelGuest {
-    cluster.guest(slot, vni).expect("the slot is free")
+    cluster.guest(0, slot, vni).expect("the slot is free")
 }
 
 fn owner(cluster: &Cluster, vni: u32) -> usize {
@@ -76,7 +74,7 @@ fn when_a_proxy_dies_the_next_one_owns_the_address_and_hosts_follow() {
         assert_eq!(owners(), next);
         comes_back();
     }
-    assert_eq!(cluster.host().drops().expect("they can be read"), []);
+    assert_eq!(cluster.host(0).drops().expect("they can be read"), []);
 }
 
 #[test]
@@ -120,22 +118,22 @@ fn a_daemon_that_is_not_there_takes_nothing_over_and_loses_nothing() {
     let guest = guest(&cluster, 1, VNI_A);
     reaches(&guest);
     // Neither the owner's nor the next one's daemon.
-    cluster.close_proxy(0).expect("it can be");
-    cluster.close_proxy(1).expect("it can be");
+    cluster.kill_proxy(0).expect("it can be");
+    cluster.kill_proxy(1).expect("it can be");
     std::thread::sleep(crate::guest::SILENCE);
     assert_eq!(owner(&cluster, VNI_A), 0);
     reaches(&guest);
     // Nor the host's.
-    cluster.close_host();
+    cluster.close_host(0);
     cluster.grid.cut(&cluster.grid.proxies[0].cables).expect("they can be cut");
     reaches(&guest);
-    cluster.open_host().expect("it opens");
+    cluster.open_host(0).expect("it opens");
     assert_eq!(owner(&cluster, VNI_A), 2);
     reaches(&guest);
     // Those that come back find it out, and know who they are without being told.
     cluster.grid.mend(&cluster.grid.proxies[0].cables).expect("they can be mended");
-    cluster.open_proxy(0).expect("it can be");
-    cluster.open_proxy(1).expect("it can be");
+    cluster.start_proxy(0).expect("it can be");
+    cluster.start_proxy(1).expect("it can be");
     std::thread::sleep(crate::guest::SILENCE);
     assert_eq!(owner(&cluster, VNI_A), 2);
     reaches(&guest);
@@ -177,7 +175,7 @@ fn nobody_but_a_proxy_of_the_vpc_claims_its_address() {
     machine.namespace.ip(&format!("addr add {stranger}/24 dev {UNDERLAY}")).expect("it can");
     let host = cluster.grid.hosts[0].address;
     let dropped = || {
-        let drops = cluster.host().drops().expect("they can be read");
+        let drops = cluster.host(0).drops().expect("they can be read");
         let found = drops.iter().find(|drop| drop.reason == DropReason::NotFromProxy);
         found.map_or(0, |drop| drop.packets)
     };

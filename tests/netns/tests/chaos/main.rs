@@ -1,0 +1,129 @@
+//! Proxies and hosts' daemons that fail at random, under the traffic of two tenants on two hosts: two
+//! hosts, three proxies, two VPCs with the same addresses.
+//!
+//! The schedule is that of a seed, which is printed: `WARREN_CHAOS_SEED` gives one, and
+//! `WARREN_CHAOS_SECONDS` how long it goes on (`cargo xtask chaos`).
+
+mod schedule;
+mod talk;
+
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use warren_netns::cluster::{Cluster, VNIS};
+use warren_netns::postgres;
+use warren_netns::process::Process;
+use warren_netns::servers;
+use warren_netns::topology::SERVER;
+
+use crate::schedule::Schedule;
+use crate::talk::{Talk, Tenant};
+
+const SECONDS: u64 = 120;
+/// For so long after everything was mended, what was lost comes again.
+const AFTER: Duration = Duration::from_secs(3);
+/// Bits a second of the transfer, and transactions a second.
+const TCP_RATE: &str = "20M";
+const TRANSACTIONS: &str = "100";
+/// What no packet of these tenants may be dropped for, whatever fails.
+const NEVER: [&str; 7] = [
+    "internal",
+    "no-block-holder",
+    "not-block-holder",
+    "not-from-proxy",
+    "spoofed-address",
+    "unknown-vpc",
+    "ports-exhausted",
+];
+
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}=\"{text}\" is no number")))
+}
+
+#[test]
+fn nothing_that_fails_breaks_a_connection_or_mixes_up_tenants() {
+    let seed = number("WARREN_CHAOS_SEED").unwrap_or_else(|| rand::rng().random_range(0..1 << 32));
+    let seconds = number("WARREN_CHAOS_SECONDS").unwrap_or(SECONDS);
+    // Also seen when the test passes.
+    talk::say(&format!("chaos: seed {seed}, {seconds} s"));
+    let mut cluster = Cluster::new(2, 3).expect("it starts");
+    let dir = cluster.run().path().to_owned();
+    let tenants: Vec<_> =
+        (0..2).flat_map(|host| (0..2).map(move |vpc| Tenant { host, vpc })).collect();
+    let guests: Vec<_> = tenants
+        .iter()
+        .map(|it| cluster.guest(it.host, it.vpc as u32 + 1, VNIS[it.vpc]).expect("it is plugged"))
+        .collect();
+    let vpcs = cluster.grid.vpcs.clone();
+    let _servers: Vec<_> =
+        vpcs.iter().zip(0..).map(|(vpc, index)| talk::serve(vpc, index)).collect();
+    let talks: Vec<_> = tenants
+        .iter()
+        .zip(&guests)
+        .map(|(tenant, guest)| Talk::start(*tenant, &guest.namespace))
+        .collect();
+
+    let _database = postgres::start(&vpcs[0], &dir).expect("it starts");
+    let _cache = servers::redis(&vpcs[1], &dir).expect("it starts");
+    let _receiver = servers::iperf3(&vpcs[1], &dir).expect("it starts");
+    let mut clients = postgres::pgbench(&guests[0].namespace, SERVER).expect("it is there");
+    clients.args([
+        "--no-vacuum",
+        "--client",
+        "2",
+        "-T",
+        "86400",
+        "--rate",
+        TRANSACTIONS,
+        "postgres",
+    ]);
+    let mut transfer = guests[1].namespace.command("iperf3");
+    transfer.args(["--client", &SERVER.to_string(), "-t", "86400", "-b", TCP_RATE]);
+    let cached = talk::count_up(&guests[3].namespace);
+    let mut processes = [("pgbench", clients), ("transfer", transfer)].map(|(name, command)| {
+        Process::start(name, command, &dir.join(format!("{name}.log"))).expect("it starts")
+    });
+
+    let mut schedule = Schedule::new(StdRng::seed_from_u64(seed));
+    let end = Instant::now() + Duration::from_secs(seconds);
+    while Instant::now() < end {
+        schedule.turn(&mut cluster);
+    }
+    let events = schedule.finish(&mut cluster);
+    std::thread::sleep(AFTER);
+
+    for process in &mut processes {
+        assert!(!process.has_ended().expect("it can be asked"), "{}", process.log());
+        let log = process.log();
+        assert!(!log.contains("error") && !log.contains("aborted"), "{log}");
+    }
+    let counted = cached.finish();
+    let told: Vec<_> = talks.into_iter().map(Talk::finish).collect();
+    let mut lines =
+        vec![format!("chaos: seed {seed}: {events}"), format!("cache: {counted} requests")];
+    for (tenant, told) in tenants.iter().zip(told) {
+        lines.push(format!("{tenant:?}: {told}"));
+        assert!(told.came_back_last, "{tenant:?} is cut off: {told}");
+    }
+    for host in 0..2 {
+        for drop in cluster.host(host).drops().expect("they can be read") {
+            let reason = drop.reason.name();
+            lines.push(format!("host {host}: {reason} {}", drop.packets));
+            assert!(!NEVER.contains(&reason), "host {host} dropped {} for {reason}", drop.packets);
+        }
+    }
+    for proxy in 0..3 {
+        for drop in cluster.drops_at(proxy).expect("they can be read") {
+            let reason = drop.reason.as_str();
+            lines.push(format!("proxy {proxy}: {reason} {}", drop.packets));
+            assert!(
+                !NEVER.contains(&reason),
+                "proxy {proxy} dropped {} for {reason}",
+                drop.packets
+            );
+        }
+    }
+    talk::say(&lines.join("\n"));
+}
