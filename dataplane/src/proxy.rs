@@ -178,7 +178,7 @@ impl Proxy {
 
     /// Of how many VPCs this proxy owns the addresses.
     pub fn owned(&self) -> u32 {
-        self.lock().succession.held()
+        self.lock().succession.held().count() as u32
     }
 
     /// What was dropped, per VNI and reason.
@@ -213,13 +213,18 @@ impl Proxy {
     fn ask(&self, state: &mut Inner) {
         let now = Instant::now();
         let Inner { succession, sessions, hosts, .. } = state;
-        let mut wanted: BTreeSet<Ip> = succession.others().collect();
+        for (node, session) in sessions.iter_mut() {
+            if session.conclude(now) {
+                tracing::warn!(node = %IpAddr::from(*node), "does not forward any more");
+            }
+        }
         let state_of = |sessions: &BTreeMap<Ip, Session>, node: &Ip| {
             sessions.get(node).map_or(State::Init, Session::state)
         };
+        let mut wanted: BTreeSet<Ip> = succession.others().collect();
         let is_alone =
             !wanted.is_empty() && wanted.iter().all(|node| state_of(sessions, node) == State::Down);
-        // Whoever hears from nobody may be cut off itself: those that are not know.
+        // Whoever hears from nobody may be cut off itself: hosts know.
         let asked = if is_alone { WITNESSES } else { 0 };
         let witnesses: BTreeSet<Ip> = hosts.values().flatten().take(asked).copied().collect();
         wanted.extend(&witnesses);
@@ -227,9 +232,6 @@ impl Proxy {
         succession.retain(|node| wanted.contains(&node));
         for node in wanted {
             let session = sessions.entry(node).or_insert_with(|| Session::new(rand::random()));
-            if session.conclude(now) {
-                tracing::warn!(node = %IpAddr::from(node), "does not forward any more");
-            }
             if let Some(request) = session.request(now) {
                 // What cannot be sent is not answered.
                 self.sessions.send_to(&request.to_bytes(), (IpAddr::from(node), bfd::PORT)).ok();
@@ -264,6 +266,9 @@ impl Proxy {
             if before == State::Down && session.state() == State::Up {
                 tracing::info!(node = %from.ip(), "forwards again");
                 state.burst = BURST;
+                // It may have told VPCs that it owns what this one does.
+                let held = state.succession.held();
+                state.announcements.extend(held.map(|vni| (Instant::now() + SETTLING, vni)));
             }
         }
     }

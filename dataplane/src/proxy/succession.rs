@@ -197,9 +197,9 @@ impl Succession {
         Some(network.sequence)
     }
 
-    /// Of how many VPCs this proxy owns the addresses now.
-    pub fn held(&self) -> u32 {
-        self.networks.values().filter(|network| network.holds).count() as u32
+    /// The VPCs whose addresses this proxy owns now.
+    pub fn held(&self) -> impl Iterator<Item = u32> {
+        self.networks.iter().filter(|(_, network)| network.holds).map(|(vni, _)| *vni)
     }
 
     /// The other proxies that may own any addresses.

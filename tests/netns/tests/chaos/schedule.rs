@@ -1,6 +1,6 @@
 //! What fails when, and is mended again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -44,105 +44,131 @@ impl Fault {
     }
 }
 
-/// The faults that are there, and until when.
+/// Faults, with when they begin and when they are mended: all of a seed's random numbers.
 pub struct Schedule {
-    rng: StdRng,
-    faults: Vec<(Instant, Fault)>,
+    /// By their time: whether a fault begins.
+    steps: Vec<(Duration, bool, Fault)>,
     count: BTreeMap<&'static str, u32>,
 }
 
 impl Schedule {
-    pub fn new(rng: StdRng) -> Self {
-        Self { rng, faults: Vec::new(), count: BTreeMap::new() }
-    }
-
-    /// Lets some time pass, and something fail or be mended.
-    pub fn turn(&mut self, cluster: &mut Cluster) {
-        std::thread::sleep(Duration::from_millis(self.rng.random_range(20..400)));
-        let now = Instant::now();
-        let over: Vec<_> = self.faults.extract_if(.., |(until, _)| *until <= now).collect();
-        for (_, fault) in over {
-            self.mend(cluster, fault);
+    /// What happens in this time.
+    pub fn new(mut rng: StdRng, length: Duration) -> Self {
+        let (mut steps, mut faults) = (Vec::new(), Vec::new());
+        let mut now = Duration::ZERO;
+        while now < length {
+            if let Some(fault) = next(&mut rng, &faults) {
+                let end = now + Duration::from_millis(rng.random_range(30..3000));
+                steps.extend([(now, true, fault), (end, false, fault)]);
+                faults.push((end, fault));
+            }
+            now += Duration::from_millis(rng.random_range(20..400));
+            faults.retain(|(end, _)| *end > now);
         }
-        let Some(fault) = self.next() else { return };
-        let lasts = Duration::from_millis(self.rng.random_range(30..3000));
-        self.begin(cluster, fault);
-        self.faults.push((now + lasts, fault));
+        steps.sort_by_key(|(when, ..)| *when);
+        Self { steps, count: BTreeMap::new() }
     }
 
-    /// Mends everything, and tells what failed.
-    pub fn finish(mut self, cluster: &mut Cluster) -> String {
-        for (_, fault) in std::mem::take(&mut self.faults) {
-            self.mend(cluster, fault);
+    /// Lets it happen, and tells how often what failed.
+    pub fn run(mut self, cluster: &mut Cluster) -> String {
+        let start = Instant::now();
+        let mut paused = BTreeSet::new();
+        for (when, begins, fault) in std::mem::take(&mut self.steps) {
+            std::thread::sleep(when.saturating_sub(start.elapsed()));
+            if let Fault::Paused { proxy } = fault {
+                if begins {
+                    paused.insert(proxy)
+                } else {
+                    paused.remove(&proxy)
+                };
+            }
+            let done = if begins {
+                self.begin(cluster, fault, &paused)
+            } else {
+                mend(cluster, fault, &paused)
+            };
+            let what = if begins { "begins" } else { "ends" };
+            done.unwrap_or_else(|error| panic!("{fault:?} {what}: {error:#}"));
         }
         format!("{:?}", self.count)
     }
 
-    /// Something that may fail now.
-    fn next(&mut self) -> Option<Fault> {
-        let wrong: Vec<usize> = self.faults.iter().filter_map(|(_, fault)| fault.proxy()).collect();
-        if self.rng.random_ratio(1, 8) {
-            let host = self.rng.random_range(0..HOSTS);
-            let fault = Fault::Host { host };
-            return self.faults.iter().all(|(_, it)| *it != fault).then_some(fault);
-        }
-        let proxy = self.rng.random_range(0..PROXIES);
-        if wrong.len() >= MOST || wrong.contains(&proxy) {
-            return None;
-        }
-        let hooks: [&[&str]; 3] = [&["ingress"], &["egress"], &["ingress", "egress"]];
-        let cable = [None, None, Some(0), Some(1), Some(2)];
-        Some(match self.rng.random_range(0..6) {
-            0 | 1 => Fault::Cut { proxy, cable: *cable.choose(&mut self.rng)? },
-            2 => Fault::Silent { proxy, hooks: hooks.choose(&mut self.rng)? },
-            3 => Fault::Killed { proxy },
-            4 => Fault::Paused { proxy },
-            _ => Fault::Drained { proxy },
-        })
-    }
-
-    fn begin(&mut self, cluster: &mut Cluster, fault: Fault) {
-        let (name, done) = match fault {
-            Fault::Cut { proxy, cable } => ("cut", cluster.grid.cut(cables(cluster, proxy, cable))),
+    fn begin(
+        &mut self,
+        cluster: &mut Cluster,
+        fault: Fault,
+        paused: &BTreeSet<usize>,
+    ) -> anyhow::Result<()> {
+        let name = match fault {
+            Fault::Cut { .. } => "cut",
+            Fault::Silent { .. } => "silent",
+            Fault::Killed { .. } => "killed",
+            Fault::Paused { .. } => "paused",
+            Fault::Drained { .. } => "drained",
+            Fault::Host { .. } => "host",
+        };
+        *self.count.entry(name).or_default() += 1;
+        match fault {
+            Fault::Cut { proxy, cable } => cluster.grid.cut(cables(cluster, proxy, cable)),
             Fault::Silent { proxy, hooks } => {
-                ("silent", cluster.grid.block(&cluster.grid.proxies[proxy].cables[0], hooks))
+                cluster.grid.block(&cluster.grid.proxies[proxy].cables[0], hooks)
             }
-            Fault::Killed { proxy } => ("killed", cluster.kill_proxy(proxy)),
-            Fault::Paused { proxy } => ("paused", cluster.signal_proxy(proxy, Signal::SIGSTOP)),
-            Fault::Drained { proxy } => ("drained", self.order(cluster, Some(proxy))),
+            Fault::Killed { proxy } => cluster.kill_proxy(proxy),
+            Fault::Paused { proxy } => cluster.signal_proxy(proxy, Signal::SIGSTOP),
+            Fault::Drained { proxy } => order(cluster, Some(proxy), paused),
             Fault::Host { host } => {
                 cluster.close_host(host);
-                ("host", Ok(()))
+                Ok(())
             }
-        };
-        done.unwrap_or_else(|error| panic!("{fault:?}: {error:#}"));
-        *self.count.entry(name).or_default() += 1;
-    }
-
-    fn mend(&self, cluster: &mut Cluster, fault: Fault) {
-        let done = match fault {
-            Fault::Cut { proxy, cable } => cluster.grid.mend(cables(cluster, proxy, cable)),
-            Fault::Silent { proxy, .. } => {
-                cluster.grid.unblock(&cluster.grid.proxies[proxy].cables[0])
-            }
-            Fault::Killed { proxy } => cluster.start_proxy(proxy),
-            Fault::Paused { proxy } => cluster.signal_proxy(proxy, Signal::SIGCONT),
-            Fault::Drained { .. } => self.order(cluster, None),
-            Fault::Host { host } => cluster.open_host(host),
-        };
-        done.unwrap_or_else(|error| panic!("the end of {fault:?}: {error:#}"));
-    }
-
-    /// Tells the proxies whose daemons listen who may own addresses.
-    fn order(&self, cluster: &Cluster, without: Option<usize>) -> anyhow::Result<()> {
-        let order: Vec<_> = (0..PROXIES).filter(|proxy| Some(*proxy) != without).collect();
-        let is_paused =
-            |index| self.faults.iter().any(|(_, fault)| *fault == Fault::Paused { proxy: index });
-        for index in (0..PROXIES).filter(|index| cluster.has_proxy(*index) && !is_paused(*index)) {
-            VNIS.iter().try_for_each(|vni| cluster.apply_at(index, *vni, &order))?;
         }
-        Ok(())
     }
+}
+
+/// Something that may fail beside what has failed.
+fn next(rng: &mut StdRng, faults: &[(Duration, Fault)]) -> Option<Fault> {
+    if rng.random_ratio(1, 8) {
+        let host = Fault::Host { host: rng.random_range(0..HOSTS) };
+        return faults.iter().all(|(_, fault)| *fault != host).then_some(host);
+    }
+    let wrong: Vec<usize> = faults.iter().filter_map(|(_, fault)| fault.proxy()).collect();
+    let proxy = rng.random_range(0..PROXIES);
+    if wrong.len() >= MOST || wrong.contains(&proxy) {
+        return None;
+    }
+    let hooks: [&[&str]; 3] = [&["ingress"], &["egress"], &["ingress", "egress"]];
+    let cable = [None, None, Some(0), Some(1), Some(2)];
+    Some(match rng.random_range(0..6) {
+        0 | 1 => Fault::Cut { proxy, cable: *cable.choose(rng)? },
+        2 => Fault::Silent { proxy, hooks: hooks.choose(rng)? },
+        3 => Fault::Killed { proxy },
+        4 => Fault::Paused { proxy },
+        _ => Fault::Drained { proxy },
+    })
+}
+
+fn mend(cluster: &mut Cluster, fault: Fault, paused: &BTreeSet<usize>) -> anyhow::Result<()> {
+    match fault {
+        Fault::Cut { proxy, cable } => cluster.grid.mend(cables(cluster, proxy, cable)),
+        Fault::Silent { proxy, .. } => cluster.grid.unblock(&cluster.grid.proxies[proxy].cables[0]),
+        Fault::Killed { proxy } => cluster.start_proxy(proxy),
+        Fault::Paused { proxy } => cluster.signal_proxy(proxy, Signal::SIGCONT),
+        Fault::Drained { .. } => order(cluster, None, paused),
+        Fault::Host { host } => cluster.open_host(host),
+    }
+}
+
+/// Tells the proxies whose daemons listen who may own addresses.
+fn order(
+    cluster: &Cluster,
+    without: Option<usize>,
+    paused: &BTreeSet<usize>,
+) -> anyhow::Result<()> {
+    let order: Vec<_> = (0..PROXIES).filter(|proxy| Some(*proxy) != without).collect();
+    let listens = |index: &usize| cluster.has_proxy(*index) && !paused.contains(index);
+    for index in (0..PROXIES).filter(listens) {
+        VNIS.iter().try_for_each(|vni| cluster.apply_at(index, *vni, &order))?;
+    }
+    Ok(())
 }
 
 fn cables(cluster: &Cluster, proxy: usize, cable: Option<usize>) -> &[String] {
