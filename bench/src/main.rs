@@ -6,6 +6,7 @@ mod failover;
 mod options;
 mod packet;
 mod restart;
+mod scale;
 mod sequence;
 mod start;
 
@@ -35,6 +36,8 @@ enum Bench {
     Attach,
     /// Kills and upgrades of the daemons under traffic: what is lost
     Restart,
+    /// 10,000 hosts and 1,000 VPCs: memory of maps, time to make them known, and one change
+    Scale,
     /// From a request at the agent to an acknowledged identity: parked clones against cold ones
     Start,
     /// Each program's nanoseconds per packet, over 1 to 1,000,000 live flows
@@ -62,6 +65,10 @@ fn main() -> Result<()> {
         Bench::Start => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             times(runtime.block_on(start::run(rounds(ROUNDS)))?)
+        }
+        Bench::Scale => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+            times(runtime.block_on(scale::run(rounds(scale::ROUNDS)))?)
         }
         Bench::Packet => {
             let (figures, table) = packet::run(rounds(packet::ROUNDS))?;

@@ -1,11 +1,11 @@
 //! A proxy's data path.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::{self, Debug, Formatter};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use aya::maps::{HashMap, MapData, MapError};
+use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
@@ -40,9 +40,12 @@ const MAX_BLOCKS: u32 = 1 << 18;
 pub struct ProxyDatapath {
     fragments: String,
     underlay: Underlay,
-    heard: HashMap<MapData, Ip, u64>,
+    heard: BpfHashMap<MapData, Ip, u64>,
     state: Mutex<State>,
 }
+
+/// The blocks of a VPC and who holds them, by shared address and block.
+type Blocks = BTreeMap<(u32, u32), Ip>;
 
 struct State {
     netlink: Netlink,
@@ -50,6 +53,8 @@ struct State {
     vpcs: Table<u32, maps::ProxyVpc>,
     interfaces: Table<u32, maps::ProxyVpc>,
     blocks: Table<BlockKey, Ip>,
+    /// What is in there, by VNI: to look through all of them for one VPC's takes half a second.
+    known_blocks: HashMap<u32, Blocks>,
     counters: Counters,
     routes: Routes,
 }
@@ -121,11 +126,13 @@ impl ProxyDatapath {
         programs.commit()?;
         let changes = Changes::open(&mut programs)?;
         let heard = programs.map(names::HEARD)?;
+        let blocks = Table::open(&mut programs, names::BLOCKS, &changes)?;
         let state = State {
             netlink,
             vpcs: Table::open(&mut programs, names::PROXY_VPCS, &changes)?,
             interfaces: Table::open(&mut programs, names::INTERFACES, &changes)?,
-            blocks: Table::open(&mut programs, names::BLOCKS, &changes)?,
+            known_blocks: known_blocks(&blocks)?,
+            blocks,
             counters: Counters::new(programs.map(names::DROPS)?),
             routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
@@ -277,7 +284,6 @@ impl ProxyDatapath {
     pub fn vpcs(&self) -> Result<Vec<ProxyVpc>, Error> {
         let mut state = self.lock();
         let interfaces = state.netlink.interfaces()?;
-        let mut holders = state.holders()?;
         let mut vpcs = Vec::new();
         for vpc in state.all_vpcs()? {
             let name = interfaces
@@ -296,7 +302,7 @@ impl ProxyDatapath {
                 gateway: Some(vpc.gateway.into())
                     .filter(|gateway: &Ipv4Addr| !gateway.is_unspecified()),
                 v6: v6_of(&vpc.v6)?,
-                holders: holders.remove(&vpc.vni).unwrap_or_default(),
+                holders: state.holders(vpc.vni),
                 claim: (vpc.standby == 0).then_some(vpc.claim),
                 routes: Vec::new(),
             };
@@ -364,7 +370,7 @@ impl State {
     }
 
     fn interface_owner(&self, ifindex: u32) -> Result<Option<u32>, Error> {
-        Ok(self.all_vpcs()?.into_iter().find(|vpc| vpc.ifindex == ifindex).map(|vpc| vpc.vni))
+        Ok(self.interfaces.find(&ifindex)?.map(|vpc| vpc.vni))
     }
 
     /// A scope that no VPC has, its counters at zero.
@@ -387,7 +393,9 @@ impl State {
         interface: &Interface,
         before: Option<&maps::ProxyVpc>,
     ) -> Result<(), Error> {
-        let _expedited = ExpeditedRcu::new();
+        // To set it takes longer than what is done for a VPC that is there.
+        let is_new = before.is_none_or(|before| before.ifindex != interface.index);
+        let _expedited = is_new.then(ExpeditedRcu::new);
         if vpc.v6.is_none() {
             sysctl::disable_ipv6(&interface.name)?;
         }
@@ -429,44 +437,33 @@ impl State {
 
     /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away
     /// with the others.
-    fn set_blocks(&mut self, vni: u32, wanted: &BTreeMap<(u32, u32), Ip>) -> Result<(), Error> {
-        let error = |source| Error::map(names::BLOCKS, source);
-        let mut unwanted = Vec::new();
-        let mut present = BTreeMap::new();
-        for entry in self.blocks.iter() {
-            let (key, holder) = entry.map_err(error)?;
-            let place = (key.shared_address.0, key.block);
-            if key.vni != vni {
-                continue;
-            }
-            present.insert(place, holder);
-            if !wanted.contains_key(&place) {
-                unwanted.push(key);
+    fn set_blocks(&mut self, vni: u32, wanted: &Blocks) -> Result<(), Error> {
+        let key = |(shared_address, block): (u32, u32)| BlockKey {
+            vni,
+            shared_address: Ipv4(shared_address),
+            block,
+        };
+        let known = self.known_blocks.entry(vni).or_default();
+        for (place, holder) in wanted {
+            if known.get(place) != Some(holder) {
+                self.blocks.insert(&key(*place), holder)?;
+                known.insert(*place, *holder);
             }
         }
-        for (&(shared_address, block), holder) in wanted {
-            if present.get(&(shared_address, block)) != Some(holder) {
-                let key = BlockKey { vni, shared_address: Ipv4(shared_address), block };
-                self.blocks.insert(&key, holder)?;
-            }
-        }
-        for key in unwanted {
-            self.blocks.remove(&key)?;
+        let unwanted: Vec<_> =
+            known.keys().filter(|place| !wanted.contains_key(place)).copied().collect();
+        for place in unwanted {
+            self.blocks.remove(&key(place))?;
+            known.remove(&place);
         }
         Ok(())
     }
 
-    /// Who holds which ports, by VNI, adjacent blocks joined.
-    fn holders(&self) -> Result<std::collections::HashMap<u32, Vec<(PortRange, IpAddr)>>, Error> {
-        let mut blocks = BTreeMap::new();
-        for entry in self.blocks.iter() {
-            let (key, holder) = entry.map_err(|source| Error::map(names::BLOCKS, source))?;
-            blocks.insert((key.vni, key.block), IpAddr::from(holder));
-        }
-        let mut holders = std::collections::HashMap::<u32, Vec<(PortRange, IpAddr)>>::new();
-        for ((vni, block), holder) in blocks {
-            let base = block * BLOCK_PORTS;
-            let ranges = holders.entry(vni).or_default();
+    /// Who holds which ports of a VPC, adjacent blocks joined.
+    fn holders(&self, vni: u32) -> Vec<(PortRange, IpAddr)> {
+        let mut ranges: Vec<(PortRange, IpAddr)> = Vec::new();
+        for ((_, block), holder) in self.known_blocks.get(&vni).into_iter().flatten() {
+            let (base, holder) = (block * BLOCK_PORTS, IpAddr::from(*holder));
             match ranges.last_mut() {
                 Some((range, last)) if *last == holder && range.end() == base => {
                     range.count += BLOCK_PORTS;
@@ -474,7 +471,7 @@ impl State {
                 _ => ranges.push((PortRange { base: base as u16, count: BLOCK_PORTS }, holder)),
             }
         }
-        Ok(holders)
+        ranges
     }
 }
 
@@ -517,14 +514,23 @@ fn pinned_vpcs(directory: &std::path::Path) -> Result<Vec<maps::ProxyVpc>, Error
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let map =
-        MapData::from_pin(&path).and_then(|data| HashMap::try_from(aya::maps::Map::HashMap(data)));
+    let map = MapData::from_pin(&path)
+        .and_then(|data| BpfHashMap::try_from(aya::maps::Map::HashMap(data)));
     let map = map.map_err(|source| Error::map(names::PROXY_VPCS, source))?;
     all_vpcs(map.iter())
 }
 
-/// The blocks of a VPC and who holds them, by shared address and block.
-fn blocks(vpc: &ProxyVpc) -> Result<BTreeMap<(u32, u32), Ip>, Error> {
+/// The blocks that programs know of.
+fn known_blocks(table: &Table<BlockKey, Ip>) -> Result<HashMap<u32, Blocks>, Error> {
+    let mut known = HashMap::<u32, Blocks>::new();
+    for entry in table.iter() {
+        let (key, holder) = entry.map_err(|source| Error::map(names::BLOCKS, source))?;
+        known.entry(key.vni).or_default().insert((key.shared_address.0, key.block), holder);
+    }
+    Ok(known)
+}
+
+fn blocks(vpc: &ProxyVpc) -> Result<Blocks, Error> {
     let shared = Ipv4::from(vpc.shared_address).0;
     let mut blocks = BTreeMap::new();
     for &(range, holder) in &vpc.holders {

@@ -106,9 +106,9 @@ impl Namespace {
         command.args(["-batch", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot run `ip` (package iproute2)")?;
         let mut input = child.stdin.take().context("it has an input")?;
-        for line in lines {
-            writeln!(input, "{line}")?;
-        }
+        let lines: String = lines.map(|line| line + "\n").collect();
+        // One that fails reads no further, and says why.
+        input.write_all(lines.as_bytes()).ok();
         drop(input);
         let output = child.wait_with_output()?;
         let error = String::from_utf8_lossy(&output.stderr);
