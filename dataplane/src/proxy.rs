@@ -36,6 +36,8 @@ const ORPHANED: Duration = Duration::from_millis(150);
 const SETTLING: Duration = Duration::from_millis(200);
 /// How often a proxy says what it has said before.
 const REPEAT: Duration = Duration::from_secs(1);
+/// How often is decided at least: some of it depends on the time alone.
+const AT_LEAST: Duration = Duration::from_millis(100);
 /// How often something new is said.
 const BURST: u32 = 3;
 /// So many hosts are asked whether this proxy is isolated, when no other proxy answers.
@@ -120,8 +122,9 @@ impl Proxy {
             announcements: BTreeSet::new(),
         };
         for vpc in datapath.vpcs()? {
+            // Without any, who may own its addresses is not known: they stay where they are.
             let proxies = state.proxies.get(&vpc.vni).cloned().unwrap_or_default();
-            state.know(own, &vpc, vpc.claim, &proxies, now);
+            state.know(&vpc, vpc.claim, proxies, now);
         }
         state.proxies.retain(|vni, _| state.hosts.contains_key(vni));
         let proxy = Arc::new(Self {
@@ -151,7 +154,9 @@ impl Proxy {
         let mut state = self.lock();
         let claim = state.succession.claim(vni);
         self.datapath.apply_vpc(&ProxyVpc { claim, ..vpc.clone() })?;
-        state.know(self.own.into(), vpc, None, proxies, Instant::now());
+        let alone = vec![IpAddr::from(self.own)];
+        let proxies = if proxies.is_empty() { alone } else { proxies.to_vec() };
+        state.know(vpc, None, proxies, Instant::now());
         self.save(&state.proxies)?;
         let is_willing = self.datapath.has_carrier(vni)?;
         state.succession.set_willing(vni, is_willing);
@@ -279,9 +284,8 @@ impl Proxy {
         while let Some((length, from)) = receive(&self.claims, &mut bytes) {
             let from = Ip::from(from.ip());
             let Some(message) = bytes.get(..length).and_then(Message::from_bytes) else { continue };
-            let session = state.sessions.get_mut(&from);
-            let is_other = session.is_some();
-            session.into_iter().for_each(Session::spoke);
+            let is_other = state.succession.others().any(|other| other == from);
+            state.sessions.get_mut(&from).into_iter().for_each(Session::spoke);
             match message.kind {
                 kind::KNOWN => {
                     for entry in message.entries {
@@ -328,7 +332,7 @@ impl Proxy {
             if !moves.is_empty() {
                 state.burst = BURST;
             }
-            (state.is_new, state.view, state.decide_at) = (false, view, now + REPEAT);
+            (state.is_new, state.view, state.decide_at) = (false, view, now + AT_LEAST);
         }
         self.say(state, now);
         for (host, message) in state.told.packets(now) {
@@ -459,16 +463,8 @@ impl Proxy {
 }
 
 impl Inner {
-    fn know(
-        &mut self,
-        own: IpAddr,
-        vpc: &ProxyVpc,
-        claim: Option<u32>,
-        proxies: &[IpAddr],
-        now: Instant,
-    ) {
+    fn know(&mut self, vpc: &ProxyVpc, claim: Option<u32>, proxies: Vec<IpAddr>, now: Instant) {
         let vni = vpc.vni;
-        let proxies = if proxies.is_empty() { vec![own] } else { proxies.to_vec() };
         let order = proxies.iter().copied().map(Ip::from).collect();
         self.succession.apply(vni, order, claim, now);
         self.proxies.insert(vni, proxies);

@@ -28,6 +28,8 @@ pub const VPCS: [&str; 2] = ["tenant-a", "tenant-b"];
 
 /// Where each agent serves metrics, in its own namespace.
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9401);
+/// Where the control plane's state is, beside files that the name of each begins with this one.
+const STATE: &str = "control.db";
 const PATIENCE: Duration = Duration::from_secs(20);
 const PROBE_TIMEOUT_MS: u32 = 10_000;
 
@@ -274,10 +276,27 @@ impl Fleet {
 
     /// Kills a daemon with SIGKILL, starts it again, and waits until it serves.
     pub async fn kill_and_restart(&mut self, daemon: Daemon) -> Result<()> {
+        self.kill_and_restart_alone(daemon)?;
+        self.wait_registered().await
+    }
+
+    /// The same where there is no control plane.
+    pub fn kill_and_restart_alone(&mut self, daemon: Daemon) -> Result<()> {
         self.process(daemon).kill()?;
         *self.process(daemon) = start(&self.topology, &self.run, daemon)?;
-        self.wait_listening(daemon)?;
-        self.wait_registered().await
+        self.wait_listening(daemon)
+    }
+
+    /// Kills the control plane, and removes all that it stored.
+    pub fn lose_control(&mut self) -> Result<()> {
+        self.process(Daemon::Control).kill()?;
+        for entry in std::fs::read_dir(self.run.path())? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(STATE) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Stops a daemon, starts it with other eBPF programs, and waits until it serves.
@@ -460,7 +479,7 @@ fn command(topology: &Topology, run: &RunDir, daemon: Daemon) -> Result<Command>
             let mut command = topology.control.command(built("warren-control")?);
             command.arg("--listen").arg(endpoint(run, daemon).to_string());
             command.arg("--listen").arg(format!("http://{CONTROL}:7700"));
-            command.arg("--state").arg(run.path().join("control.db"));
+            command.arg("--state").arg(run.path().join(STATE));
             command
         }
         Daemon::Host | Daemon::Proxy => {

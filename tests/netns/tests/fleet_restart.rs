@@ -128,3 +128,31 @@ async fn a_killed_control_plane_comes_back_with_its_vpcs_and_learns_its_instance
     assert_eq!(vpcs.iter().map(|vpc| &vpc.name[..]).collect::<Vec<_>>(), VPCS);
     instance(&fleet, VPCS[1]).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_control_plane_and_its_state_daemons_go_on_with_what_they_last_knew() {
+    if !kvm_or_skip("without_a_control_plane_and_its_state") {
+        return;
+    }
+    let mut fleet = Fleet::start(OPTIONS).await.unwrap();
+    let _echo = servers::udp_echo(&fleet.topology.vpcs[0], ECHO).unwrap();
+    let before = instance(&fleet, VPCS[0]).await;
+    let echoes = async |fleet: &Fleet, instance: &v1::Instance| {
+        let to = Endpoint { address: SERVER.octets(), port: ECHO };
+        let operation = Operation::UdpEcho { to, count: 20, length: 64, interval_us: 1000 };
+        let reply = call(fleet, instance, operation).await;
+        let Ok(Outcome::Udp { sent, received, .. }) = reply.outcome else { panic!("{reply:?}") };
+        assert_eq!((sent, received), (20, 20));
+    };
+    fleet.lose_control().unwrap();
+    echoes(&fleet, &before).await;
+    for daemon in [Daemon::Proxy, Daemon::Host] {
+        fleet.kill_and_restart_alone(daemon).unwrap();
+        echoes(&fleet, &before).await;
+    }
+    // Whoever asks the agent gets more, on the ports that the host holds.
+    let mut agent = fleet.agent(Daemon::Host).await.unwrap();
+    let request = v1::StartInstanceRequest { vpc: VPCS[0].to_owned(), ..Default::default() };
+    let started = agent.start_instance(request).await.unwrap().into_inner().instance.unwrap();
+    echoes(&fleet, &started).await;
+}
