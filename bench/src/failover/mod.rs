@@ -40,13 +40,14 @@ const PEER_PATIENCE: Duration = Duration::from_secs(8);
 pub fn run(deaths: u32) -> Result<Figures> {
     let mut bed = Bed::new()?;
     let mut peer = Peer::new()?;
-    let [mut died, mut drained, mut joined] = [(); 3].map(|()| Seen::default());
+    let [mut died, mut drained, mut joined, mut quiet] = [(); 4].map(|()| Seen::default());
     let mut replaced = Seen::default();
     for round in (0..deaths).progress() {
         died.add(bed.death()?);
         if round % PER_MOVE == 0 {
             drained.add(bed.drain()?);
             joined.add(bed.join()?);
+            quiet.add(bed.nothing());
         }
         if round % PER_PEER == 0 {
             replaced.add(peer.death()?);
@@ -64,6 +65,7 @@ pub fn run(deaths: u32) -> Result<Figures> {
     died.figures("", &mut figures);
     drained.figures("drain_", &mut figures);
     joined.figures("join_", &mut figures);
+    quiet.figures("quiet_", &mut figures);
     let kills = replaced.gap_ms.len() as u64;
     let losses = peer.losses;
     figures.count("peer_kills", kills);
@@ -160,6 +162,13 @@ impl Bed {
         self.cluster.apply(VNIS[0], &all)?;
         std::thread::sleep(WATCHED);
         Ok(longest(&self.pulse, start))
+    }
+
+    /// As long as a move, without one: what the machine itself does.
+    fn nothing(&self) -> (Duration, Duration) {
+        let start = Instant::now();
+        std::thread::sleep(WATCHED);
+        longest(&self.pulse, start)
     }
 
     fn finish(self) -> Result<(Losses, Pulses)> {

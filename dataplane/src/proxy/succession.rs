@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use warren_abi::claim::Claim;
 use warren_abi::wire::Ip;
 
-/// So long, those that are not first leave addresses that nobody owns yet to the first.
+/// So long, addresses that nobody owns as far as is known are left to the first, and to whoever may
+/// own them and did not say so yet.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// So long, whoever made a claim that others tell of has to say so itself.
@@ -75,8 +76,8 @@ pub enum Move {
 pub struct Succession {
     own: Ip,
     networks: BTreeMap<u32, Network>,
-    /// Whether others want a VPC's addresses.
-    others: BTreeMap<Ip, BTreeMap<u32, bool>>,
+    /// What others said last, also of VPCs that are not known here.
+    others: BTreeMap<Ip, BTreeMap<u32, Statement>>,
 }
 
 #[derive(Debug)]
@@ -98,6 +99,8 @@ impl Network {
     /// Takes in a claim, of an owner that is perhaps not known.
     fn learn(&mut self, sequence: u32, owner: Option<Ip>, now: Instant) -> bool {
         let is_new = match sequence.wrapping_sub(self.sequence).cast_signed() {
+            _ if sequence == 0 => false,
+            _ if self.sequence == 0 => true,
             ..0 => false,
             0 => match (owner, self.owner) {
                 (None, _) => false,
@@ -121,6 +124,7 @@ impl Network {
         now: Instant,
         health: impl Fn(Ip) -> Health,
         is_willing: impl Fn(Ip) -> bool,
+        has_spoken: impl Fn(Ip) -> bool,
     ) -> bool {
         match self.owner {
             // It was isolated.
@@ -137,11 +141,17 @@ impl Network {
                 }
             }
             None => {
-                let is_first_there = self
-                    .order
-                    .first()
-                    .is_some_and(|first| *first != own && health(*first) != Health::Down);
-                if is_first_there && now < self.since + PATIENCE {
+                let is_first = self.order.first() == Some(&own);
+                let may_own = |proxy: &Ip| match health(*proxy) {
+                    _ if *proxy == own => false,
+                    Health::Unknown => true,
+                    Health::Up | Health::Shaky => !has_spoken(*proxy),
+                    Health::Orphaned | Health::Down => false,
+                };
+                let is_there = |proxy: &Ip| health(*proxy) != Health::Down;
+                let is_left = !is_first && self.order.first().is_some_and(is_there);
+                let is_open = is_left || self.order.iter().any(may_own);
+                if is_open && now < self.since + PATIENCE {
                     return false;
                 }
             }
@@ -177,6 +187,11 @@ impl Succession {
             holds: claim.is_some(),
         });
         network.order = order;
+        for (proxy, said) in &self.others {
+            if let Some(Statement { sequence, is_owner, .. }) = said.get(&vni) {
+                network.learn(*sequence, is_owner.then_some(*proxy), now);
+            }
+        }
     }
 
     /// Forgets a VPC.
@@ -219,10 +234,11 @@ impl Succession {
     /// What another proxy says. Whether that is something new.
     pub fn hear(&mut self, proxy: Ip, vni: u32, statement: Statement, now: Instant) -> bool {
         let Statement { sequence, is_owner, is_willing } = statement;
-        let before = self.others.entry(proxy).or_default().insert(vni, is_willing);
+        let before = self.others.entry(proxy).or_default().insert(vni, statement);
+        let was_willing = before.map(|before| before.is_willing);
         let owner = is_owner.then_some(proxy);
         let learn = |network: &mut Network| network.learn(sequence, owner, now);
-        self.networks.get_mut(&vni).is_some_and(learn) || before != Some(is_willing)
+        self.networks.get_mut(&vni).is_some_and(learn) || was_willing != Some(is_willing)
     }
 
     /// A host knows of a later claim, whoever made it: it may be gone without this proxy having heard
@@ -258,9 +274,10 @@ impl Succession {
                 moves.push(Move::Leave { vni });
             }
             let is_able = standing == Standing::Settled && network.is_willing && !network.holds;
-            let is_willing = |proxy| others.get(&proxy).and_then(|said| said.get(&vni)).copied();
-            let is_willing = |proxy| is_willing(proxy).unwrap_or(false);
-            if is_able && network.is_next(own, now, &health, is_willing) {
+            let said = |proxy| others.get(&proxy).and_then(|said| said.get(&vni));
+            let is_willing = |proxy| said(proxy).is_some_and(|said| said.is_willing);
+            let has_spoken = |proxy| others.contains_key(&proxy);
+            if is_able && network.is_next(own, now, &health, is_willing, has_spoken) {
                 let sequence = network.sequence.wrapping_add(1).max(unix).max(1);
                 network.learn(sequence, Some(own), now);
                 network.holds = true;
@@ -382,6 +399,7 @@ mod tests {
     #[test]
     fn the_first_begins_and_the_next_takes_over() {
         let mut world = World::new();
+        assert_eq!(world.turn(), [], "another one may own them");
         assert_eq!(world.turn(), [(1, Move::Take { vni: VNI, sequence: 1000 })]);
         assert_eq!(world.turn(), []);
         world.cut[0] = true;
@@ -432,6 +450,27 @@ mod tests {
         let now = (world.now, world.unix);
         let moves = last.decide(now, Standing::Settled, |_| Health::Down);
         assert_eq!(moves, [Move::Take { vni: VNI, sequence: 1001 }]);
+    }
+
+    #[test]
+    fn who_begins_anew_claims_nothing_that_another_owns() {
+        let (mut new, now) = (Succession::new(ip(1)), Instant::now());
+        let statement = Statement { sequence: 3000, is_owner: true, is_willing: true };
+        new.hear(ip(2), VNI, statement, now);
+        new.apply(VNI, vec![ip(1), ip(2)], None, now);
+        let now = (now + PATIENCE * 2, 4000);
+        assert_eq!(new.decide(now, Standing::Settled, |_| Health::Up), []);
+    }
+
+    #[test]
+    fn numbers_beyond_2038_are_claims() {
+        let mut proxy = Succession::new(ip(1));
+        let now = Instant::now();
+        proxy.apply(VNI, vec![ip(1)], None, now);
+        let unix = 1 << 31;
+        let moves = proxy.decide((now, unix), Standing::Settled, |_| Health::Down);
+        assert_eq!(moves, [Move::Take { vni: VNI, sequence: unix }]);
+        assert_eq!(proxy.claim(VNI), Some(unix));
     }
 
     #[test]
