@@ -75,6 +75,9 @@ struct Inner {
     settled_at: Instant,
     /// Whether this proxy reaches others, or at least hosts; none: that is not known yet.
     witness: Option<bool>,
+    /// When a node was last found to be down, and when any last answered.
+    lost_at: Option<Instant>,
+    answered_at: Instant,
     /// What the last decision was made on; and whether more than that is new since, or it is to be
     /// made again for time went by.
     view: (Standing, BTreeMap<Ip, Health>),
@@ -114,6 +117,8 @@ impl Proxy {
             hosts: BTreeMap::new(),
             settled_at: now + SETTLING,
             witness: Some(true),
+            lost_at: None,
+            answered_at: now,
             view: (Standing::Settling, BTreeMap::new()),
             is_new: true,
             decide_at: now,
@@ -221,6 +226,7 @@ impl Proxy {
         for (node, session) in sessions.iter_mut() {
             if session.conclude(now) {
                 tracing::warn!(node = %IpAddr::from(*node), "does not forward any more");
+                state.lost_at = Some(now);
             }
         }
         let state_of = |sessions: &BTreeMap<Ip, Session>, node: &Ip| {
@@ -229,8 +235,11 @@ impl Proxy {
         let mut wanted: BTreeSet<Ip> = succession.others().collect();
         let is_alone =
             !wanted.is_empty() && wanted.iter().all(|node| state_of(sessions, node) == State::Down);
-        // Whoever hears from nobody may be cut off itself: hosts know.
-        let asked = if is_alone { WITNESSES } else { 0 };
+        // Whoever hears from nobody may be cut off itself: hosts know. So may be who lost one node and
+        // has heard from no other since: they are not lost all in one turn.
+        let is_doubtful =
+            state.lost_at.is_some_and(|lost| state.answered_at + INTERVAL < lost) && !is_alone;
+        let asked = if is_alone || is_doubtful { WITNESSES } else { 0 };
         let witnesses: BTreeSet<Ip> = hosts.values().flatten().take(asked).copied().collect();
         wanted.extend(&witnesses);
         sessions.retain(|node, _| wanted.contains(node));
@@ -245,12 +254,16 @@ impl Proxy {
         let states = || witnesses.iter().map(|node| state_of(sessions, node));
         let witness = match () {
             () if witnesses.is_empty() || states().any(|state| state == State::Up) => Some(true),
+            () if is_doubtful => None,
             () if states().all(|state| state == State::Down) => Some(false),
             () => None,
         };
         let is_late = |node| sessions.get(node).is_some_and(Session::is_late);
         if witness != Some(true) && witnesses.iter().any(is_late) {
             state.settled_at = now + SETTLING;
+        }
+        if witness == Some(false) {
+            succession.forget_others();
         }
         if (witness == Some(false)) != (state.witness == Some(false)) {
             let what =
@@ -265,8 +278,9 @@ impl Proxy {
         while let Some((length, from)) = receive(&self.sessions, &mut bytes) {
             let Some(session) = state.sessions.get_mut(&Ip::from(from.ip())) else { continue };
             let before = session.state();
-            if length == bytes.len() && from.port() == bfd::PORT {
-                session.answered(&Control::from_bytes(bytes));
+            let is_whole = length == bytes.len() && from.port() == bfd::PORT;
+            if is_whole && session.answered(&Control::from_bytes(bytes)) {
+                state.answered_at = Instant::now();
             }
             if before == State::Down && session.state() == State::Up {
                 tracing::info!(node = %from.ip(), "forwards again");
@@ -317,6 +331,8 @@ impl Proxy {
             () if now < state.settled_at && state.succession.others().next().is_some() => {
                 Standing::Settling
             }
+            // Somebody who is there has not said yet what it owns.
+            () if now < state.settled_at + REPEAT && !state.has_heard_all() => Standing::Settling,
             () => Standing::Settled,
         };
         let sessions = &state.sessions;
@@ -463,6 +479,13 @@ impl Proxy {
 }
 
 impl Inner {
+    /// Whether all other proxies that answer said what they own.
+    fn has_heard_all(&self) -> bool {
+        let is_up = |node| self.sessions.get(&node).is_some_and(|it| it.state() == State::Up);
+        let mut others = self.succession.others();
+        others.all(|node| !is_up(node) || self.succession.has_heard(node))
+    }
+
     fn know(&mut self, vpc: &ProxyVpc, claim: Option<u32>, proxies: Vec<IpAddr>, now: Instant) {
         let vni = vpc.vni;
         let order = proxies.iter().copied().map(Ip::from).collect();

@@ -96,17 +96,18 @@ impl Session {
         Some(Control::request(self.discriminator, INTERVAL.as_micros() as u32, MULTIPLIER as u8))
     }
 
-    /// Takes in what came from the node.
-    pub fn answered(&mut self, control: &Control) {
+    /// Takes in what came from the node. Whether it is an answer.
+    pub fn answered(&mut self, control: &Control) -> bool {
         let asked = Control::request(self.discriminator, 0, 0);
         if control.is_request() || control.yours != asked.mine {
-            return;
+            return false;
         }
         (self.unanswered, self.first) = (0, None);
         self.answers += 1;
         if self.state == State::Init || self.answers >= ANSWERS {
             self.state = State::Up;
         }
+        true
     }
 
     /// Concludes what is to be concluded from answers that did not come: to be called when all that

@@ -248,6 +248,11 @@ impl Succession {
         self.networks.get_mut(&vni).is_some_and(learn)
     }
 
+    /// Forgets what others said: what is true now, they say again.
+    pub fn forget_others(&mut self) {
+        self.others.clear();
+    }
+
     /// Forgets what others said but these.
     pub fn retain(&mut self, is_other: impl Fn(Ip) -> bool) {
         self.others.retain(|proxy, _| is_other(*proxy));
