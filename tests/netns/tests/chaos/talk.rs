@@ -1,5 +1,6 @@
 //! What tenants send, and what must come back.
 
+use std::collections::HashSet;
 use std::fmt::{self, Display, Formatter};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
@@ -116,6 +117,8 @@ fn answer(mut stream: TcpStream, index: u8) {
 pub struct Told {
     pub sent: u64,
     pub lost: u64,
+    /// Datagrams that came back more than once.
+    pub twice: u64,
     /// By one connection that lasts.
     pub lines: u64,
     /// Connections that were opened, used and closed.
@@ -128,10 +131,10 @@ pub struct Told {
 
 impl Display for Told {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { sent, lost, lines, connections, longest_ms, .. } = self;
+        let Self { sent, lost, twice, lines, connections, longest_ms, .. } = self;
         write!(
             f,
-            "{lost} of {sent} datagrams lost, {lines} lines and {connections} connections, \
+            "{lost} of {sent} datagrams lost, {twice} came twice, {lines} lines and {connections} connections, \
              the slowest in {longest_ms} ms"
         )
     }
@@ -141,6 +144,7 @@ impl Display for Told {
 struct Counts {
     sent: AtomicU64,
     received: AtomicU64,
+    twice: AtomicU64,
     lines: AtomicU64,
     connections: AtomicU64,
     longest_ms: AtomicU64,
@@ -174,7 +178,7 @@ impl Talk {
                 }
             }),
             Worker::spawn({
-                let counts = counts.clone();
+                let (counts, mut seen) = (counts.clone(), HashSet::new());
                 move || {
                     let mut heard: Line = [0; 16];
                     if listener.recv(&mut heard).is_ok() {
@@ -184,7 +188,9 @@ impl Talk {
                             expected[..8],
                             "{tenant:?} hears what is not its own"
                         );
-                        counts.received.fetch_add(1, Ordering::SeqCst);
+                        let is_new = seen.insert(heard);
+                        let count = if is_new { &counts.received } else { &counts.twice };
+                        count.fetch_add(1, Ordering::SeqCst);
                         *counts.last.lock().expect("nobody panics with it") = Some(Instant::now());
                     }
                 }
@@ -220,6 +226,7 @@ impl Talk {
         Told {
             sent: count(&counts.sent),
             lost: count(&counts.sent).saturating_sub(count(&counts.received)),
+            twice: count(&counts.twice),
             lines: count(&counts.lines),
             connections: count(&counts.connections),
             longest_ms: count(&counts.longest_ms),
