@@ -325,20 +325,26 @@ impl Proxy {
     fn decide(&self, state: &mut Inner) {
         let now = Instant::now();
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let sessions = &state.sessions;
+        let others = state.succession.others().collect::<BTreeSet<_>>().into_iter();
+        let health = others.map(|node| (node, self.health(sessions.get(&node), node, now)));
+        let health = health.collect::<BTreeMap<_, _>>();
+        // Somebody whose daemon is there has not said yet what it owns.
+        let is_silent = |(node, health): (&Ip, &Health)| {
+            matches!(health, Health::Up | Health::Shaky) && !state.succession.has_heard(*node)
+        };
         let standing = match () {
             () if state.witness == Some(false) => Standing::Isolated,
             () if state.witness.is_none() => Standing::Settling,
             () if now < state.settled_at && state.succession.others().next().is_some() => {
                 Standing::Settling
             }
-            // Somebody who is there has not said yet what it owns.
-            () if now < state.settled_at + REPEAT && !state.has_heard_all() => Standing::Settling,
+            () if now < state.settled_at + REPEAT && health.iter().any(is_silent) => {
+                Standing::Settling
+            }
             () => Standing::Settled,
         };
-        let sessions = &state.sessions;
-        let others = state.succession.others().collect::<BTreeSet<_>>().into_iter();
-        let health = others.map(|node| (node, self.health(sessions.get(&node), node, now)));
-        let view = (standing, health.collect::<BTreeMap<_, _>>());
+        let view = (standing, health);
         if state.is_new || view != state.view || now >= state.decide_at {
             let health = |node| view.1.get(&node).copied().unwrap_or(Health::Unknown);
             let moves = state.succession.decide((now, unix as u32), standing, health);
@@ -479,13 +485,6 @@ impl Proxy {
 }
 
 impl Inner {
-    /// Whether all other proxies that answer said what they own.
-    fn has_heard_all(&self) -> bool {
-        let is_up = |node| self.sessions.get(&node).is_some_and(|it| it.state() == State::Up);
-        let mut others = self.succession.others();
-        others.all(|node| !is_up(node) || self.succession.has_heard(node))
-    }
-
     fn know(&mut self, vpc: &ProxyVpc, claim: Option<u32>, proxies: Vec<IpAddr>, now: Instant) {
         let vni = vpc.vni;
         let order = proxies.iter().copied().map(Ip::from).collect();
