@@ -181,11 +181,6 @@ impl Proxy {
         self.save(&state.proxies)
     }
 
-    /// Whether this proxy owns a VPC's addresses.
-    pub fn owns(&self, vni: u32) -> bool {
-        self.lock().succession.claim(vni).is_some()
-    }
-
     /// Of how many VPCs this proxy owns the addresses.
     pub fn owned(&self) -> u32 {
         self.lock().succession.held().count() as u32
@@ -232,7 +227,7 @@ impl Proxy {
         let state_of = |sessions: &BTreeMap<Ip, Session>, node: &Ip| {
             sessions.get(node).map_or(State::Init, Session::state)
         };
-        let mut wanted: BTreeSet<Ip> = succession.others().collect();
+        let mut wanted = succession.others();
         let is_alone =
             !wanted.is_empty() && wanted.iter().all(|node| state_of(sessions, node) == State::Down);
         // Whoever hears from nobody may be cut off itself: hosts know. So may be who lost one node and
@@ -298,7 +293,7 @@ impl Proxy {
         while let Some((length, from)) = receive(&self.claims, &mut bytes) {
             let from = Ip::from(from.ip());
             let Some(message) = bytes.get(..length).and_then(Message::from_bytes) else { continue };
-            let is_other = state.succession.others().any(|other| other == from);
+            let is_other = state.succession.others().contains(&from);
             state.sessions.get_mut(&from).into_iter().for_each(Session::spoke);
             match message.kind {
                 kind::KNOWN => {
@@ -326,7 +321,7 @@ impl Proxy {
         let now = Instant::now();
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let sessions = &state.sessions;
-        let others = state.succession.others().collect::<BTreeSet<_>>().into_iter();
+        let others = state.succession.others().into_iter();
         let health = others.map(|node| (node, self.health(sessions.get(&node), node, now)));
         let health = health.collect::<BTreeMap<_, _>>();
         // Somebody whose daemon is there has not said yet what it owns.
@@ -336,9 +331,7 @@ impl Proxy {
         let standing = match () {
             () if state.witness == Some(false) => Standing::Isolated,
             () if state.witness.is_none() => Standing::Settling,
-            () if now < state.settled_at && state.succession.others().next().is_some() => {
-                Standing::Settling
-            }
+            () if now < state.settled_at && !health.is_empty() => Standing::Settling,
             () if now < state.settled_at + REPEAT && health.iter().any(is_silent) => {
                 Standing::Settling
             }
@@ -397,7 +390,6 @@ impl Proxy {
         if let Err(error) = self.datapath.set_claim(vni, claim) {
             tracing::error!(vni, %error, "a VPC's addresses are left to other proxies");
             state.succession.set_willing(vni, false);
-            state.is_new = true;
             return;
         }
         let Some(sequence) = claim else {
@@ -437,7 +429,7 @@ impl Proxy {
         let entries: Vec<_> = said.map(|(vni, said)| entry(vni, said)).collect();
         let messages = Message::statements(&entries);
         let query = Message { kind: kind::QUERY, entries: Vec::new() };
-        for other in state.succession.others().collect::<BTreeSet<_>>() {
+        for other in state.succession.others() {
             for message in &messages {
                 self.send(message, other);
             }

@@ -23,7 +23,7 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::routes::{self, Entries, Routes};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
-    check_gateway_v6, check_vni, fragments, is_missing, sysctl, underlay,
+    check_gateway_v6, check_vni, fragments, sysctl, underlay,
 };
 use crate::announce::Announcement;
 use crate::clock::monotonic_ns;
@@ -40,7 +40,7 @@ const MAX_BLOCKS: u32 = 1 << 18;
 pub struct ProxyDatapath {
     fragments: String,
     underlay: Underlay,
-    heard: BpfHashMap<MapData, Ip, u64>,
+    heard: Table<Ip, u64>,
     state: Mutex<State>,
 }
 
@@ -125,7 +125,7 @@ impl ProxyDatapath {
         }
         programs.commit()?;
         let changes = Changes::open(&mut programs)?;
-        let heard = programs.map(names::HEARD)?;
+        let heard = Table::open(&mut programs, names::HEARD, &changes)?;
         let blocks = Table::open(&mut programs, names::BLOCKS, &changes)?;
         let state = State {
             netlink,
@@ -252,11 +252,7 @@ impl ProxyDatapath {
     /// When each node of the underlay asked last whether this one forwards, in nanoseconds of
     /// `CLOCK_MONOTONIC`.
     pub fn heard(&self, node: IpAddr) -> Result<Option<u64>, Error> {
-        match self.heard.get(&Ip::from(node), 0) {
-            Ok(when) => Ok(Some(when)),
-            Err(error) if is_missing(&error) => Ok(None),
-            Err(error) => Err(Error::map(names::HEARD, error)),
-        }
+        self.heard.find(&node.into())
     }
 
     /// What is to be told to a VPC's neighbours: none while another proxy owns its addresses.

@@ -4,7 +4,7 @@
 //! not wanted any more, or does not want them. Who comes back claims nothing: addresses move only
 //! when they must.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use warren_abi::claim::Claim;
@@ -218,9 +218,9 @@ impl Succession {
     }
 
     /// The other proxies that may own any addresses.
-    pub fn others(&self) -> impl Iterator<Item = Ip> {
+    pub fn others(&self) -> BTreeSet<Ip> {
         let all = self.networks.values().flat_map(|network| &network.order);
-        all.copied().filter(|proxy| *proxy != self.own)
+        all.copied().filter(|proxy| *proxy != self.own).collect()
     }
 
     /// What this proxy says, by VNI.

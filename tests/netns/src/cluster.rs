@@ -156,11 +156,6 @@ impl Cluster {
         self.proxies[index].as_ref().context("it is not there")?.signal(signal)
     }
 
-    /// What the daemon of a proxy logged.
-    pub fn log_of(&self, index: usize) -> String {
-        std::fs::read_to_string(self.dir(index).join("warrend.log")).unwrap_or_default()
-    }
-
     /// Makes a VPC known to all proxies whose daemon is there; these may own its address, in this
     /// order.
     pub fn apply(&self, vni: u32, order: &[usize]) -> Result<()> {
