@@ -115,6 +115,8 @@ reasons! {
     PortLimit = "port-limit",
     /// Somebody asked for the VPC's shared address, which another proxy owns.
     Standby = "standby",
+    /// Came from the VPC in a frame for another MAC address: a switch floods.
+    OtherMac = "other-mac",
 }
 
 impl Drop {

@@ -29,7 +29,7 @@ pub mod origin {
     /// Proxy: the tunnel. Its owner is the VNI. The tunnel's other end, an [`Ip`](crate::wire::Ip),
     /// is between the tag and the packet.
     pub const HOST: u8 = 3;
-    /// Proxy: a VPC. Its owner is the interface.
+    /// Proxy: a VPC. Its owner is the VNI.
     pub const VPC: u8 = 4;
 }
 

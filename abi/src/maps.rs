@@ -25,7 +25,7 @@ pub mod names {
     pub const CT_IN: &str = "CT_IN";
     /// Proxy: VNI -> [`ProxyVpc`](super::ProxyVpc).
     pub const PROXY_VPCS: &str = "PROXY_VPCS";
-    /// Proxy: index of an interface in a VPC -> [`ProxyVpc`](super::ProxyVpc).
+    /// Proxy: [`InterfaceKey`](super::InterfaceKey) -> VNI.
     pub const INTERFACES: &str = "INTERFACES";
     /// Proxy: [`BlockKey`](super::BlockKey) -> underlay address of the host that holds the block.
     pub const BLOCKS: &str = "BLOCKS";
@@ -84,8 +84,10 @@ pub mod layouts {
     pub const CT_IN: u32 = 2;
     /// Of `HOST_VPCS`. 2: addresses of either family.
     pub const HOST_VPCS: u32 = 2;
-    /// Of `PROXY_VPCS` and `INTERFACES`. 2: addresses of either family.
+    /// Of `PROXY_VPCS`. 2: addresses of either family.
     pub const PROXY_VPCS: u32 = 2;
+    /// Of `INTERFACES`. 3: several shared addresses on an interface.
+    pub const INTERFACES: u32 = 3;
     /// Of `BLOCKS`. 2: addresses of either family.
     pub const BLOCKS: u32 = 2;
     /// Of `CHANGES`. 2: it can be mapped.
@@ -136,6 +138,8 @@ pub mod programs {
     pub const UNDERLAY_PROXY: &str = "underlay_proxy";
     /// tcx ingress on a proxy's interface in a VPC.
     pub const VPC: &str = "vpc";
+    /// tcx egress there.
+    pub const VPC_EGRESS: &str = "vpc_egress";
     /// Removes flows that ended; run by the daemon on a [`Sweep`](super::Sweep).
     pub const SWEEP: &str = "sweep";
     /// tcx ingress on the link-local services' TUN device.
@@ -189,10 +193,11 @@ pub mod programs {
         NODE_HOST,
     ];
     /// All of a proxy's.
-    pub const OF_PROXY: [&str; 8] = [
+    pub const OF_PROXY: [&str; 9] = [
         TUNNEL_PROXY,
         UNDERLAY_PROXY,
         VPC,
+        VPC_EGRESS,
         ANSWER,
         ANSWER_V6,
         FRAGMENTS_PROXY,
@@ -495,7 +500,17 @@ pub struct ServiceSlot {
     pub reserved: u32,
 }
 
-/// A VPC on a proxy.
+/// A shared address on an interface of a proxy.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterfaceKey {
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// The address; `::`: whichever comes in there that is no shared one, of either family.
+    pub address: Ip,
+}
+
+/// A shared address of a VPC on a proxy.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProxyVpc {
@@ -518,8 +533,8 @@ pub struct ProxyVpc {
     /// 1: another proxy owns the shared addresses, and this one answers nobody who asks for them; 0:
     /// it is the owner.
     pub standby: u8,
-    /// Zero.
-    pub reserved: u8,
+    /// 1: there are other shared addresses on the interface.
+    pub has_siblings: u8,
     /// [`Claim::sequence`] of the claim by which it is the owner, or was last; 0: it never was.
     pub claim: u32,
     /// When the VPC's route table was last changed: no other change of any table has the same. 0:
@@ -641,6 +656,7 @@ mod pod {
         InKey,
         InFlow,
         ProxyVpc,
+        InterfaceKey,
         BlockKey,
         Underlay,
         Timers,
@@ -678,6 +694,7 @@ without_padding!(
     InKey = 28,
     InFlow = 32,
     ProxyVpc = 112,
+    InterfaceKey = 20,
     BlockKey = 12,
     Sweep = 566,
     RouteKey = 20,

@@ -73,6 +73,9 @@ pub enum VpcCommand {
     Create(VpcCreate),
     /// List the VPCs.
     Ls,
+    /// Give a VPC one more shared address: microVMs that start from now on are spread over all of
+    /// them, and proxies share them out.
+    AddAddress(AddAddress),
     /// Show or change what holds for a VPC's microVMs that have no security groups or limits of
     /// their own. Without a flag it shows it; what no flag names stays.
     Guard(GuardArguments),
@@ -85,9 +88,10 @@ pub struct VpcCreate {
     /// The VPC's addresses, such as 10.1.0.0/16.
     #[arg(long)]
     pub cidr: String,
-    /// Address in the VPC that all its microVMs are seen as. It must be free.
-    #[arg(long, value_name = "ADDRESS")]
-    pub shared_address: Ipv4Addr,
+    /// Address in the VPC that its microVMs are seen as. It must be free. Several, each with this flag,
+    /// are shared out among the proxies.
+    #[arg(long, value_name = "ADDRESS", required = true)]
+    pub shared_address: Vec<Ipv4Addr>,
     /// Interface of the proxy nodes that stands in the VPC.
     #[arg(long)]
     pub interface: String,
@@ -97,9 +101,10 @@ pub struct VpcCreate {
     /// The VPC's IPv6 addresses, such as `2001:db8:1::/64`. Without them, microVMs have no IPv6.
     #[arg(long, value_name = "CIDR", requires = "shared_address_v6")]
     pub cidr_v6: Option<String>,
-    /// IPv6 address in the VPC that all its microVMs are seen as. It must be free.
+    /// IPv6 address in the VPC that its microVMs are seen as, one for each --shared-address. It must
+    /// be free.
     #[arg(long, value_name = "ADDRESS", requires = "cidr_v6")]
-    pub shared_address_v6: Option<Ipv6Addr>,
+    pub shared_address_v6: Vec<Ipv6Addr>,
     /// IPv6 next hop in the VPC for addresses outside the IPv6 CIDR. It may be link-local.
     #[arg(long, value_name = "ADDRESS", requires = "cidr_v6")]
     pub gateway_v6: Option<Ipv6Addr>,
@@ -115,11 +120,22 @@ pub struct VpcCreate {
     pub search_domain: String,
 }
 
+#[derive(Debug, Args)]
+pub struct AddAddress {
+    /// Name of the VPC.
+    pub vpc: String,
+    /// A free address of the VPC.
+    pub address: Ipv4Addr,
+    /// A free IPv6 address of the VPC, if it has IPv6.
+    #[arg(long, value_name = "ADDRESS")]
+    pub v6: Option<Ipv6Addr>,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum HostCommand {
     /// List the hosts and proxies.
     Ls,
-    /// Have proxies own no VPC's addresses any more: their traffic goes over to others without loss,
+    /// Have proxies own no shared addresses any more: their traffic goes over to others without loss,
     /// and then they may be stopped. Waits until that is so.
     Drain {
         /// Names.
@@ -372,10 +388,11 @@ mod tests {
                     --interface eth1 --gateway 10.1.0.1 --ports-per-host 64";
         let Command::Vpc(VpcCommand::Create(vpc)) = parse(line).unwrap().command else { panic!() };
         assert_eq!(vpc.name, "blue");
-        assert_eq!(vpc.shared_address, Ipv4Addr::new(10, 1, 0, 9));
+        assert_eq!(vpc.shared_address, [Ipv4Addr::new(10, 1, 0, 9)]);
         assert_eq!(vpc.gateway, Some(Ipv4Addr::new(10, 1, 0, 1)));
         assert_eq!(vpc.ports_per_host, 64);
-        assert_eq!((vpc.cidr_v6, vpc.shared_address_v6, vpc.gateway_v6), (None, None, None));
+        assert_eq!((vpc.cidr_v6, vpc.gateway_v6), (None, None));
+        assert!(vpc.shared_address_v6.is_empty());
         let v6 = |flags: &str| parse(&format!("{line} {flags}"));
         let all = "--cidr-v6 fd00:1::/64 --shared-address-v6 fd00:1::9 --gateway-v6 fe80::1";
         let Command::Vpc(VpcCommand::Create(vpc)) = v6(all).unwrap().command else { panic!() };

@@ -5,14 +5,14 @@ use tonic::{Response, Status, Streaming};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
-    AddRoutesRequest, CallInstanceRequest, CapturePacketsRequest, CapturePacketsResponse,
-    ChangeSecurityRulesRequest, CreateSecurityGroupRequest, CreateVpcRequest, DeleteRoutesRequest,
-    DeleteSecurityGroupRequest, DrainProxyRequest, FindFleetMappingsRequest, ForgetHostRequest,
-    GetSecurityRequest, GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, Instance,
-    ListFleetDropsRequest, ListFleetFlowsRequest, ListHostsRequest, ListInstancesRequest,
-    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ReplaceRoutesRequest, Route,
-    RunInstanceRequest, RunInstanceResponse, SecurityDefaults, SecurityGroup,
-    SetSecurityDefaultsRequest, StopInstanceRequest, Vpc,
+    AddRoutesRequest, AddSharedAddressRequest, CallInstanceRequest, CapturePacketsRequest,
+    CapturePacketsResponse, ChangeSecurityRulesRequest, CreateSecurityGroupRequest,
+    CreateVpcRequest, DeleteRoutesRequest, DeleteSecurityGroupRequest, DrainProxyRequest,
+    FindFleetMappingsRequest, ForgetHostRequest, GetSecurityRequest, GetSecurityResponse, Host,
+    HostDrops, HostFlows, HostMappings, Instance, ListFleetDropsRequest, ListFleetFlowsRequest,
+    ListHostsRequest, ListInstancesRequest, ListRoutesRequest, ListRoutesResponse, ListVpcsRequest,
+    ReplaceRoutesRequest, Route, RunInstanceRequest, RunInstanceResponse, SecurityDefaults,
+    SecurityGroup, SetSecurityDefaultsRequest, SharedAddress, StopInstanceRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -32,6 +32,16 @@ impl Client {
 
     pub async fn create_vpc(&mut self, vpc: Vpc) -> Result<Vpc, Error> {
         let answer = self.service.create_vpc(CreateVpcRequest { vpc: Some(vpc) }).await;
+        self.unwrap(answer)?.vpc.ok_or(Error::Incomplete("the VPC"))
+    }
+
+    pub async fn add_shared_address(
+        &mut self,
+        vpc: String,
+        address: SharedAddress,
+    ) -> Result<Vpc, Error> {
+        let request = AddSharedAddressRequest { vpc, address: Some(address) };
+        let answer = self.service.add_shared_address(request).await;
         self.unwrap(answer)?.vpc.ok_or(Error::Incomplete("the VPC"))
     }
 

@@ -1,15 +1,15 @@
 //! What each command does: call, then print.
 
 use std::io::Write;
-use std::net::Ipv6Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use tokio::task::JoinSet;
 use warren_abi::probe::{Reply, decode, encode};
-use warren_proto::v1::{Instance, RunInstanceRequest, Vpc};
+use warren_proto::v1::{Instance, RunInstanceRequest, SharedAddress, Vpc};
 
 use crate::args::{
-    Arguments, Command, DropsArguments, HostCommand, Output, VmCommand, VmRun, VpcCommand,
-    VpcCreate,
+    AddAddress, Arguments, Command, DropsArguments, HostCommand, Output, VmCommand, VmRun,
+    VpcCommand, VpcCreate,
 };
 use crate::capture;
 use crate::client::Client;
@@ -32,12 +32,16 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
     let mut client = Client::connect(endpoint).await?;
     match command {
         Command::Vpc(VpcCommand::Create(vpc)) => {
-            let vpc = client.create_vpc(definition(vpc)).await?;
+            let vpc = client.create_vpc(definition(vpc)?).await?;
             print(&render::one(output, &VpcRow::from(vpc)))
         }
         Command::Vpc(VpcCommand::Ls) => {
             let rows: Vec<_> = client.vpcs().await?.into_iter().map(VpcRow::from).collect();
             print(&render::list(output, &rows))
+        }
+        Command::Vpc(VpcCommand::AddAddress(AddAddress { vpc, address, v6 })) => {
+            let vpc = client.add_shared_address(vpc, shared(address, v6)).await?;
+            print(&render::one(output, &VpcRow::from(vpc)))
         }
         Command::Vpc(VpcCommand::Guard(arguments)) => {
             security::guard(client, output, arguments).await
@@ -84,22 +88,36 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
     }
 }
 
-fn definition(vpc: VpcCreate) -> Vpc {
+fn definition(vpc: VpcCreate) -> Result<Vpc, Error> {
     let text = |address: Option<Ipv6Addr>| address.map(|it| it.to_string()).unwrap_or_default();
-    Vpc {
+    let (v4, v6) = (vpc.shared_address, vpc.shared_address_v6);
+    if !v6.is_empty() && v6.len() != v4.len() {
+        let problem = "give one --shared-address-v6 for each --shared-address";
+        return Err(Error::Usage(problem.into()));
+    }
+    let v6 = v6.into_iter().map(Some).chain(std::iter::repeat(None));
+    let mut addresses = v4.into_iter().zip(v6).map(|(address, v6)| shared(address, v6));
+    let first = addresses.next().unwrap_or_default();
+    Ok(Vpc {
         name: vpc.name,
         vni: 0,
         cidr: vpc.cidr,
-        shared_address: vpc.shared_address.to_string(),
+        shared_address: first.address,
         interface: vpc.interface,
         gateway: vpc.gateway.map(|gateway| gateway.to_string()).unwrap_or_default(),
         ports_per_host: vpc.ports_per_host,
         resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
         search_domain: vpc.search_domain,
         cidr_v6: vpc.cidr_v6.unwrap_or_default(),
-        shared_address_v6: text(vpc.shared_address_v6),
+        shared_address_v6: first.address_v6,
         gateway_v6: text(vpc.gateway_v6),
-    }
+        more_addresses: addresses.collect(),
+    })
+}
+
+fn shared(address: Ipv4Addr, v6: Option<Ipv6Addr>) -> SharedAddress {
+    let address_v6 = v6.map(|address| address.to_string()).unwrap_or_default();
+    SharedAddress { address: address.to_string(), address_v6, vni: 0 }
 }
 
 async fn start(client: Client, output: Output, run: VmRun) -> Result<(), Error> {

@@ -8,19 +8,19 @@ use tonic::{Request, Response, Status};
 use warren_proto::limits::Limits;
 use warren_proto::v1::control_service_server::ControlService;
 use warren_proto::v1::{
-    AddRoutesRequest, AddRoutesResponse, CallInstanceRequest, CallInstanceResponse,
-    CapturePacketsRequest, CapturePacketsResponse, ChangeSecurityRulesRequest,
-    ChangeSecurityRulesResponse, CreateSecurityGroupRequest, CreateSecurityGroupResponse,
-    CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest, DeleteRoutesResponse,
-    DeleteSecurityGroupRequest, DeleteSecurityGroupResponse, DrainProxyRequest, DrainProxyResponse,
-    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, ForgetHostRequest,
-    ForgetHostResponse, GetSecurityRequest, GetSecurityResponse, InvokeInstanceRequest,
-    ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse,
-    ListHostsRequest, ListHostsResponse, ListInstancesRequest, ListInstancesResponse,
-    ListRoutesRequest, ListRoutesResponse, ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest,
-    ReplaceRoutesResponse, RuleHits, RunInstanceRequest, RunInstanceResponse,
-    SetSecurityDefaultsRequest, SetSecurityDefaultsResponse, StartInstanceRequest,
-    StopInstanceRequest, StopInstanceResponse,
+    AddRoutesRequest, AddRoutesResponse, AddSharedAddressRequest, AddSharedAddressResponse,
+    CallInstanceRequest, CallInstanceResponse, CapturePacketsRequest, CapturePacketsResponse,
+    ChangeSecurityRulesRequest, ChangeSecurityRulesResponse, CreateSecurityGroupRequest,
+    CreateSecurityGroupResponse, CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest,
+    DeleteRoutesResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse,
+    DrainProxyRequest, DrainProxyResponse, EndInstanceRequest, FindFleetMappingsRequest,
+    FindFleetMappingsResponse, ForgetHostRequest, ForgetHostResponse, GetSecurityRequest,
+    GetSecurityResponse, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
+    ListFleetFlowsRequest, ListFleetFlowsResponse, ListHostsRequest, ListHostsResponse,
+    ListInstancesRequest, ListInstancesResponse, ListRoutesRequest, ListRoutesResponse,
+    ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest, ReplaceRoutesResponse, RuleHits,
+    RunInstanceRequest, RunInstanceResponse, SetSecurityDefaultsRequest,
+    SetSecurityDefaultsResponse, StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
@@ -63,6 +63,16 @@ impl ControlService for Api {
     ) -> Result<Response<ListVpcsResponse>, Status> {
         let vpcs = vpc::list(&*self.store).await?;
         Ok(Response::new(ListVpcsResponse { vpcs: vpcs.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn add_shared_address(
+        &self,
+        request: Request<AddSharedAddressRequest>,
+    ) -> Result<Response<AddSharedAddressResponse>, Status> {
+        let AddSharedAddressRequest { vpc, address } = request.into_inner();
+        let address = address.ok_or_else(|| Status::invalid_argument("address: is missing"))?;
+        let vpc = vpc::add_address(&*self.store, &vpc, address).await?;
+        Ok(Response::new(AddSharedAddressResponse { vpc: Some(vpc.into()) }))
     }
 
     async fn list_hosts(

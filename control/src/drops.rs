@@ -65,7 +65,10 @@ impl Names {
             .into_iter()
             .filter(|instance| instance.state() == v1::InstanceState::Running)
             .map(|instance| ((instance.host.clone(), instance.slot), instance));
-        let vpcs = vpcs.iter().map(|vpc| (vpc.vni, vpc.name.clone()));
+        let vnis = |vpc: &Vpc| {
+            vpc.vnis().into_iter().map(|vni| (vni, vpc.name.clone())).collect::<Vec<_>>()
+        };
+        let vpcs = vpcs.iter().flat_map(vnis);
         Self { instances: running.collect(), vpcs: vpcs.collect() }
     }
 

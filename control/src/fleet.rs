@@ -23,6 +23,7 @@ use crate::name::{self, InvalidName};
 use crate::placement::{Candidate, PlacementError, place};
 use crate::ports::Demand;
 use crate::store::{Store, StoreError, Write, decode};
+use crate::vpc::SharedAddress;
 
 /// Where members are stored: `member/NAME`.
 const MEMBER_PREFIX: &str = "member/";
@@ -73,7 +74,7 @@ struct Member {
     port_use: BTreeMap<u32, v1::PortUse>,
     /// Starts under way.
     starting: u32,
-    /// VPCs whose addresses a proxy owns.
+    /// Shared addresses that a proxy owns.
     owned: u32,
     /// Whether it is to own none.
     drained: bool,
@@ -192,17 +193,23 @@ pub struct Peer {
 /// What an alive host uses of VPCs' ports.
 #[derive(Debug, Default)]
 pub struct HostUse {
-    /// Instances that run, by VPC.
-    instances: HashMap<String, u32>,
+    /// Instances that run, by VPC and shared address.
+    instances: HashMap<String, HashMap<String, u32>>,
     /// Ports in use, by VNI.
     ports: BTreeMap<u32, v1::PortUse>,
 }
 
 impl HostUse {
-    /// The same of one VPC.
-    pub fn of(&self, vpc: &str, vni: u32) -> Use {
-        let instances = self.instances.get(vpc).copied().unwrap_or_default();
-        match self.ports.get(&vni) {
+    /// Instances of a VPC.
+    pub fn instances_in(&self, vpc: &str) -> u32 {
+        self.instances.get(vpc).map_or(0, |by_address| by_address.values().sum())
+    }
+
+    /// What it uses of one of a VPC's shared addresses.
+    pub fn of(&self, vpc: &str, shared: &SharedAddress) -> Use {
+        let with = self.instances.get(vpc).and_then(|all| all.get(&shared.address.to_string()));
+        let instances = with.copied().unwrap_or_default();
+        match self.ports.get(&shared.vni) {
             Some(used) => Use {
                 demand: Demand { in_use: used.in_use, instances },
                 ports: used.ports.map(Into::into),
@@ -416,7 +423,8 @@ impl Fleet {
         let of_host = |(name, member): (&String, &Member)| {
             let mut used = HostUse { ports: member.port_use.clone(), ..HostUse::default() };
             for instance in member.instances.iter() {
-                *used.instances.entry(instance.vpc.clone()).or_default() += 1;
+                let by_address = used.instances.entry(instance.vpc.clone()).or_default();
+                *by_address.entry(instance.shared_address.clone()).or_default() += 1;
             }
             (name.clone(), used)
         };

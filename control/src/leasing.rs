@@ -7,12 +7,12 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::deploy::Deployer;
-use crate::ports::{Demand, Exhausted, LEAST, Leases, PortRange, REST, SHRINK_AFTER, wanted};
+use crate::ports::{Demand, Exhausted, LEAST, Leases, MOST, PortRange, REST, SHRINK_AFTER, wanted};
 
 /// How often hosts' use of their ports is looked at: they report it about as often.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// What an alive host uses of a VPC's ports.
+/// What an alive host uses of a shared address's ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Use {
     /// What it needs ports for.
@@ -23,17 +23,22 @@ pub struct Use {
     pub former: BTreeSet<u32>,
 }
 
-/// What is known of one VPC.
+/// What is known of one shared address.
 #[derive(Clone, Debug)]
 pub struct View {
-    /// Name.
+    /// Name of its VPC.
     pub vpc: String,
+    /// Its place among the VPC's.
+    pub place: usize,
     /// Ports that a host holds at least.
     pub first: u32,
     /// Who holds what.
     pub leases: Leases,
     /// What hosts use, by their names.
     pub uses: BTreeMap<String, Use>,
+    /// The hosts with instances of the VPC whose first address this is: instances that are to come
+    /// need ports of it.
+    pub firsts: BTreeSet<String>,
     /// The fenced ranges that no proxy takes packets from any more.
     pub dropped: BTreeSet<PortRange>,
 }
@@ -42,13 +47,13 @@ pub struct View {
 /// begins anew waits anew.
 #[derive(Debug, Default)]
 pub struct Leasing {
-    /// Since when a host of a VPC needs less than it has.
-    quiet: HashMap<(String, String), Instant>,
-    /// Since when fenced ranges of a VPC rest.
-    resting: HashMap<(String, PortRange), Instant>,
+    /// Since when a host needs less of an address than it has.
+    quiet: HashMap<(String, usize, String), Instant>,
+    /// Since when fenced ranges of an address rest.
+    resting: HashMap<(String, usize, PortRange), Instant>,
 }
 
-/// What is to be done about the leases of a VPC.
+/// What is to be done about the leases of a shared address.
 #[derive(Debug, Default, PartialEq)]
 pub struct Decision {
     /// What they become; none: they stay.
@@ -64,10 +69,10 @@ impl Leasing {
         let mut short = Vec::new();
         for (host, used) in &view.uses {
             let held = view.leases.of(host).map(|lease| lease.ports.count);
-            if held.is_none() && used.demand.instances == 0 {
+            if held.is_none() && used.demand.instances == 0 && !view.firsts.contains(host) {
                 continue;
             }
-            let key = (view.vpc.clone(), host.clone());
+            let key = (view.vpc.clone(), view.place, host.clone());
             let want = wanted(held, view.first, used.demand);
             let held = held.unwrap_or_default();
             if want >= held {
@@ -76,6 +81,8 @@ impl Leasing {
             if want > held {
                 short
                     .extend(grow(&mut leases, host, held, want).map(|error| (host.clone(), error)));
+            } else if used.demand.in_use > MOST / 2 {
+                short.push((host.clone(), Exhausted { hosts: leases.hosts(), wanted: 2 * MOST }));
             } else if want < held {
                 let since = *self.quiet.entry(key.clone()).or_insert(now);
                 if now.duration_since(since) >= SHRINK_AFTER && leases.lease(host, want).is_ok() {
@@ -89,7 +96,7 @@ impl Leasing {
             }
         }
         for range in view.leases.fenced() {
-            let key = (view.vpc.clone(), *range);
+            let key = (view.vpc.clone(), view.place, *range);
             if !view.dropped.contains(range) {
                 continue;
             }
@@ -137,23 +144,45 @@ async fn turn(
     short: &mut BTreeSet<(String, String)>,
 ) {
     let mut still_short = BTreeSet::new();
-    for view in deployer.leases() {
-        let decision = leasing.decide(&view, Instant::now());
+    let views = deployer.leases();
+    for view in &views {
+        let decision = leasing.decide(view, Instant::now());
         for (host, reason) in decision.short {
             let key = (view.vpc.clone(), host);
+            // What one of the VPC's addresses lacks, another may have.
+            if is_roomy(&views, &key.0, &key.1) {
+                continue;
+            }
+            let (vpc, host) = (&key.0, &key.1);
             if !short.contains(&key) {
-                let (vpc, host) = (&key.0, &key.1);
                 tracing::warn!(vpc, host, %reason, "a host needs more ports than it gets");
+            }
+            if let Err(error) = deployer.spill(vpc, host).await {
+                tracing::error!(vpc, host, %error, "a host gets ports of no other address");
             }
             still_short.insert(key);
         }
         let Some(leases) = decision.leases else { continue };
-        match deployer.replace_leases(&view.vpc, &view.leases, &leases).await {
-            Ok(()) => tracing::info!(vpc = view.vpc, "hosts' ports changed"),
-            Err(error) => tracing::error!(vpc = view.vpc, %error, "hosts' ports stay as they are"),
+        let (vpc, place) = (view.vpc.as_str(), view.place);
+        match deployer.replace_leases((vpc, place), &view.leases, &leases).await {
+            Ok(()) => tracing::info!(vpc, place, "hosts' ports changed"),
+            Err(error) => {
+                tracing::error!(vpc, place, %error, "hosts' ports stay as they are");
+            }
         }
     }
     *short = still_short;
+}
+
+/// Whether a host uses less than half of the ports that it has of all of a VPC's addresses.
+fn is_roomy(views: &[View], vpc: &str, host: &str) -> bool {
+    let of_vpc = views.iter().filter(|view| view.vpc == vpc);
+    let (mut held, mut in_use) = (0, 0);
+    for view in of_vpc {
+        held += view.leases.of(host).map_or(0, |lease| lease.ports.count);
+        in_use += view.uses.get(host).map_or(0, |used| used.demand.in_use);
+    }
+    in_use < held / 2
 }
 
 #[cfg(test)]
@@ -168,9 +197,11 @@ mod tests {
         let used = Use { demand, ports: counted, former: BTreeSet::new() };
         View {
             vpc: "blue".into(),
+            place: 0,
             first: 64,
             leases: leases.clone(),
             uses: [("a".to_owned(), used)].into(),
+            firsts: BTreeSet::new(),
             dropped: BTreeSet::new(),
         }
     }

@@ -24,6 +24,7 @@ pub mod plan;
 pub mod ports;
 pub mod routes;
 pub mod security;
+pub mod spread;
 pub mod status;
 pub mod store;
 pub mod vpc;

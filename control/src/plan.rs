@@ -1,5 +1,5 @@
-//! What a VPC's network deployment needs next: worked out from what is wanted, who is alive and
-//! what each agent acknowledged, without any I/O.
+//! What a VPC's network deployment needs next, for one of its shared addresses: worked out from what is
+//! wanted, who is alive and what each agent acknowledged, without any I/O.
 //!
 //! A host's port range must be known to every alive proxy before the host uses it: else replies to
 //! its first packets would be dropped. So each proxy gets the VPC with all holders first, and a
@@ -7,8 +7,8 @@
 //! goes on with the one that it has. Holders on dead hosts stay: a host that is merely cut off still
 //! sends.
 //!
-//! Which proxy owns a VPC's addresses is settled between the proxies: they are told who is alive, in
-//! the order of succession. One that is not, and merely cut off from here, thereby loses what it owns:
+//! Which proxy owns an address is settled between the proxies: they are told who is alive, in the
+//! order of succession. One that is not, and merely cut off from here, thereby loses what it owns:
 //! it does not learn of new ranges.
 //!
 //! What is to be another's ports must first be known by no proxy as the former holder's: not by
@@ -18,11 +18,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use warren_proto::v1::apply_vpc_request::Role as Apply;
-use warren_proto::v1::{ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route, VpcSecurity};
+use warren_proto::v1::{self, ApplyVpcRequest, HostVpc, PortHolder, ProxyVpc, Route, VpcSecurity};
 
 use crate::fleet::{Role, Session};
 use crate::ports::{Lease, Leases, PortRange};
-use crate::vpc::{Vpc, VpcV6};
+use crate::spread;
+use crate::vpc::{SharedAddress, Vpc, VpcV6};
 
 /// A host or proxy.
 #[derive(Clone, Debug)]
@@ -35,11 +36,11 @@ pub struct Node<'a> {
     pub session: Option<Session>,
     /// A proxy that is to own no addresses, as long as there is another one.
     pub drained: bool,
-    /// The last definition of this VPC that it acknowledged in this session.
+    /// The last definition of the VPC with this address that it acknowledged in this session.
     pub acknowledged: Option<&'a ApplyVpcRequest>,
 }
 
-/// What is to be done for one VPC, and what is done.
+/// What is to be done for one shared address, and what is done.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Plan {
     /// What to push now, by the name of the agent. Its session is the present one.
@@ -52,32 +53,40 @@ pub struct Plan {
     pub dropped: BTreeSet<PortRange>,
 }
 
-/// Plans the deployment of one VPC, with its own routes and security, on all nodes.
+/// Plans the deployment of one of a VPC's shared addresses, with the VPC's own routes and security, on
+/// all nodes.
 pub fn plan(
     vpc: &Vpc,
+    place: usize,
     routes: &[Route],
     security: Option<&VpcSecurity>,
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
 ) -> Plan {
     let mut plan = Plan::default();
+    let Some(shared) = vpc.shared_addresses().nth(place) else { return plan };
+    let vnis = vpc.vnis();
     let alive =
         |role| nodes.iter().filter(move |(_, node)| node.role == role && node.session.is_some());
-    let order = succession(vpc.vni, alive(Role::Proxy));
-    let wanted = proxy_request(vpc, routes, leases, nodes, &order);
+    let living: Vec<_> = alive(Role::Proxy).collect();
+    let order = succession(&vnis, place, &living);
+    let wanted = proxy_request(vpc, &shared, routes, leases, nodes, &order);
     // Once for each proxy, not for each host: a route table is large.
     let serving: Vec<_> =
-        order.iter().map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
-    for (name, proxy) in &order {
+        living.iter().map(|(_, node)| holders_of_same(node.acknowledged, &wanted)).collect();
+    for (name, proxy) in &living {
         plan.proxies.insert((*name).clone());
         if proxy.acknowledged != Some(&wanted) {
             plan.pushes.insert((*name).clone(), wanted.clone());
         }
     }
-    // The one that owns the shared addresses says so itself; until then, hosts begin here.
-    let serve = || order.iter().zip(&serving).filter(|(_, known)| known.is_some());
-    let first = serve().find(|((_, proxy), _)| !proxy.drained).or_else(|| serve().next());
-    let first = first.map(|(proxy, _)| proxy).or_else(|| order.first());
+    // The one that owns the shared address says so itself; until then, hosts begin here.
+    let serves = |name: &str| {
+        living.iter().zip(&serving).any(|((other, _), known)| *other == name && known.is_some())
+    };
+    let first = order.iter().find(|(name, _)| serves(name));
+    let first = first.or_else(|| living.iter().find(|(name, _)| serves(name)));
+    let first = first.or_else(|| order.first());
     let mut all: Vec<_> = nodes
         .values()
         .filter(|node| node.role == Role::Proxy)
@@ -91,6 +100,8 @@ pub fn plan(
     for (name, host) in alive(Role::Host) {
         let Some(lease) = leases.of(name) else { continue };
         let address = host.underlay_address.to_string();
+        let places = spread::of_host(&vnis, name);
+        let rank = places.iter().position(|other| *other == place).unwrap_or_default();
         let is_known = |range| {
             // The other holders do not matter: a host does not wait for another's range.
             serving.iter().all(|holders| holders.is_some_and(|known| knows(known, &address, range)))
@@ -103,8 +114,9 @@ pub fn plan(
                 resolver: vpc.resolver.map(|resolver| resolver.to_string()).unwrap_or_default(),
                 search_domain: vpc.search_domain.clone(),
                 security: security.cloned(),
+                rank: rank as u32,
             };
-            request(vpc, Apply::Host(host))
+            request(vpc, &shared, Apply::Host(host))
         };
         let present = host.acknowledged.and_then(ports);
         if is_known(lease.ports) && present != Some(lease.ports) {
@@ -125,23 +137,18 @@ pub fn plan(
     plan
 }
 
-/// Proxies in the order in which they are to own a VPC's addresses: another one for each VPC, and one
-/// more or less changes nothing between the others (rendezvous hashing).
+/// Of the proxies, those that may own one of a VPC's addresses, in the order in which they are to.
 fn succession<'a, 'b>(
-    vni: u32,
-    proxies: impl Iterator<Item = (&'a String, &'a Node<'b>)>,
-) -> Vec<(&'a String, &'a Node<'b>)>
-where
-    'b: 'a,
-{
-    let weight = |name: &str| {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&vni.to_be_bytes()).update(name.as_bytes());
-        *hasher.finalize().as_bytes()
-    };
-    let mut order: Vec<_> = proxies.collect();
-    order.sort_by_cached_key(|(name, _)| weight(name));
-    order
+    vnis: &[u32],
+    place: usize,
+    living: &[(&'a String, &'a Node<'b>)],
+) -> Vec<(&'a String, &'a Node<'b>)> {
+    let all_drained = living.iter().all(|(_, proxy)| proxy.drained);
+    let wanted = living.iter().filter(|(_, proxy)| all_drained || !proxy.drained);
+    let names: Vec<&str> = wanted.map(|(name, _)| name.as_str()).collect();
+    let order = spread::of_proxies(vnis, &names).swap_remove(place);
+    let found = |name: &str| living.iter().find(|(other, _)| *other == name).copied();
+    order.into_iter().filter_map(found).collect()
 }
 
 /// The ports that a host was told of.
@@ -177,14 +184,14 @@ fn dropped(proxy: &Node<'_>, range: PortRange) -> bool {
     proxy.session.is_some() && !held.any(|held| held.overlaps(range))
 }
 
-fn request(vpc: &Vpc, role: Apply) -> ApplyVpcRequest {
-    let [_, shared_address_v6, _] = VpcV6::texts(vpc.v6);
+fn request(vpc: &Vpc, shared: &SharedAddress, role: Apply) -> ApplyVpcRequest {
+    let v1::SharedAddress { address, address_v6, vni } = (*shared).into();
     ApplyVpcRequest {
         vpc: vpc.name.clone(),
-        vni: vpc.vni,
-        shared_address: vpc.shared_address.to_string(),
+        vni,
+        shared_address: address,
         role: Some(role),
-        shared_address_v6,
+        shared_address_v6: address_v6,
     }
 }
 
@@ -206,15 +213,13 @@ fn holders(leases: &Leases, nodes: &BTreeMap<String, Node<'_>>) -> Vec<PortHolde
 
 fn proxy_request(
     vpc: &Vpc,
+    shared: &SharedAddress,
     routes: &[Route],
     leases: &Leases,
     nodes: &BTreeMap<String, Node<'_>>,
     order: &[(&String, &Node<'_>)],
 ) -> ApplyVpcRequest {
-    let all_drained = order.iter().all(|(_, proxy)| proxy.drained);
-    let is_wanted = |(_, proxy): &&(_, &Node<'_>)| all_drained || !proxy.drained;
-    let proxies = order.iter().filter(is_wanted);
-    let proxies = proxies.map(|(_, proxy)| proxy.underlay_address.to_string()).collect();
+    let proxies = order.iter().map(|(_, proxy)| proxy.underlay_address.to_string()).collect();
     let [cidr_v6, _, gateway_v6] = VpcV6::texts(vpc.v6);
     let proxy = ProxyVpc {
         interface: vpc.interface.clone(),
@@ -226,7 +231,7 @@ fn proxy_request(
         gateway_v6,
         proxies,
     };
-    request(vpc, Apply::Proxy(proxy))
+    request(vpc, shared, Apply::Proxy(proxy))
 }
 
 /// The holders that a proxy knows, if but for them it serves as one with the definition `wanted`.
@@ -256,6 +261,8 @@ fn holders_of_same<'a>(
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
     use super::*;
 
     fn vpc() -> Vpc {
@@ -274,12 +281,21 @@ mod tests {
             ports_per_host: 1024,
             resolver: Some("10.1.0.2".parse().unwrap()),
             search_domain: "corp.internal".into(),
+            more_addresses: [4097, 4098]
+                .map(|vni| SharedAddress {
+                    vni,
+                    address: Ipv4Addr::new(10, 1, 1, vni as u8),
+                    address_v6: Some(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 1, vni as u16)),
+                })
+                .into(),
         }
     }
 
     /// A fleet whose agents acknowledge what they are told to.
-    #[derive(Default)]
+    #[derive(Clone, Default)]
     struct World {
+        /// Of the address.
+        place: usize,
         leases: Leases,
         routes: Vec<Route>,
         security: Option<VpcSecurity>,
@@ -320,7 +336,7 @@ mod tests {
                 (name.clone(), node)
             });
             let security = self.security.as_ref();
-            plan(&vpc(), &self.routes, security, &self.leases, &nodes.collect())
+            plan(&vpc(), self.place, &self.routes, security, &self.leases, &nodes.collect())
         }
 
         /// Plans, and lets these agents acknowledge; fails if nothing was to be pushed to one.
@@ -447,27 +463,26 @@ mod tests {
     }
 
     #[test]
-    fn vpcs_are_spread_over_proxies_and_one_that_goes_moves_only_its_own() {
-        let node = Node {
-            role: Role::Proxy,
-            underlay_address: IpAddr::from([192, 0, 2, 1]),
-            session: Some(1),
-            drained: false,
-            acknowledged: None,
+    fn addresses_are_several_proxies_and_a_host_s_first_has_the_least_rank() {
+        let mut world = World::with(&["h1", "p1", "p2", "p3"]);
+        world.lease("h1");
+        let first = |world: &World, place| {
+            let mut world = World { place, ..world.clone() };
+            world.acknowledge(&["p1", "p2", "p3"]);
+            let order = world.order("p1");
+            assert_eq!((&order, order.len()), (&world.order("p3"), 3));
+            let Some(Apply::Host(host)) = &world.plan().pushes["h1"].role else { panic!() };
+            (order[0], host.rank, world.plan().pushes["h1"].vni)
         };
-        let nodes: BTreeMap<_, _> = (1..=4).map(|n| (format!("p{n}"), node.clone())).collect();
-        let mut firsts = BTreeMap::<String, usize>::new();
-        for vni in 4096..5096 {
-            let names = |without: &str| {
-                let left = nodes.iter().filter(|(name, _)| *name != without);
-                succession(vni, left).into_iter().map(|(name, _)| name.clone()).collect::<Vec<_>>()
-            };
-            let mut all = names("");
-            *firsts.entry(all[0].clone()).or_default() += 1;
-            all.retain(|name| name != "p3");
-            assert_eq!(all, names("p3"));
-        }
-        assert!(firsts.values().all(|count| (200..300).contains(count)), "{firsts:?}");
+        let all: Vec<_> = (0..3).map(|place| first(&world, place)).collect();
+        let sorted = |mut numbers: Vec<u32>| {
+            numbers.sort_unstable();
+            numbers
+        };
+        assert_eq!(sorted(all.iter().map(|it| it.0.into()).collect()), [1, 2, 3]);
+        assert_eq!(sorted(all.iter().map(|it| it.1).collect()), [0, 1, 2]);
+        assert_eq!(all.iter().map(|it| it.2).collect::<Vec<_>>(), [4096, 4097, 4098]);
+        assert_eq!(World { place: 3, ..world }.plan(), Plan::default());
     }
 
     #[test]

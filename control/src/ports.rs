@@ -134,6 +134,11 @@ impl Leases {
         self.hosts.get(host)
     }
 
+    /// How many hosts hold something.
+    pub fn hosts(&self) -> usize {
+        self.hosts.len()
+    }
+
     /// Each host with what it holds, in the order of their names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Lease)> {
         self.hosts.iter().map(|(host, lease)| (host.as_str(), lease))

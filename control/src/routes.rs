@@ -132,7 +132,7 @@ async fn change(
     change: impl Fn(BTreeMap<IpNetwork, Target>) -> Result<Vec<Route>, RoutesError>,
 ) -> Result<(), RoutesError> {
     let definition = known(store, vpc).await?;
-    let (defaults, shared_addresses) = (definition.defaults(), definition.shared_addresses());
+    let (defaults, shared_addresses) = (definition.defaults(), definition.addresses());
     let key = key(vpc);
     loop {
         let entry = store.get(&key).await?;

@@ -131,10 +131,18 @@ pub async fn get(store: &dyn Store, vpc: &str) -> Result<Security, SecurityError
 
 /// The security of a VPC, with counters, asked of all hosts at once.
 pub async fn count(store: &dyn Store, fleet: &Fleet, vpc: &str) -> Result<Counted, SecurityError> {
-    let vni = known(store, vpc).await?.vni;
+    let vnis = known(store, vpc).await?.vnis();
     let mut counted = Counted { security: get(store, vpc).await?, ..Counted::default() };
-    let question = move |mut agent: crate::fleet::Agent| async move {
-        agent.list_rule_hits(v1::ListRuleHitsRequest { vni }).await
+    let question = move |mut agent: crate::fleet::Agent| {
+        let vnis = vnis.clone();
+        async move {
+            let mut all = v1::ListRuleHitsResponse::default();
+            for vni in vnis {
+                let asked = v1::ListRuleHitsRequest { vni };
+                all.hits.extend(agent.list_rule_hits(asked).await?.into_inner().hits);
+            }
+            Ok(tonic::Response::new(all))
+        }
     };
     // Only a name can be unknown, and none is given.
     let answers = ask(fleet, Whom::new(Some(Role::Host), ""), question).await.unwrap_or_default();

@@ -44,6 +44,7 @@ impl From<CreateVpcError> for Status {
             CreateVpcError::Store(error) => return error.into(),
             CreateVpcError::Invalid(_) => Code::InvalidArgument,
             CreateVpcError::Exists(_) | CreateVpcError::AddressTaken { .. } => Code::AlreadyExists,
+            CreateVpcError::Unknown(_) => Code::NotFound,
             CreateVpcError::NoVniLeft => Code::ResourceExhausted,
         };
         status(code, &error)

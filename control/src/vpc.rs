@@ -2,7 +2,7 @@
 
 mod v6;
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::Ipv4Network;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use warren_proto::v1;
 pub use v6::VpcV6;
 
 use crate::name::{self, InvalidName};
-use crate::store::{Precondition, Store, StoreError, Write, decode};
+use crate::store::{Entry, Precondition, Store, StoreError, Write, decode};
 
 /// Where VPCs are stored: `vpc/NAME`.
 pub const VPC_PREFIX: &str = "vpc/";
@@ -26,12 +26,30 @@ const DEFAULT_PORTS_PER_HOST: u32 = 64;
 /// The guests' side of each slot, on every host: a VPC with these addresses would be out of reach.
 const GUEST_ADDRESSES: (Ipv4Addr, u8) = (Ipv4Addr::new(169, 254, 0, 0), 16);
 
+/// An address that a VPC's microVMs are seen as, and the network between hosts and proxies that
+/// belongs to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedAddress {
+    /// VXLAN network identifier; 0 until it is stored.
+    pub vni: u32,
+    /// The address. In the VPC's CIDR.
+    pub address: Ipv4Addr,
+    /// The one of IPv6 that goes with it, if the VPC has IPv6.
+    pub address_v6: Option<Ipv6Addr>,
+}
+
+impl SharedAddress {
+    fn all(self) -> impl Iterator<Item = IpAddr> {
+        [self.address.into()].into_iter().chain(self.address_v6.map(IpAddr::from))
+    }
+}
+
 /// A VPC that was found valid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vpc {
     /// An RFC 1123 label.
     pub name: String,
-    /// VXLAN network identifier; 0 until it is stored.
+    /// VXLAN network identifier of its first shared address; 0 until it is stored.
     pub vni: u32,
     /// Its addresses. The prefix is 1 to 30 bits long.
     pub cidr: Ipv4Network,
@@ -52,6 +70,9 @@ pub struct Vpc {
     /// Where names of one label are looked for first; empty: nowhere.
     #[serde(default)]
     pub search_domain: String,
+    /// Further addresses that its microVMs are seen as. They only become more.
+    #[serde(default)]
+    pub more_addresses: Vec<SharedAddress>,
 }
 
 impl Vpc {
@@ -61,10 +82,67 @@ impl Vpc {
         v4.chain(self.v6.iter().flat_map(VpcV6::defaults)).collect()
     }
 
-    /// The addresses that its microVMs are seen as.
-    pub fn shared_addresses(&self) -> Vec<IpAddr> {
-        let v6 = self.v6.map(|v6| v6.shared_address.into());
-        [self.shared_address.into()].into_iter().chain(v6).collect()
+    /// The addresses that its microVMs are seen as, each at its place.
+    pub fn shared_addresses(&self) -> impl Iterator<Item = SharedAddress> {
+        let address_v6 = self.v6.map(|v6| v6.shared_address);
+        let first = SharedAddress { vni: self.vni, address: self.shared_address, address_v6 };
+        [first].into_iter().chain(self.more_addresses.iter().copied())
+    }
+
+    /// The addresses that its microVMs are seen as, of either family.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.shared_addresses().flat_map(SharedAddress::all).collect()
+    }
+
+    /// The VNIs of its shared addresses, each at its place.
+    pub fn vnis(&self) -> Vec<u32> {
+        self.shared_addresses().map(|shared| shared.vni).collect()
+    }
+
+    /// Checks an address that is to be one more.
+    fn check_more(&self, more: &v1::SharedAddress) -> Result<SharedAddress, InvalidVpc> {
+        const ADDRESS: &str = "more_addresses.address";
+        const ADDRESS_V6: &str = "more_addresses.address_v6";
+        let invalid = |field| move |problem: String| InvalidVpc { field, problem };
+        if more.vni != 0 {
+            let problem = "the control plane gives it: leave it 0".to_owned();
+            return Err(invalid("more_addresses.vni")(problem));
+        }
+        let address = parse_address(&more.address, self.cidr).map_err(invalid(ADDRESS))?;
+        let address_v6 = match (&self.v6, more.address_v6.as_str()) {
+            (None, "") => None,
+            (None, text) => {
+                let problem = format!("{text}: the VPC has no IPv6");
+                return Err(invalid(ADDRESS_V6)(problem));
+            }
+            (Some(v6), text) => Some(v6.parse_shared(text).map_err(invalid(ADDRESS_V6))?),
+        };
+        if self.gateway == Some(address) {
+            return Err(invalid(ADDRESS)(format!("{address} is the gateway")));
+        }
+        Ok(SharedAddress { vni: 0, address, address_v6 })
+    }
+
+    /// Gives its addresses, from this place on, the VNIs from this one on. The next one.
+    fn number(&mut self, place: usize, mut next: u32) -> Result<u32, CreateVpcError> {
+        let first = Some(&mut self.vni);
+        let all = first.into_iter().chain(self.more_addresses.iter_mut().map(|more| &mut more.vni));
+        for vni in all.skip(place) {
+            if next > LAST_VNI {
+                return Err(CreateVpcError::NoVniLeft);
+            }
+            *vni = next;
+            next += 1;
+        }
+        Ok(next)
+    }
+
+    /// Whether it was defined as this one, whose VNIs are not given yet.
+    fn is_defined_as(&self, wanted: &Self) -> bool {
+        let mut bare = self.clone();
+        bare.vni = 0;
+        bare.more_addresses.iter_mut().for_each(|more| more.vni = 0);
+        bare == *wanted
     }
 }
 
@@ -101,6 +179,9 @@ pub enum CreateVpcError {
         /// Whose it is.
         other: String,
     },
+    /// Nothing can be added to what is not there.
+    #[error("there is no VPC \"{0}\": `warren vpc create` makes one")]
+    Unknown(String),
     /// 16 million VPCs were made.
     #[error("no VXLAN network identifier is left")]
     NoVniLeft,
@@ -148,7 +229,7 @@ impl TryFrom<v1::Vpc> for Vpc {
             name::host(&vpc.search_domain)
                 .map_err(|InvalidName(problem)| invalid("search_domain")(problem))?;
         }
-        Ok(Self {
+        let mut valid = Self {
             name: vpc.name,
             vni: 0,
             cidr,
@@ -159,7 +240,18 @@ impl TryFrom<v1::Vpc> for Vpc {
             ports_per_host,
             resolver,
             search_domain: vpc.search_domain,
-        })
+            more_addresses: Vec::new(),
+        };
+        for more in &vpc.more_addresses {
+            let more = valid.check_more(more)?;
+            let known = valid.addresses();
+            if let Some(twice) = more.all().find(|address| known.contains(address)) {
+                let problem = format!("{twice} is there twice");
+                return Err(invalid("more_addresses")(problem));
+            }
+            valid.more_addresses.push(more);
+        }
+        Ok(valid)
     }
 }
 
@@ -179,7 +271,15 @@ impl From<Vpc> for v1::Vpc {
             cidr_v6,
             shared_address_v6,
             gateway_v6,
+            more_addresses: vpc.more_addresses.into_iter().map(Into::into).collect(),
         }
+    }
+}
+
+impl From<SharedAddress> for v1::SharedAddress {
+    fn from(SharedAddress { vni, address, address_v6 }: SharedAddress) -> Self {
+        let address_v6 = address_v6.map(|address| address.to_string()).unwrap_or_default();
+        Self { address: address.to_string(), address_v6, vni }
     }
 }
 
@@ -263,39 +363,93 @@ pub async fn create(store: &dyn Store, definition: v1::Vpc) -> Result<Vpc, Creat
     }
 }
 
-async fn try_create(store: &dyn Store, wanted: Vpc) -> Result<Vpc, CreateVpcError> {
-    // The counter is read first and its revision is a precondition: so creations are one after
-    // another, and what is found free below stays free.
+async fn try_create(store: &dyn Store, mut wanted: Vpc) -> Result<Vpc, CreateVpcError> {
+    let (counter, vni) = next_vni(store).await?;
+    for existing in list(store).await? {
+        if existing.name == wanted.name {
+            let same = existing.is_defined_as(&wanted);
+            return if same { Ok(existing) } else { Err(CreateVpcError::Exists(existing.name)) };
+        }
+        check_free(&existing, &wanted.interface, wanted.shared_addresses())?;
+    }
+    let next = wanted.number(0, vni)?;
+    let key = format!("{VPC_PREFIX}{}", wanted.name);
+    let preconditions =
+        vec![Precondition::unchanged(NEXT_VNI, counter.as_ref()), Precondition::absent(&key)];
+    let writes = vec![Write::put(NEXT_VNI, &next)?, Write::put(key, &wanted)?];
+    store.commit(preconditions, writes).await?;
+    Ok(wanted)
+}
+
+/// Gives a VPC one more shared address. One that it has changes nothing.
+pub async fn add_address(
+    store: &dyn Store,
+    name: &str,
+    address: v1::SharedAddress,
+) -> Result<Vpc, CreateVpcError> {
+    loop {
+        match try_add_address(store, name, &address).await {
+            Err(CreateVpcError::Store(StoreError::Conflict(_))) => {}
+            done => return done,
+        }
+    }
+}
+
+async fn try_add_address(
+    store: &dyn Store,
+    name: &str,
+    address: &v1::SharedAddress,
+) -> Result<Vpc, CreateVpcError> {
+    let (counter, vni) = next_vni(store).await?;
+    let key = format!("{VPC_PREFIX}{name}");
+    let unknown = || CreateVpcError::Unknown(name.to_owned());
+    let entry = store.get(&key).await?.ok_or_else(unknown)?;
+    let mut vpc: Vpc = decode(&key, &entry.value)?;
+    let more = vpc.check_more(address)?;
+    if vpc.shared_addresses().any(|known| SharedAddress { vni: 0, ..known } == more) {
+        return Ok(vpc);
+    }
+    for existing in list(store).await? {
+        check_free(&existing, &vpc.interface, [more])?;
+    }
+    vpc.more_addresses.push(more);
+    let next = vpc.number(vpc.more_addresses.len(), vni)?;
+    let preconditions = vec![
+        Precondition::unchanged(NEXT_VNI, counter.as_ref()),
+        Precondition::unchanged(&key, Some(&entry)),
+    ];
+    let writes = vec![Write::put(NEXT_VNI, &next)?, Write::put(key, &vpc)?];
+    store.commit(preconditions, writes).await?;
+    Ok(vpc)
+}
+
+/// The next VNI, and the counter that it is from. Its revision is to be a precondition: so additions
+/// are one after another, and what is found free after this stays free.
+async fn next_vni(store: &dyn Store) -> Result<(Option<Entry>, u32), StoreError> {
     let counter = store.get(NEXT_VNI).await?;
     let vni = match &counter {
         Some(entry) => decode(NEXT_VNI, &entry.value)?,
         None => FIRST_VNI,
     };
-    for existing in list(store).await? {
-        if existing.name == wanted.name {
-            let same = existing == Vpc { vni: existing.vni, ..wanted };
-            return if same { Ok(existing) } else { Err(CreateVpcError::Exists(existing.name)) };
-        }
-        let taken = existing.shared_addresses();
-        let taken = wanted.shared_addresses().into_iter().find(|it| taken.contains(it));
-        if let Some(address) = taken.filter(|_| existing.interface == wanted.interface) {
-            return Err(CreateVpcError::AddressTaken {
-                address,
-                interface: wanted.interface,
-                other: existing.name,
-            });
-        }
+    Ok((counter, vni))
+}
+
+/// That none of these addresses is another's on the same interface.
+fn check_free(
+    existing: &Vpc,
+    interface: &str,
+    wanted: impl IntoIterator<Item = SharedAddress>,
+) -> Result<(), CreateVpcError> {
+    let taken = existing.addresses();
+    let mut wanted = wanted.into_iter().flat_map(SharedAddress::all);
+    match wanted.find(|address| taken.contains(address)) {
+        Some(address) if existing.interface == interface => Err(CreateVpcError::AddressTaken {
+            address,
+            interface: interface.to_owned(),
+            other: existing.name.clone(),
+        }),
+        _ => Ok(()),
     }
-    if vni > LAST_VNI {
-        return Err(CreateVpcError::NoVniLeft);
-    }
-    let vpc = Vpc { vni, ..wanted };
-    let key = format!("{VPC_PREFIX}{}", vpc.name);
-    let preconditions =
-        vec![Precondition::unchanged(NEXT_VNI, counter.as_ref()), Precondition::absent(&key)];
-    let writes = vec![Write::put(NEXT_VNI, &(vni + 1))?, Write::put(key, &vpc)?];
-    store.commit(preconditions, writes).await?;
-    Ok(vpc)
 }
 
 #[cfg(test)]
@@ -319,6 +473,7 @@ mod tests {
             cidr_v6: "2001:db8:1::/64".into(),
             shared_address_v6: "2001:db8:1::9".into(),
             gateway_v6: "fe80::1".into(),
+            more_addresses: Vec::new(),
         }
     }
 

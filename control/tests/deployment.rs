@@ -93,7 +93,14 @@ async fn each_host_gets_ports_of_its_own() {
     world.run("green", "h1").await.unwrap();
     let status = world.run("green", "h2").await.unwrap_err();
     assert_eq!(status.code(), Code::ResourceExhausted);
-    assert!(status.message().contains("fewer ports per host"), "{status:?}");
+    assert!(status.message().contains("warren vpc add-address"), "{status:?}");
+    let address = SharedAddress { address: "10.1.0.77".into(), ..SharedAddress::default() };
+    let request = AddSharedAddressRequest { vpc: "green".into(), address: Some(address) };
+    let green = client.add_shared_address(request.clone()).await.unwrap().into_inner().vpc.unwrap();
+    let again = client.add_shared_address(request).await.unwrap().into_inner().vpc.unwrap();
+    assert_eq!((green.more_addresses.len(), &again), (1, &green));
+    world.run("green", "h2").await.unwrap();
+    assert_eq!(world.log.ports_of("h2").unwrap().count, 32768);
 }
 
 #[tokio::test]

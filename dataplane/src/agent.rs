@@ -296,7 +296,8 @@ impl AgentService for Agent {
         match (self, &request.role) {
             (Self::Host(host), Some(VpcRole::Host(vpc))) => {
                 let (naming, security) = (naming(vpc)?, security(vpc)?);
-                host.apply_vpc(&request.vpc, &host_vpc(&request, vpc)?, naming, security)?;
+                let known = host_vpc(&request, vpc)?;
+                host.apply_vpc(&request.vpc, &known, vpc.rank, naming, security)?;
             }
             (Self::Proxy(proxy), Some(VpcRole::Proxy(vpc))) => {
                 let proxies = ips("proxy.proxies", &vpc.proxies)?;

@@ -240,28 +240,29 @@ impl Host {
         state.instances.values().map(|instance| self.describe(&state, instance)).collect()
     }
 
-    /// Makes a VPC known, or replaces what was known of it.
+    /// Makes a VPC known with one of its shared addresses, or replaces what was known. Instances get
+    /// the address with the lowest rank that has ports left.
     pub fn apply_vpc(
         &self,
         name: &str,
         vpc: &HostVpc,
+        rank: u32,
         naming: Naming,
         security: Security,
     ) -> Result<(), HostError> {
         self.datapath.apply_vpc(vpc)?;
         let HostVpc { vni, shared_address, shared_address_v6, .. } = *vpc;
         let mut state = self.state();
-        if state.vpcs.get(name).is_none_or(|known| known.vni != vni || known.security != security) {
+        if state.vpcs.find(name, vni).is_none_or(|known| known.security != security) {
             state.secure(&self.datapath, vni, &security)?;
         }
-        state.vpcs.retain(|_, other| other.vni != vni);
-        let vpc = vpcs::Vpc { vni, shared_address, naming, security };
+        let vpc = vpcs::Vpc { vni, shared_address, rank, naming, security };
         state.names.insert(vni, named(name, &vpc, shared_address_v6));
-        state.vpcs.insert(name.to_owned(), vpc);
+        state.vpcs.insert(name, vpc);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
     }
 
-    /// Forgets a VPC without instances.
+    /// Forgets a VPC's shared address that no instance has.
     pub fn remove_vpc(&self, vni: u32) -> Result<(), HostError> {
         let mut state = self.state();
         let instances =
@@ -271,7 +272,7 @@ impl Host {
         }
         self.datapath.remove_vpc(vni)?;
         state.forget_policies(&self.datapath, vni)?;
-        state.vpcs.retain(|_, other| other.vni != vni);
+        state.vpcs.remove(vni);
         vpcs::save(&self.options.zygote.run_dir, &state.vpcs)?;
         drop(state);
         self.accounts().close(vni);
@@ -324,7 +325,7 @@ impl Host {
             name if is_hostname(name) => name.to_owned(),
             name => return Err(HostError::Hostname(name.to_owned())),
         };
-        let vni = self.state().vni_for(vpc, &own)?;
+        let vni = self.state().vni_for(vpc, &own, |vni| self.has_ports(vni))?;
         let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own };
         let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));
         let work = tokio::spawn(async move { host.start_to_end(clock, record, invocation).await });
@@ -474,6 +475,8 @@ impl Host {
 
     fn describe(&self, state: &State, instance: &Instance) -> v1::Instance {
         let Instance { record, slot, pid, failed, .. } = instance;
+        let vpc = state.vpcs.find(&record.vpc, record.vni);
+        let shared_address = vpc.map(|vpc| vpc.shared_address.to_string()).unwrap_or_default();
         // The slot of one that failed may be another's.
         let (state, limits, usage) = match failed {
             None => {
@@ -496,6 +499,7 @@ impl Host {
             security_groups: record.own.groups.iter().cloned().collect(),
             limits,
             usage,
+            shared_address,
         }
     }
 

@@ -449,10 +449,10 @@ impl Proxy {
     fn check_carriers(&self, changed: &Changed) {
         let mut state = self.lock();
         let all = || state.hosts.keys().copied().collect();
-        let of_link = |link: &u32| self.datapath.vpc_at(*link).ok().flatten();
+        let of_link = |link: &u32| self.datapath.vpcs_at(*link).unwrap_or_default();
         let vnis: BTreeSet<u32> = match changed {
             Changed::All => all(),
-            Changed::Links(links) => links.iter().filter_map(of_link).collect(),
+            Changed::Links(links) => links.iter().flat_map(of_link).collect(),
         };
         for vni in vnis {
             let is_there = self.datapath.has_carrier(vni).unwrap_or_else(|error| {

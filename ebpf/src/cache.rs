@@ -7,7 +7,7 @@
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray};
-use warren_abi::maps::{HostVpc, ProxyVpc, Slot};
+use warren_abi::maps::{HostVpc, InterfaceKey, ProxyVpc, Slot};
 use warren_abi::wire::Ip;
 
 use crate::atomic;
@@ -23,22 +23,23 @@ const HOLDERS: u32 = 4096;
 #[map]
 static CHANGES: Array<u64> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map]
-static SLOT_CACHE: PerCpuArray<Cached<Slot>> = PerCpuArray::with_max_entries(SLOTS, 0);
+static SLOT_CACHE: PerCpuArray<Cached<u64, Slot>> = PerCpuArray::with_max_entries(SLOTS, 0);
 #[map]
-static HOST_VPC_CACHE: PerCpuArray<Cached<HostVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
+static HOST_VPC_CACHE: PerCpuArray<Cached<u64, HostVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
 #[map]
-static PROXY_VPC_CACHE: PerCpuArray<Cached<ProxyVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
+static PROXY_VPC_CACHE: PerCpuArray<Cached<u64, ProxyVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
 #[map]
-static INTERFACE_CACHE: PerCpuArray<Cached<ProxyVpc>> = PerCpuArray::with_max_entries(VPCS, 0);
+static INTERFACE_CACHE: PerCpuArray<Cached<InterfaceKey, ProxyVpc>> =
+    PerCpuArray::with_max_entries(VPCS, 0);
 #[map]
-static HOLDER_CACHE: PerCpuArray<Cached<Ip>> = PerCpuArray::with_max_entries(HOLDERS, 0);
+static HOLDER_CACHE: PerCpuArray<Cached<u64, Ip>> = PerCpuArray::with_max_entries(HOLDERS, 0);
 
 /// A place.
 #[repr(C)]
-struct Cached<V> {
+struct Cached<K, V> {
     /// In which state the value was found, from 1; 0: nothing is here.
     state: u64,
-    key: u64,
+    key: K,
     value: V,
 }
 
@@ -47,7 +48,7 @@ struct Cached<V> {
 /// Valid until another is asked for, which may take its place.
 #[inline(always)]
 pub fn slot(ifindex: u32) -> Option<&'static Slot> {
-    get(&SLOT_CACHE, ifindex % SLOTS, ifindex.into(), |slot| {
+    get(&SLOT_CACHE, ifindex % SLOTS, u64::from(ifindex), |slot| {
         *slot = uncached_slot(ifindex)?;
         Some(())
     })
@@ -57,7 +58,7 @@ pub fn slot(ifindex: u32) -> Option<&'static Slot> {
 #[inline(always)]
 pub fn host_vpc(vni: u32) -> Option<&'static HostVpc> {
     // SAFETY: they are copied at once; one that is replaced meanwhile is looked up again.
-    get(&HOST_VPC_CACHE, vni % VPCS, vni.into(), |vpc| unsafe {
+    get(&HOST_VPC_CACHE, vni % VPCS, u64::from(vni), |vpc| unsafe {
         *vpc = *HOST_VPCS.get(vni)?;
         if let Some(claim) = CLAIMS.get(vni) {
             vpc.proxy_address = claim.proxy;
@@ -79,18 +80,22 @@ pub fn changed() {
 #[inline(always)]
 pub fn proxy_vpc(vni: u32) -> Option<&'static ProxyVpc> {
     // SAFETY: as above.
-    get(&PROXY_VPC_CACHE, vni % VPCS, vni.into(), |vpc| unsafe {
+    get(&PROXY_VPC_CACHE, vni % VPCS, u64::from(vni), |vpc| unsafe {
         *vpc = *PROXY_VPCS.get(vni)?;
         Some(())
     })
 }
 
-/// The VPC that an interface of a proxy is in.
+/// The VPC that a proxy's interface is in: with the shared address that this is, or else with any.
 #[inline(always)]
-pub fn vpc_of(ifindex: u32) -> Option<&'static ProxyVpc> {
+pub fn vpc_at(ifindex: u32, address: Ip) -> Option<&'static ProxyVpc> {
+    let Ip([a, b, c, d]) = address;
+    let mixed = (a ^ b ^ c ^ d).wrapping_mul(0x9e37_79b1) >> 24;
+    let key = InterfaceKey { ifindex, address };
     // SAFETY: as above.
-    get(&INTERFACE_CACHE, ifindex % VPCS, ifindex.into(), |vpc| unsafe {
-        *vpc = *INTERFACES.get(ifindex)?;
+    get(&INTERFACE_CACHE, (mixed ^ ifindex) % VPCS, key, |vpc| unsafe {
+        let other = InterfaceKey { ifindex, address: Ip::UNSPECIFIED };
+        *vpc = *PROXY_VPCS.get(INTERFACES.get(key).or_else(|| INTERFACES.get(other))?)?;
         Some(())
     })
 }
@@ -111,10 +116,10 @@ pub fn holder(block: warren_abi::maps::BlockKey) -> Option<&'static Ip> {
 /// What is under a key: in its place, or else filled in from its table. No copy of it is on the
 /// stack.
 #[inline(always)]
-fn get<V>(
-    cache: &'static PerCpuArray<Cached<V>>,
+fn get<K: PartialEq, V>(
+    cache: &'static PerCpuArray<Cached<K, V>>,
     index: u32,
-    key: u64,
+    key: K,
     fill: impl FnOnce(&mut V) -> Option<()>,
 ) -> Option<&'static V> {
     // SAFETY: the verifier checks pointers for null; an array's entries stay, and tc programs do

@@ -37,18 +37,15 @@ fn any<F: Fragmented>(ctx: &TcContext) -> i32 {
     let Some(tag) = tag(ctx) else {
         return drops::verdict(ctx, 0, Err(Drop::Internal));
     };
-    let vpc = match tag.origin {
-        origin::VPC => cache::vpc_of(tag.owner),
-        origin::HOST => cache::proxy_vpc(tag.owner),
-        _ => None,
+    let Some(vpc) = cache::proxy_vpc(tag.owner) else {
+        return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
-    match vpc {
-        Some(vpc) if tag.origin == origin::VPC => {
-            drops::verdict(ctx, vpc.scope, to_host::<F>(ctx, vpc, tag))
-        }
-        Some(vpc) => drops::verdict(ctx, vpc.scope, to_vpc::<F>(ctx, vpc, tag)),
-        None => drops::verdict(ctx, 0, Err(Drop::UnknownVpc)),
-    }
+    let result = match tag.origin {
+        origin::VPC => to_host::<F>(ctx, vpc, tag),
+        origin::HOST => to_vpc::<F>(ctx, vpc, tag),
+        _ => Err(Drop::Internal),
+    };
+    drops::verdict(ctx, vpc.scope, result)
 }
 
 /// From the VPC: to the host that holds the port.

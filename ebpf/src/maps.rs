@@ -11,7 +11,8 @@ use warren_abi::flowlog::level;
 use warren_abi::fragment::{Cell, Datagram};
 use warren_abi::maps::{
     BlockKey, CachedRoute, Claim, Drops, Flow, FlowCounts, Guard, Held, HostVpc, InFlow, InKey,
-    Limits, Member, OutKey, Policy, ProxyVpc, Route, RouteKey, ServiceSlot, Slot, Underlay,
+    InterfaceKey, Limits, Member, OutKey, Policy, ProxyVpc, Route, RouteKey, ServiceSlot, Slot,
+    Underlay,
 };
 use warren_abi::services;
 use warren_abi::wire::{Ip, Ipv4, Mac};
@@ -52,7 +53,7 @@ pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static PROXY_VPCS: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 #[map]
-pub static INTERFACES: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
+pub static INTERFACES: HashMap<InterfaceKey, u32> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static BLOCKS: HashMap<BlockKey, Ip> = HashMap::with_max_entries(1, 0);
 #[map]

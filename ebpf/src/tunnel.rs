@@ -194,8 +194,9 @@ pub fn forward<F: Family>(
 /// Sends a packet of the shared address's on.
 #[inline(always)]
 pub fn leave<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> Result<i32, Drop> {
-    if F::same(packet.destination, packet.source) {
-        return hairpin(ctx, vpc, packet);
+    let own = if F::same(packet.destination, packet.source) { Some(vpc) } else { None };
+    if let Some(own) = own.or_else(|| sibling_of(vpc, F::ip(packet.destination))) {
+        return hairpin(ctx, own, packet);
     }
     let next_hop = route::next_hop(vpc, F::ip(packet.destination))?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.
@@ -213,7 +214,25 @@ pub fn leave<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> 
     unsafe { Ok(bpf_redirect_neigh(vpc.ifindex, &raw mut to, size_of_val(&to) as i32, 0) as i32) }
 }
 
-/// Sends a packet for the shared address back to the host that holds the port: it is for a guest
+/// The VPC with another shared address on the same interface, if that is what this is.
+#[inline(always)]
+fn sibling_of(vpc: &ProxyVpc, address: Ip) -> Option<&'static ProxyVpc> {
+    if vpc.has_siblings == 0 {
+        return None;
+    }
+    let sibling = cache::vpc_at(vpc.ifindex, address)?;
+    let is_its =
+        address.is(Ip::v4(sibling.shared_address)) || address.is(sibling.v6.shared_address);
+    if is_its { Some(sibling) } else { None }
+}
+
+/// As [`sibling_of`], of a VNI.
+#[inline(always)]
+pub fn sibling(vni: u32, address: Ip) -> Option<&'static ProxyVpc> {
+    sibling_of(cache::proxy_vpc(vni)?, address)
+}
+
+/// Sends a packet for a shared address of the VPC's back to the host that holds the port: it is for a guest
 /// there, which gets it from the sender's shared port, if it wrote to that before (RFC 4787, REQ-9).
 ///
 /// No port tells whom an echo request is for (RFC 5508, REQ-7: that is Basic NAT's to know).

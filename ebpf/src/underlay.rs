@@ -47,7 +47,7 @@ pub fn underlay_host(ctx: TcContext) -> i32 {
     if migration::is_on() {
         return node::message(&ctx);
     }
-    match decapsulate(&ctx) {
+    match decapsulate(&ctx, |_, _| false) {
         Some((vni, remote)) => tunnel::host(&ctx, vni, &Ip::v4(remote)),
         None => node::message(&ctx),
     }
@@ -56,7 +56,7 @@ pub fn underlay_host(ctx: TcContext) -> i32 {
 /// On a proxy.
 #[classifier]
 pub fn underlay_proxy(ctx: TcContext) -> i32 {
-    match decapsulate(&ctx) {
+    match decapsulate(&ctx, |vni, destination| tunnel::sibling(vni, destination).is_some()) {
         Some((vni, remote)) => tunnel::proxy(&ctx, vni, &Ip::v4(remote)),
         None => node::message(&ctx),
     }
@@ -64,8 +64,11 @@ pub fn underlay_proxy(ctx: TcContext) -> i32 {
 
 /// Takes the tunnel's headers off, if there is nothing special about them: its VNI and the outer
 /// source. None: the packet is as it was.
+///
+/// `goes_back` tells whether what is in this VNI for this destination goes back into the tunnel, if it
+/// is not for the one that sent it.
 #[inline(always)]
-fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
+fn decapsulate(ctx: &TcContext, goes_back: impl FnOnce(u32, Ip) -> bool) -> Option<(u32, Ipv4)> {
     #[repr(C, packed(2))]
     struct Headers {
         ethernet: Ethernet,
@@ -109,13 +112,15 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
     }
     let is_v6 = inner.ethertype == ETHERTYPE_IPV6;
     let (tos, protocol) = if is_v6 { (packet[1] >> 4, packet[6]) } else { (packet[1], packet[9]) };
-    let is_hairpin = if is_v6 {
+    let (source, destination) = if is_v6 {
         // SAFETY: `at` checked the bounds; every bit pattern is a value.
         let header = unsafe { &*at::<Ip6Header>(ctx, IP + size_of::<Tunnel>())? };
-        { header.source }.is(header.destination)
+        (header.source, header.destination)
     } else {
-        addresses[0] == addresses[1]
+        (Ip::v4(addresses[0]), Ip::v4(addresses[1]))
     };
+    let vni = u32::from_be(vxlan.vni) >> 8;
+    let is_hairpin = source.is(destination) || goes_back(vni, destination);
     let is_plain = !is_tagged
         // Reserved bits are ignored.
         && { vxlan.flags } & Vxlan::FLAGS == Vxlan::FLAGS
@@ -139,5 +144,5 @@ fn decapsulate(ctx: &TcContext) -> Option<(u32, Ipv4)> {
         // SAFETY: `at` checked the bounds.
         unsafe { (*at::<Ethernet>(ctx, 0)?).ethertype = ETHERTYPE_IPV6 };
     }
-    Some((u32::from_be(vxlan.vni) >> 8, ip.source))
+    Some((vni, ip.source))
 }

@@ -1,7 +1,5 @@
 //! What comes from a VPC: tcx ingress on the proxy's interface in it.
 
-use core::marker::PhantomData;
-
 use aya_ebpf::bindings::TC_ACT_OK;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -11,9 +9,13 @@ use warren_abi::flow::Direction;
 use warren_abi::fragment::{Tag, origin};
 use warren_abi::icmp::v6::{NEIGHBOUR_ADVERTISEMENT, NEIGHBOUR_SOLICITATION};
 use warren_abi::maps::ProxyVpc;
-use warren_abi::wire::{Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ip};
+use warren_abi::wire::{
+    Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Ip, Ip6Header, IpHeader, Ipv4,
+};
 
 use crate::answer::Answerer;
+use crate::drops::TCX_NEXT;
+use crate::parse::IP;
 use crate::{answer, arp, blocks, cache, drops, encap, fragment, icmp, nd, parse};
 
 /// Answers ARP and neighbour discovery for the shared addresses; sends what is for them to the host
@@ -21,24 +23,27 @@ use crate::{answer, arp, blocks, cache, drops, encap, fragment, icmp, nd, parse}
 #[classifier]
 pub fn vpc(ctx: TcContext) -> i32 {
     match parse::ethertype(&ctx) {
-        ETHERTYPE_IPV6 => ingress(&ctx, |vpc| vpc.v6.shared_address, ingress_v6),
-        _ => ingress(&ctx, |vpc| vpc.shared_address, ingress_v4),
+        ETHERTYPE_IPV6 => ingress::<V6>(&ctx, wanted_v6, |vpc| vpc.v6.shared_address, take_v6),
+        _ => ingress::<V4>(&ctx, wanted_v4, |vpc| vpc.shared_address, take_v4),
     }
 }
 
-/// Takes a packet from a VPC, and answers for its shared address.
+/// Takes a packet from a VPC, and answers for the shared address that it wants.
 #[inline(always)]
 fn ingress<F: Family>(
     ctx: &TcContext,
+    wanted: impl FnOnce(&TcContext) -> Option<Ip>,
     address: impl FnOnce(&ProxyVpc) -> F::Address,
-    take: impl FnOnce(&TcContext, &ProxyVpc, PhantomData<F>) -> Result<i32, Drop>,
+    take: impl FnOnce(&TcContext, &ProxyVpc) -> Result<i32, Drop>,
 ) -> i32 {
-    // SAFETY: the context is the kernel's for as long as the program runs.
-    let Some(vpc) = cache::vpc_of(unsafe { (*ctx.skb.skb).ifindex }) else {
+    let prepared = parse::prepare::<F>(ctx);
+    let wanted = wanted(ctx).unwrap_or(Ip::UNSPECIFIED);
+    let Some(vpc) = cache::vpc_at(ifindex(ctx), wanted) else {
         return drops::verdict(ctx, 0, Err(Drop::UnknownVpc));
     };
-    let tag = Tag::new(origin::VPC, vpc.ifindex, 0);
-    let result = fragment::or_divert::<F>(ctx, take(ctx, vpc, PhantomData), tag);
+    let tag = Tag::new(origin::VPC, vpc.vni, 0);
+    let taken = prepared.and_then(|()| is_ours(ctx, vpc)).and_then(|()| take(ctx, vpc));
+    let result = fragment::or_divert::<F>(ctx, taken, tag);
     let ProxyVpc { mac, ifindex, scope, .. } = *vpc;
     let action = drops::verdict(ctx, scope, result);
     let proxy = Answerer::<F> { mac, address: address(vpc), ifindex, scope };
@@ -46,8 +51,43 @@ fn ingress<F: Family>(
 }
 
 #[inline(always)]
-fn ingress_v4(ctx: &TcContext, vpc: &ProxyVpc, _: PhantomData<V4>) -> Result<i32, Drop> {
-    parse::prepare::<V4>(ctx)?;
+fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the context is the kernel's for as long as the program runs.
+    unsafe { (*ctx.skb.skb).ifindex }
+}
+
+/// A switch that does not know whose a MAC address is sends to everyone: to forward that again would
+/// double it.
+#[inline(always)]
+fn is_ours(ctx: &TcContext, vpc: &ProxyVpc) -> Result<(), Drop> {
+    let to = parse::ethernet(ctx)?.destination;
+    if to == vpc.mac || to.is_multicast() { Ok(()) } else { Err(Drop::OtherMac) }
+}
+
+/// What a packet is for, or who is asked for.
+#[inline(always)]
+fn wanted_v4(ctx: &TcContext) -> Option<Ip> {
+    // SAFETY: `at` checked the bounds; every bit pattern is a value.
+    let address = match parse::ethertype(ctx) {
+        ETHERTYPE_ARP => unsafe { (*parse::at::<Arp>(ctx, IP)?).target },
+        _ => unsafe { (*parse::at::<IpHeader>(ctx, IP)?).destination },
+    };
+    Some(Ip::v4(address))
+}
+
+/// As [`wanted_v4`].
+#[inline(always)]
+fn wanted_v6(ctx: &TcContext) -> Option<Ip> {
+    let asked = if nd::is_message(ctx) { nd::message(ctx).ok() } else { None };
+    match asked {
+        Some(message) if message.kind == NEIGHBOUR_SOLICITATION => Some(message.target),
+        // SAFETY: as above.
+        _ => Some(unsafe { (*parse::at::<Ip6Header>(ctx, IP)?).destination }),
+    }
+}
+
+#[inline(always)]
+fn take_v4(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     match parse::ethernet(ctx)?.ethertype {
         ETHERTYPE_IPV4 => to_host::<V4>(ctx, vpc),
         ETHERTYPE_ARP => resolve(ctx, vpc),
@@ -56,9 +96,34 @@ fn ingress_v4(ctx: &TcContext, vpc: &ProxyVpc, _: PhantomData<V4>) -> Result<i32
 }
 
 #[inline(always)]
-fn ingress_v6(ctx: &TcContext, vpc: &ProxyVpc, _: PhantomData<V6>) -> Result<i32, Drop> {
-    parse::prepare::<V6>(ctx)?;
+fn take_v6(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     if nd::is_message(ctx) { resolve_v6(ctx, vpc) } else { to_host::<V6>(ctx, vpc) }
+}
+
+/// Has the kernel ask for neighbours in nobody's name (RFC 5227, section 1.1), where it would do so
+/// in that of a shared address which another proxy owns: who is asked would take this one for the
+/// owner.
+#[classifier]
+pub fn vpc_egress(ctx: TcContext) -> i32 {
+    if parse::ethertype(&ctx) == ETHERTYPE_ARP {
+        disown(&ctx);
+    }
+    TCX_NEXT
+}
+
+#[inline(always)]
+fn disown(ctx: &TcContext) -> Option<()> {
+    parse::pull(ctx, (IP + size_of::<Arp>()) as u32);
+    let arp = parse::at::<Arp>(ctx, IP)?;
+    // SAFETY: `at` checked the bounds; every bit pattern is a value.
+    let Arp { operation, sender, target, .. } = unsafe { *arp };
+    let vpc = cache::vpc_at(ifindex(ctx), Ip::v4(sender))?;
+    let is_anothers = vpc.standby != 0 && vpc.shared_address == sender;
+    if operation == Arp::REQUEST && sender != target && is_anothers {
+        // SAFETY: no helper ran since that changes the packet.
+        unsafe { (*arp).sender = Ipv4(0) };
+    }
+    Some(())
 }
 
 /// Sends what is for the shared address to the host that holds the port.
@@ -85,13 +150,12 @@ fn to_host<F: Family>(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
 fn resolve(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     let message = arp::message(ctx)?;
     let Arp { target, .. } = message;
-    if target != vpc.shared_address {
-        return Err(Drop::UnexpectedArp);
-    }
     match message.operation {
+        Arp::REQUEST if target != vpc.shared_address => Err(Drop::UnexpectedArp),
         Arp::REQUEST if vpc.standby != 0 => Err(Drop::Standby),
         Arp::REQUEST => arp::reply(ctx, &message, vpc.mac, vpc.ifindex),
-        Arp::REPLY => Ok(TC_ACT_OK),
+        // It may have asked in nobody's name.
+        Arp::REPLY if target == vpc.shared_address || target == Ipv4(0) => Ok(TC_ACT_OK),
         _ => Err(Drop::UnexpectedArp),
     }
 }

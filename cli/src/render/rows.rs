@@ -22,11 +22,27 @@ pub struct VpcRow {
     ports_per_host: u32,
     resolver: Option<String>,
     search_domain: Option<String>,
+    more_addresses: Vec<SharedAddressObject>,
+}
+
+/// A further shared address.
+#[derive(Serialize)]
+struct SharedAddressObject {
+    vni: u32,
+    address: String,
+    address_v6: Option<String>,
+}
+
+impl From<v1::SharedAddress> for SharedAddressObject {
+    fn from(v1::SharedAddress { address, address_v6, vni }: v1::SharedAddress) -> Self {
+        Self { vni, address, address_v6: some(address_v6) }
+    }
 }
 
 impl From<v1::Vpc> for VpcRow {
     fn from(vpc: v1::Vpc) -> Self {
         Self {
+            more_addresses: vpc.more_addresses.into_iter().map(Into::into).collect(),
             name: vpc.name,
             vni: vpc.vni,
             cidr: vpc.cidr,
@@ -60,15 +76,21 @@ impl Row for VpcRow {
     ];
 
     fn cells(&self) -> Vec<String> {
+        let more = &self.more_addresses;
+        let v4 = [&self.shared_address].into_iter().chain(more.iter().map(|more| &more.address));
+        let v6 = self.shared_address_v6.iter().chain(more.iter().flat_map(|more| &more.address_v6));
+        let listed = |all: Vec<&str>| all.join(", ");
+        let v4 = listed(v4.map(String::as_str).collect());
+        let v6 = some(listed(v6.map(String::as_str).collect()));
         vec![
             self.name.clone(),
             self.vni.to_string(),
             self.cidr.clone(),
-            self.shared_address.clone(),
+            v4,
             self.interface.clone(),
             dash(self.gateway.as_deref()),
             dash(self.cidr_v6.as_deref()),
-            dash(self.shared_address_v6.as_deref()),
+            dash(v6.as_deref()),
             dash(self.gateway_v6.as_deref()),
             self.ports_per_host.to_string(),
             dash(self.resolver.as_deref()),
@@ -88,7 +110,7 @@ pub struct HostRow {
     slots: u32,
     instances: u32,
     parked: u32,
-    /// VPCs whose addresses a proxy owns.
+    /// Shared addresses that a proxy owns.
     owned: u32,
     drained: bool,
     underlay_address: String,
@@ -172,6 +194,8 @@ pub struct InstanceRow {
     vpc: String,
     host: String,
     address: String,
+    /// Null: not known.
+    shared_address: Option<String>,
     mac: String,
     slot: u32,
     pid: u32,
@@ -205,6 +229,7 @@ impl InstanceRow {
             vpc: instance.vpc,
             host: instance.host,
             address: instance.address,
+            shared_address: some(instance.shared_address),
             mac: instance.mac,
             slot: instance.slot,
             pid: instance.pid,
@@ -232,8 +257,8 @@ fn id_length(mut ids: Vec<&str>) -> usize {
 
 impl Row for InstanceRow {
     const HEADER: &'static [&'static str] = &[
-        "ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "PID", "STATE", "FLOWS", "PORTS",
-        "REASON",
+        "ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "SEEN AS", "PID", "STATE", "FLOWS",
+        "PORTS", "REASON",
     ];
 
     fn cells(&self) -> Vec<String> {
@@ -247,6 +272,7 @@ impl Row for InstanceRow {
             self.host.clone(),
             self.slot.to_string(),
             self.address.clone(),
+            dash(self.shared_address.as_deref()),
             self.pid.to_string(),
             self.state.to_owned(),
             dash(flows.as_deref()),
@@ -302,12 +328,22 @@ pub fn started_rows(started: Vec<v1::RunInstanceResponse>) -> Result<Vec<Started
 }
 
 impl Row for StartedRow {
-    const HEADER: &'static [&'static str] =
-        &["ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "PID", "READY AFTER", "POOL"];
+    const HEADER: &'static [&'static str] = &[
+        "ID",
+        "HOSTNAME",
+        "VPC",
+        "HOST",
+        "SLOT",
+        "ADDRESS",
+        "SEEN AS",
+        "PID",
+        "READY AFTER",
+        "POOL",
+    ];
 
     fn cells(&self) -> Vec<String> {
         let mut cells = self.instance.cells();
-        cells.truncate(7);
+        cells.truncate(8);
         let timings = self.timings.as_ref();
         let pool = |timings: &StartTimings| if timings.cold { "cold" } else { "parked" };
         cells.push(dash(timings.map(|timings| us(timings.ready_ns)).as_deref()));
@@ -359,6 +395,7 @@ mod tests {
             host: "h1".into(),
             hostname: "web".into(),
             address: "169.254.1.2".into(),
+            shared_address: "10.1.0.9".into(),
             mac: "02:00:00:00:00:01".into(),
             slot: 1,
             pid: 4711,
@@ -385,18 +422,24 @@ mod tests {
             cidr_v6: "fd00:1::/64".into(),
             shared_address_v6: "fd00:1::9".into(),
             gateway_v6: String::new(),
+            more_addresses: vec![v1::SharedAddress {
+                address: "10.1.0.10".into(),
+                address_v6: "fd00:1::a".into(),
+                vni: 4097,
+            }],
         });
         assert_eq!(
             one(Output::Table, &row),
-            "NAME  VNI   CIDR         SHARED ADDRESS  INTERFACE  GATEWAY  CIDR V6      \
-             SHARED ADDRESS V6  GATEWAY V6  PORTS PER HOST  RESOLVER  SEARCH DOMAIN\n\
-             blue  4096  10.1.0.0/16  10.1.0.9        eth1       -        fd00:1::/64  \
-             fd00:1::9          -           1024            10.1.0.2  -"
+            "NAME  VNI   CIDR         SHARED ADDRESS       INTERFACE  GATEWAY  CIDR V6      \
+             SHARED ADDRESS V6     GATEWAY V6  PORTS PER HOST  RESOLVER  SEARCH DOMAIN\n\
+             blue  4096  10.1.0.0/16  10.1.0.9, 10.1.0.10  eth1       -        fd00:1::/64  \
+             fd00:1::9, fd00:1::a  -           1024            10.1.0.2  -"
         );
         let json: serde_json::Value = serde_json::from_str(&one(Output::Json, &row)).unwrap();
         assert_eq!(json["vni"], 4096);
         assert!(json["gateway"].is_null() && json["gateway_v6"].is_null());
         assert_eq!(json["shared_address_v6"], "fd00:1::9");
+        assert_eq!(json["more_addresses"][0]["vni"], 4097);
     }
 
     #[test]
@@ -448,9 +491,9 @@ mod tests {
         let rows = instance_rows(vec![instance("11111111-aaaa"), failed]);
         assert_eq!(
             list(Output::Table, &rows),
-            "ID        HOSTNAME  VPC   HOST  SLOT  ADDRESS      PID   STATE    FLOWS  PORTS  REASON\n\
-             11111111  web       blue  h1    1     169.254.1.2  4711  running  7/50   3      -\n\
-             22222222  web       blue  h1    1     169.254.1.2  4711  failed   -      -      killed by signal 9"
+            "ID        HOSTNAME  VPC   HOST  SLOT  ADDRESS      SEEN AS   PID   STATE    FLOWS  PORTS  REASON\n\
+             11111111  web       blue  h1    1     169.254.1.2  10.1.0.9  4711  running  7/50   3      -\n\
+             22222222  web       blue  h1    1     169.254.1.2  10.1.0.9  4711  failed   -      -      killed by signal 9"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["id"], "11111111-aaaa");
@@ -485,7 +528,7 @@ mod tests {
         };
         let rows = started_rows(vec![response]).unwrap();
         let text = list(Output::Table, &rows);
-        assert!(text.ends_with("4711  1234.6 µs    parked"), "{text}");
+        assert!(text.ends_with("10.1.0.9  4711  1234.6 µs    parked"), "{text}");
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["id"], "11111111-aaaa");
         assert_eq!(json[0]["timings"]["ready_ns"], 1_234_567);

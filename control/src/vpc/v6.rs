@@ -76,6 +76,19 @@ impl VpcV6 {
         Ok(Some(Self { cidr, shared_address, gateway }))
     }
 
+    /// An address that microVMs may be seen as.
+    pub(super) fn parse_shared(&self, text: &str) -> Result<Ipv6Addr, String> {
+        if text.is_empty() {
+            let cidr = self.cidr;
+            return Err(format!("a VPC with IPv6 needs one: give a free address of {cidr}"));
+        }
+        let address = parse_address(text).and_then(|address| inside(address, self.cidr))?;
+        if self.gateway == Some(address) {
+            return Err(format!("{address} is the gateway"));
+        }
+        Ok(address)
+    }
+
     /// The routes that it has without a table.
     pub(super) fn defaults(&self) -> impl Iterator<Item = Route> + use<> {
         defaults(self.cidr.into(), self.gateway.map(Into::into))

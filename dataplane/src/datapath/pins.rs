@@ -54,6 +54,15 @@ impl Pins {
         remove(&self.links().join(name))
     }
 
+    /// Gives a link another name, if there is such a link.
+    pub fn rename_link(&self, from: &str, to: &str) -> Result<(), Error> {
+        let (from, to) = (self.links().join(from), self.links().join(to));
+        match fs::rename(&from, to) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            result => result.map_err(|source| Error::system("rename pin", from.display(), source)),
+        }
+    }
+
     /// Unpins everything under `directory` and removes it; no error if there is nothing.
     pub fn remove_all(directory: &Path) -> Result<(), Error> {
         let pins = Self { directory: directory.to_owned() };

@@ -247,6 +247,17 @@ impl Programs {
         link: &str,
         interface: &str,
     ) -> Result<(), Error> {
+        self.attach_at(TcAttachType::Ingress, program, link, interface)
+    }
+
+    /// The same at either hook.
+    pub fn attach_at(
+        &mut self,
+        hook: TcAttachType,
+        program: &'static str,
+        link: &str,
+        interface: &str,
+    ) -> Result<(), Error> {
         let pin = if self.migrating { format!("{link}{NEW}") } else { link.to_owned() };
         if self.replace(program, &pin)? {
             return Ok(());
@@ -263,7 +274,7 @@ impl Programs {
             // In front of a former version's.
             let order = if migrating { LinkOrder::first() } else { LinkOrder::default() };
             let options = TcAttachOptions::TcxOrder(order);
-            match program.attach_with_options(interface, TcAttachType::Ingress, options) {
+            match program.attach_with_options(interface, hook, options) {
                 Err(ProgramError::SyscallError(exists))
                     if exists.io_error.kind() == ErrorKind::AlreadyExists
                         && Instant::now() < deadline =>

@@ -6,11 +6,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{HashMap as BpfHashMap, MapData, MapError};
+use aya::programs::TcAttachType;
 use ipnetwork::{Ipv4Network, Ipv6Network};
 use rtnetlink::packet_route::link::InfoKind;
 use warren_abi::flow::Timers;
 use warren_abi::fragment::{Cell, DATAGRAMS, Datagram};
-use warren_abi::maps::{self, BlockKey, Underlay, layouts, names, programs};
+use warren_abi::maps::{self, BlockKey, InterfaceKey, Underlay, layouts, names, programs};
 use warren_abi::nat::{BLOCK_PORTS, block_of};
 use warren_abi::wire::{Ip, Ipv4, Mac};
 
@@ -51,7 +52,9 @@ struct State {
     netlink: Netlink,
     programs: Programs,
     vpcs: Table<u32, maps::ProxyVpc>,
-    interfaces: Table<u32, maps::ProxyVpc>,
+    interfaces: Table<InterfaceKey, u32>,
+    /// VNIs of the shared addresses on each interface, by its index.
+    vnis: HashMap<u32, BTreeSet<u32>>,
     blocks: Table<BlockKey, Ip>,
     /// What is in there, by VNI: to look through all of them for one VPC's takes half a second.
     known_blocks: HashMap<u32, Blocks>,
@@ -94,8 +97,8 @@ impl ProxyDatapath {
                 routes,
                 cache,
                 vpcs_spec(),
-                MapSpec::new::<u32, maps::ProxyVpc>(names::INTERFACES, MAX_VPCS)
-                    .layout(layouts::PROXY_VPCS),
+                MapSpec::new::<InterfaceKey, u32>(names::INTERFACES, 3 * MAX_VPCS)
+                    .layout(layouts::INTERFACES),
                 MapSpec::new::<BlockKey, Ip>(names::BLOCKS, MAX_BLOCKS).layout(layouts::BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
@@ -117,20 +120,32 @@ impl ProxyDatapath {
         programs.attach(programs::UNDERLAY_PROXY, underlay::SHORT_CUT, interface)?;
         sysctl::hurry_neighbours(interface)?;
         fragments::connect(&mut netlink, &mut programs, &[programs::FRAGMENTS_PROXY], &fragments)?;
+        let changes = Changes::open(&mut programs)?;
+        let vpcs: Table<u32, maps::ProxyVpc> =
+            Table::open(&mut programs, names::PROXY_VPCS, &changes)?;
+        let mut interfaces = Table::open(&mut programs, names::INTERFACES, &changes)?;
+        let mut vnis = HashMap::<_, BTreeSet<_>>::new();
+        for vpc in all_vpcs(vpcs.iter())? {
+            // A former version's may be of another layout.
+            enter(&mut interfaces, &vpc)?;
+            vnis.entry(vpc.ifindex).or_default().insert(vpc.vni);
+        }
         for link in programs.pins().link_names()? {
-            if link.starts_with(LINK_PREFIX) {
-                // Where the interface is gone, the VPC waits to be applied again.
-                programs.replace(programs::VPC, &link)?;
+            for (prefix, _, program) in LINKS {
+                if link.starts_with(prefix) {
+                    // Where the interface is gone, the VPC waits to be applied again.
+                    programs.replace(program, &link)?;
+                }
             }
         }
         programs.commit()?;
-        let changes = Changes::open(&mut programs)?;
         let heard = Table::open(&mut programs, names::HEARD, &changes)?;
         let blocks = Table::open(&mut programs, names::BLOCKS, &changes)?;
         let state = State {
             netlink,
-            vpcs: Table::open(&mut programs, names::PROXY_VPCS, &changes)?,
-            interfaces: Table::open(&mut programs, names::INTERFACES, &changes)?,
+            vpcs,
+            interfaces,
+            vnis,
             known_blocks: known_blocks(&blocks)?,
             blocks,
             counters: Counters::new(programs.map(names::DROPS)?),
@@ -175,12 +190,13 @@ impl ProxyDatapath {
             return Err(Error::invalid("VPC interface", &vpc.interface, remedy));
         };
         let before = state.vpc(vpc.vni)?;
-        match state.interface_owner(interface.index)? {
-            Some(owner) if owner != vpc.vni => {
-                let remedy = "give an interface that serves no other VPC";
-                return Err(Error::invalid("VPC interface", &vpc.interface, remedy));
+        for address in shared_addresses(vpc) {
+            let key = InterfaceKey { ifindex: interface.index, address };
+            if let Some(other) = state.interfaces.find(&key)?.filter(|other| *other != vpc.vni) {
+                let value = format!("{}, which is of VNI {other}", IpAddr::from(address));
+                let remedy = "give one that nobody has on that interface";
+                return Err(Error::invalid("shared address", value, remedy));
             }
-            _ => {}
         }
         let scope = match before {
             Some(before) => before.scope,
@@ -205,7 +221,8 @@ impl ProxyDatapath {
             scope,
             mac: Mac::new(mac),
             standby: vpc.claim.is_none().into(),
-            reserved: 0,
+            // Set right below.
+            has_siblings: before.map_or(0, |before| before.has_siblings),
             claim: vpc.claim.or(before.map(|before| before.claim)).unwrap_or_default(),
             // After the table changed: what programs found in it until now is not used any more.
             table: if has_table { monotonic_ns() } else { 0 },
@@ -216,8 +233,8 @@ impl ProxyDatapath {
                 gateway: v6.gateway.map_or(Ip::UNSPECIFIED, Ip::from),
             }),
         };
-        state.interfaces.insert(&interface.index, &value)?;
         state.vpcs.insert(&vpc.vni, &value)?;
+        state.enter_addresses(before.as_ref(), &value)?;
         if !has_table {
             // Nobody looks there any more.
             state.routes.set(vpc.vni, &Entries::new())?;
@@ -232,7 +249,6 @@ impl ProxyDatapath {
         let Some(mut vpc) = state.vpc(vni)? else { return Ok(()) };
         vpc.standby = claim.is_none().into();
         vpc.claim = claim.unwrap_or(vpc.claim);
-        state.interfaces.insert(&vpc.ifindex, &vpc)?;
         state.vpcs.insert(&vni, &vpc)
     }
 
@@ -244,9 +260,9 @@ impl ProxyDatapath {
         Ok(interface.is_some_and(|interface| interface.is_up && interface.has_carrier))
     }
 
-    /// The VPC that the interface of this index is in.
-    pub fn vpc_at(&self, ifindex: u32) -> Result<Option<u32>, Error> {
-        Ok(self.lock().interfaces.find(&ifindex)?.map(|vpc| vpc.vni))
+    /// The VNIs of the shared addresses on the interface of this index.
+    pub fn vpcs_at(&self, ifindex: u32) -> Result<Vec<u32>, Error> {
+        Ok(self.lock().vpcs_on(ifindex)?.iter().map(|vpc| vpc.vni).collect())
     }
 
     /// When each node of the underlay asked last whether this one forwards, in nanoseconds of
@@ -272,6 +288,7 @@ impl ProxyDatapath {
         let Some(vpc) = state.vpc(vni)? else { return Ok(()) };
         state.leave_interface(&vpc)?;
         state.vpcs.remove(&vni)?;
+        state.tell_siblings(vpc.ifindex)?;
         state.routes.set(vni, &Entries::new())?;
         state.set_blocks(vni, &BTreeMap::new())
     }
@@ -353,8 +370,12 @@ impl ProxyDatapath {
     }
 }
 
-/// Beginning of the names of links on VPCs' interfaces.
-const LINK_PREFIX: &str = "vpc-";
+/// The links on VPCs' interfaces: what their names begin with, before the VNI by which the interface
+/// was entered; where they are; their programs.
+const LINKS: [(&str, TcAttachType, &str); 2] = [
+    ("vpc-", TcAttachType::Ingress, programs::VPC),
+    ("egress-", TcAttachType::Egress, programs::VPC_EGRESS),
+];
 
 impl State {
     fn all_vpcs(&self) -> Result<Vec<maps::ProxyVpc>, Error> {
@@ -365,8 +386,35 @@ impl State {
         self.vpcs.find(&vni)
     }
 
-    fn interface_owner(&self, ifindex: u32) -> Result<Option<u32>, Error> {
-        Ok(self.interfaces.find(&ifindex)?.map(|vpc| vpc.vni))
+    /// The VPCs whose shared addresses are on an interface.
+    fn vpcs_on(&self, ifindex: u32) -> Result<Vec<maps::ProxyVpc>, Error> {
+        let vnis = self.vnis.get(&ifindex).into_iter().flatten();
+        vnis.filter_map(|vni| self.vpc(*vni).transpose()).collect()
+    }
+
+    /// Has programs find a VPC by its interface and shared addresses.
+    fn enter_addresses(
+        &mut self,
+        before: Option<&maps::ProxyVpc>,
+        vpc: &maps::ProxyVpc,
+    ) -> Result<(), Error> {
+        self.vnis.entry(vpc.ifindex).or_default().insert(vpc.vni);
+        enter(&mut self.interfaces, vpc)?;
+        let present = keys(vpc);
+        for key in before.into_iter().flat_map(keys).filter(|key| !present.contains(key)) {
+            self.interfaces.remove(&key)?;
+        }
+        self.tell_siblings(vpc.ifindex)
+    }
+
+    /// Has each VPC on an interface know whether there are others.
+    fn tell_siblings(&mut self, ifindex: u32) -> Result<(), Error> {
+        let all = self.vpcs_on(ifindex)?;
+        let has_siblings = (all.len() > 1).into();
+        for vpc in all.iter().filter(|vpc| vpc.has_siblings != has_siblings) {
+            self.vpcs.insert(&vpc.vni, &maps::ProxyVpc { has_siblings, ..*vpc })?;
+        }
+        Ok(())
     }
 
     /// A scope that no VPC has, its counters at zero.
@@ -392,23 +440,31 @@ impl State {
         // To set it takes longer than what is done for a VPC that is there.
         let is_new = before.is_none_or(|before| before.ifindex != interface.index);
         let _expedited = is_new.then(ExpeditedRcu::new);
-        if vpc.v6.is_none() {
+        let mut siblings = self.vpcs_on(interface.index)?;
+        siblings.retain(|sibling| sibling.vni != vpc.vni);
+        let has_v6 = siblings.iter().any(|sibling| !sibling.v6.shared_address.is_unspecified());
+        if vpc.v6.is_none() && !has_v6 {
             sysctl::disable_ipv6(&interface.name)?;
         }
-        let link = format!("{LINK_PREFIX}{}", vpc.vni);
-        self.programs.attach(programs::VPC, &link, &interface.name)?;
+        let entrant = self.interfaces.find(&any_at(interface.index))?.unwrap_or(vpc.vni);
+        for (prefix, hook, program) in LINKS {
+            let link = format!("{prefix}{entrant}");
+            self.programs.attach_at(hook, program, &link, &interface.name)?;
+        }
         let mut wanted = vec![IpAddr::from(vpc.shared_address)];
         if let (Some(v6), Some(mac)) = (&vpc.v6, interface.mac) {
             wanted.push(v6.shared_address.into());
             wanted.push(Ip::link_local(Mac::new(mac)).into());
         }
+        let others: Vec<_> = siblings.iter().flat_map(addresses).collect();
         for address in before.map_or_else(Vec::new, addresses) {
-            if !wanted.contains(&address) {
+            if !wanted.contains(&address) && !others.contains(&address) {
                 self.netlink.remove_address(interface, address)?;
             }
         }
         let present = self.netlink.addresses(interface)?;
-        if vpc.v6.is_some() && !wanted.iter().all(|address| present.contains(address)) {
+        let is_there = wanted.iter().all(|address| present.contains(address));
+        if vpc.v6.is_some() && !has_v6 && !is_there {
             sysctl::reset_ipv6(&interface.name)?;
         }
         for address in wanted {
@@ -420,15 +476,36 @@ impl State {
 
     fn leave_interface(&mut self, vpc: &maps::ProxyVpc) -> Result<(), Error> {
         let _expedited = ExpeditedRcu::new();
+        self.vnis.entry(vpc.ifindex).or_default().remove(&vpc.vni);
+        let siblings = self.vpcs_on(vpc.ifindex)?;
+        let others: Vec<_> = siblings.iter().flat_map(addresses).collect();
         let interfaces = self.netlink.interfaces()?;
         if let Some(interface) = interfaces.iter().find(|found| found.index == vpc.ifindex) {
-            for address in addresses(vpc) {
-                self.netlink.remove_address(interface, address)?;
+            for address in addresses(vpc).iter().filter(|address| !others.contains(address)) {
+                self.netlink.remove_address(interface, *address)?;
             }
         }
-        self.programs.pins().remove_link(&format!("{LINK_PREFIX}{}", vpc.vni))?;
-        // Missing if an earlier call got as far as this and no further.
-        self.interfaces.remove(&vpc.ifindex)
+        // Any of this may be missing, if an earlier call got as far and no further.
+        for key in keys(vpc) {
+            self.interfaces.remove(&key)?;
+        }
+        let any = any_at(vpc.ifindex);
+        if self.interfaces.find(&any)? != Some(vpc.vni) {
+            return Ok(());
+        }
+        let pins = self.programs.pins();
+        if let Some(heir) = siblings.first() {
+            for (prefix, ..) in LINKS {
+                let name = |vni| format!("{prefix}{vni}");
+                pins.rename_link(&name(vpc.vni), &name(heir.vni))?;
+            }
+            self.interfaces.insert(&any, &heir.vni)
+        } else {
+            for (prefix, ..) in LINKS {
+                pins.remove_link(&format!("{prefix}{}", vpc.vni))?;
+            }
+            self.interfaces.remove(&any)
+        }
     }
 
     /// Makes `wanted` the blocks of a VPC: first those that are new or change hands, then away
@@ -482,6 +559,34 @@ fn all_vpcs(
 
 fn vpcs_spec() -> MapSpec {
     MapSpec::new::<u32, maps::ProxyVpc>(names::PROXY_VPCS, MAX_VPCS).layout(layouts::PROXY_VPCS)
+}
+
+/// Where programs look for whatever is for no shared address on an interface.
+fn any_at(ifindex: u32) -> InterfaceKey {
+    InterfaceKey { ifindex, address: Ip::UNSPECIFIED }
+}
+
+/// Where programs find a VPC by its shared addresses.
+fn keys(vpc: &maps::ProxyVpc) -> Vec<InterfaceKey> {
+    let v6 = Some(vpc.v6.shared_address).filter(|address| !address.is_unspecified());
+    let all = [Ip::v4(vpc.shared_address)].into_iter().chain(v6);
+    all.map(|address| InterfaceKey { ifindex: vpc.ifindex, address }).collect()
+}
+
+/// Has programs find a VPC, and what is for nobody on its interface be counted as its, unless that
+/// is another's already.
+fn enter(interfaces: &mut Table<InterfaceKey, u32>, vpc: &maps::ProxyVpc) -> Result<(), Error> {
+    let any = Some(any_at(vpc.ifindex));
+    let is_first = interfaces.find(&any_at(vpc.ifindex))?.is_none();
+    for key in keys(vpc).into_iter().chain(any.filter(|_| is_first)) {
+        interfaces.insert(&key, &vpc.vni)?;
+    }
+    Ok(())
+}
+
+fn shared_addresses(vpc: &ProxyVpc) -> impl Iterator<Item = Ip> {
+    let v6 = vpc.v6.as_ref().map(|v6| v6.shared_address.into());
+    [vpc.shared_address.into()].into_iter().chain(v6)
 }
 
 /// The addresses that a VPC's interface was given.

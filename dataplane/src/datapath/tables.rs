@@ -68,7 +68,7 @@ fn proxy_vpc(vpc: &ProxyVpcV1) -> maps::ProxyVpc {
         scope,
         mac,
         standby: 0,
-        reserved: 0,
+        has_siblings: 0,
         claim: 0,
         table: vpc.table,
         v6: ProxyVpcV6::NONE,
@@ -87,7 +87,7 @@ pub(super) fn carry_over(directory: &Path, specs: &[MapSpec]) -> Result<(), Erro
             names::HOST_VPCS => {
                 carry(from, &to, |vni: &u32, vpc| (*vni, host_vpc(vpc)), PartialEq::eq)?;
             }
-            names::PROXY_VPCS | names::INTERFACES => {
+            names::PROXY_VPCS => {
                 carry(from, &to, |key: &u32, vpc| (*key, proxy_vpc(vpc)), PartialEq::eq)?;
             }
             names::BLOCKS => {

@@ -1,6 +1,6 @@
 //! Who had a port of a shared address: the log of flows, read again.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::net::IpAddr;
@@ -22,7 +22,7 @@ const LAG: SignedDuration = SignedDuration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct Query {
     /// The VPC.
-    pub vni: u32,
+    pub vnis: BTreeSet<u32>,
     /// The port, or ICMP echo identifier.
     pub port: u16,
     /// `tcp`, `udp` or `icmp`; none: all.
@@ -73,7 +73,7 @@ impl Key {
 
 impl Query {
     fn is_met(&self, record: &Record) -> bool {
-        record.vni == self.vni
+        self.vnis.contains(&record.vni)
             && record.nat_srcport == self.port
             && self.protocol.as_ref().is_none_or(|protocol| *protocol == record.protocol)
     }
@@ -299,7 +299,7 @@ mod tests {
         /// Who had the port between two ticks: the slot, its beginning and end, whether it lives.
         fn ask(&self, live: &[Of], since: u32, until: u32) -> Vec<(u32, u32, Option<u32>, bool)> {
             let (since, until) = (self.clock.at_tick(since), self.clock.at_tick(until));
-            let query = Query { vni: VNI, port: PORT, protocol: None, since, until };
+            let query = Query { vnis: [VNI].into(), port: PORT, protocol: None, since, until };
             let live = live.iter().map(|of| record(self.clock, *of, of.began, What::Begun));
             let found = search(Some(&self.files), live.collect(), &query).unwrap();
             let tick = |time: Timestamp| {
@@ -386,7 +386,8 @@ mod tests {
         let now = Timestamp::now();
         let minute = SignedDuration::from_secs(60);
         let (since, until) = (now - minute, now + minute);
-        let query = Query { vni: VNI, port: PORT, protocol: Some("udp".into()), since, until };
+        let query =
+            Query { vnis: [VNI].into(), port: PORT, protocol: Some("udp".into()), since, until };
         let found = search(Some(&log.files), vec![], &query).unwrap();
         assert_eq!((found.lost, found.mappings.len()), (12, 0), "a flow of TCP");
         assert_eq!(found.log_since, Some(log.clock.at_tick(5)));
@@ -397,7 +398,7 @@ mod tests {
         let mut log = Log::new(1 << 20);
         log.tell(Of { guest: 1, peer: 7, port: PORT, began: 5 }, 5, What::Begun);
         let since = Timestamp::now() + SignedDuration::from_secs(3600);
-        let query = Query { vni: VNI, port: PORT, protocol: None, since, until: since };
+        let query = Query { vnis: [VNI].into(), port: PORT, protocol: None, since, until: since };
         assert_eq!(search(Some(&log.files), vec![], &query).unwrap().mappings, []);
         let without = search(None, vec![], &query).unwrap();
         assert_eq!(without, Found::default(), "there is no log");

@@ -15,7 +15,7 @@ impl Directory for Host {
             |found: &&super::Instance| found.slot.number == slot && found.failed.is_none();
         let found = state.instances.values().find(is_here)?;
         let instance = self.describe(&state, found);
-        let vpc = state.vpcs.get(&instance.vpc)?;
+        let vpc = state.vpcs.find(&instance.vpc, found.record.vni)?;
         let search_domain = vpc.naming.search_domain.as_ref();
         Some(Instance {
             instance_id: instance.id,
@@ -24,7 +24,7 @@ impl Directory for Host {
             mac: instance.mac,
             vpc: instance.vpc,
             vni: vpc.vni,
-            shared_ipv4: vpc.shared_address.to_string(),
+            shared_ipv4: instance.shared_address,
             search_domain: search_domain.map(ToString::to_string).unwrap_or_default(),
             host: instance.host,
         })
@@ -32,7 +32,7 @@ impl Directory for Host {
 
     fn vpc(&self, vni: u32) -> Option<Vpc> {
         let state = self.state();
-        let vpc = state.vpcs.values().find(|vpc| vpc.vni == vni)?;
+        let (_, vpc) = state.vpcs.iter().find(|(_, vpc)| vpc.vni == vni)?;
         Some(Vpc { naming: vpc.naming.clone() })
     }
 }

@@ -1,5 +1,6 @@
 //! The flows of a host: those in the table, those in the log, and whose they are.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -78,17 +79,12 @@ impl Host {
             "" => None,
             id => Some(Uuid::parse_str(id).map_err(|_| HostError::NoInstance(id.to_owned()))?),
         };
-        let vni = match request.vpc.as_str() {
-            "" => None,
-            // One that is not known here has no flows.
-            name => match self.vni_of(name) {
-                Some(vni) => Some(vni),
-                None => return Ok(v1::ListFlowsResponse::default()),
-            },
-        };
+        let vpc = Some(request.vpc.as_str()).filter(|name| !name.is_empty());
+        // One that is not known here has none, and no flows.
+        let vnis = vpc.map(|name| self.vnis_of(name));
         let mut flows = self.datapath.live_flows(|key, flow| {
             !key.is_mapping()
-                && vni.is_none_or(|vni| vni == flow.vni)
+                && vnis.as_ref().is_none_or(|vnis| vnis.contains(&flow.vni))
                 && instance
                     .is_none_or(|id| self.owner(key.ifindex, key.generation).instance == Some(id))
         })?;
@@ -135,9 +131,10 @@ impl Host {
         self: &Arc<Self>,
         request: v1::FindMappingsRequest,
     ) -> Result<v1::FindMappingsResponse, HostError> {
-        let Some(vni) = self.vni_of(&request.vpc) else {
+        let vnis = self.vnis_of(&request.vpc);
+        if vnis.is_empty() {
             return Ok(v1::FindMappingsResponse::default());
-        };
+        }
         let number = match request.protocol.as_str() {
             "" => None,
             "tcp" => Some(TCP),
@@ -152,7 +149,7 @@ impl Host {
                 .map_err(|error| HostError::Query(format!("{field}: {error}")))
         };
         let query = Query {
-            vni,
+            vnis,
             port,
             protocol: number.map(|number| protocol_name(u32::from(number))),
             since: time("since_unix_ms", request.since_unix_ms)?,
@@ -170,7 +167,9 @@ impl Host {
             |number| query.protocol.as_ref().is_none_or(|name| *name == protocol_name(number));
         // Before the log: what ends in between is in both.
         let live = self.datapath.live_flows(|key, flow| {
-            flow.vni == query.vni && flow.port.get() == query.port && protocol(key.protocol)
+            query.vnis.contains(&flow.vni)
+                && flow.port.get() == query.port
+                && protocol(key.protocol)
         })?;
         let clock = WallClock::now();
         let live = live.into_iter().filter_map(|LiveFlow { key, flow }| {
@@ -200,8 +199,9 @@ impl Host {
         })
     }
 
-    fn vni_of(&self, vpc: &str) -> Option<u32> {
-        self.state().vpcs.get(vpc).map(|vpc| vpc.vni)
+    /// The VNIs of a VPC's shared addresses.
+    fn vnis_of(&self, vpc: &str) -> BTreeSet<u32> {
+        self.state().vpcs.of(vpc).iter().map(|vpc| vpc.vni).collect()
     }
 }
 

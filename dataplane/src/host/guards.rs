@@ -131,16 +131,14 @@ impl State {
         datapath: &HostDatapath,
         record: &Record,
     ) -> Result<Option<Restrictions>, datapath::Error> {
-        let Some(vpc) = self.vpcs.get(&record.vpc).filter(|vpc| vpc.vni == record.vni) else {
-            return Ok(None);
-        };
+        let Some(vpc) = self.vpcs.find(&record.vpc, record.vni) else { return Ok(None) };
         self.guards.restrictions(datapath, vpc.vni, &vpc.security, &record.own).map(Some)
     }
 
     /// The limits of an instance; none if it has none of its own and its VPC is not known.
     pub(super) fn limits(&self, record: &Record) -> Option<Limits> {
         record.own.limits.or_else(|| {
-            let vpc = self.vpcs.get(&record.vpc).filter(|vpc| vpc.vni == record.vni)?;
+            let vpc = self.vpcs.find(&record.vpc, record.vni)?;
             Some(vpc.security.defaults.limits)
         })
     }
@@ -173,11 +171,19 @@ impl State {
         self.guards.tidy(datapath)
     }
 
-    /// The network of a VPC, if an instance with these groups can be in it.
-    pub(super) fn vni_for(&self, vpc: &str, own: &Own) -> Result<u32, HostError> {
-        let known = self.vpcs.get(vpc).ok_or_else(|| HostError::UnknownVpc(vpc.to_owned()))?;
-        match known.security.missing(&own.groups) {
-            None => Ok(known.vni),
+    /// The VNI of the shared address that the next instance in a VPC gets, if one with these groups
+    /// can be in it: the first that has ports left.
+    pub(super) fn vni_for(
+        &self,
+        vpc: &str,
+        own: &Own,
+        has_ports: impl Fn(u32) -> bool,
+    ) -> Result<u32, HostError> {
+        let known = self.vpcs.of(vpc);
+        let roomy = known.iter().find(|vpc| has_ports(vpc.vni)).or_else(|| known.first());
+        let chosen = roomy.ok_or_else(|| HostError::UnknownVpc(vpc.to_owned()))?;
+        match chosen.security.missing(&own.groups) {
+            None => Ok(chosen.vni),
             Some(group) => {
                 Err(HostError::UnknownGroup { vpc: vpc.to_owned(), group: group.clone() })
             }

@@ -44,6 +44,14 @@ impl super::Host {
         self.counted().uses.clone()
     }
 
+    /// Whether at least half of this host's ports of a shared address were free when they were counted
+    /// last.
+    pub(super) fn has_ports(&self, vni: u32) -> bool {
+        let counted = self.counted();
+        let found = counted.uses.iter().find(|found| found.vni == vni);
+        found.is_none_or(|found| 2 * found.in_use <= found.ports.map_or(0, |ports| ports.count))
+    }
+
     fn counted(&self) -> MutexGuard<'_, Last> {
         self.ports.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,6 +1,7 @@
 //! The data path of a host and of a proxy, in namespaces: no daemon, no microVM, no KVM. Guests
 //! are namespaces behind a slot's TAP, or tests that write frames.
 
+mod addresses;
 mod answers;
 mod bed;
 mod flowlog;

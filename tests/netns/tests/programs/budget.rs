@@ -16,11 +16,12 @@ struct Budget {
 
 /// A third above what they were when this was last looked at. Raise one with the reason in the
 /// commit's message.
-const BUDGETS: [Budget; 27] = [
+const BUDGETS: [Budget; 28] = [
     Budget { program: programs::TAP, verified: 85_000, translated: 69_000, jited: 40_000 },
     Budget { program: programs::TUNNEL_HOST, verified: 51_000, translated: 43_700, jited: 25_700 },
-    Budget { program: programs::TUNNEL_PROXY, verified: 11_600, translated: 17_200, jited: 10_200 },
+    Budget { program: programs::TUNNEL_PROXY, verified: 11_600, translated: 26_000, jited: 15_200 },
     Budget { program: programs::VPC, verified: 14_500, translated: 25_900, jited: 15_000 },
+    Budget { program: programs::VPC_EGRESS, verified: 390, translated: 2_300, jited: 1_260 },
     Budget { program: programs::SWEEP, verified: 109_000, translated: 16_300, jited: 9_300 },
     Budget { program: programs::TAP_V6, verified: 62_000, translated: 52_000, jited: 31_000 },
     Budget { program: programs::TRANSLATE_V6, verified: 7_800, translated: 8_500, jited: 4_750 },
@@ -44,8 +45,8 @@ const BUDGETS: [Budget; 27] = [
     Budget {
         program: programs::FRAGMENTS_PROXY,
         verified: 14_700,
-        translated: 25_600,
-        jited: 14_600,
+        translated: 35_000,
+        jited: 19_500,
     },
     Budget {
         program: programs::FRAGMENTS_FIRST_V6,
@@ -98,9 +99,9 @@ const BUDGETS: [Budget; 27] = [
     },
     Budget {
         program: programs::UNDERLAY_PROXY,
-        verified: 12_800,
-        translated: 25_400,
-        jited: 14_800,
+        verified: 32_000,
+        translated: 31_000,
+        jited: 18_000,
     },
     Budget { program: programs::NODE_HOST, verified: 21_400, translated: 7_100, jited: 4_050 },
     Budget { program: programs::NODE_PROXY, verified: 420, translated: 3_250, jited: 1_880 },

@@ -8,7 +8,7 @@ use warren_abi::maps::programs;
 
 use crate::frames::{Packet, Way, exhaustive, is_left, malformed};
 use crate::run::{
-    HOST, IFINDEX, OK, PEER, PORT, Programs, REDIRECT, Run, SCOPE, SHARED, SHOT, VPC_MAC,
+    HOST, OK, PEER, PORT, Programs, REDIRECT, Run, SCOPE, SHARED, SHOT, VNI, VPC_MAC,
 };
 
 fn way() -> Way {
@@ -29,13 +29,16 @@ fn check(frame: &[u8], run: &Run) -> Result<(), TestCaseError> {
         return Ok(());
     }
     prop_assert!(run.drops.len() <= 1, "one reason each: {run:?}");
+    // What a switch floods is another's.
+    let is_others = frame[0] & 1 == 0 && frame[..6] != VPC_MAC;
+    prop_assert!(!is_others || run.action == SHOT, "{run:?}");
     match (run.action, run.drops.first()) {
         (SHOT, reason) => prop_assert_eq!(reason.map(|(scope, _)| *scope), Some(SCOPE)),
         // An answer to the kernel's own question, for whose sake alone it hears anything.
         (OK, None) => {
             prop_assert_eq!(&frame[12..14], &[8, 6]);
             prop_assert_eq!(&frame[20..22], &[0, 2]);
-            prop_assert_eq!(&frame[38..42], &SHARED[..]);
+            prop_assert!(frame[38..42] == SHARED || frame[38..42] == [0; 4]);
         }
         (REDIRECT, Some((_, reason))) => {
             prop_assert_eq!(*reason, Drop::TooBig);
@@ -44,7 +47,7 @@ fn check(frame: &[u8], run: &Run) -> Result<(), TestCaseError> {
             prop_assert!(answer.icmp().is_some_and(warren_abi::icmp::is_error));
         }
         (REDIRECT, None) if run.tag(frame).is_some() => {
-            prop_assert_eq!(run.tag(frame), Some(Tag::new(origin::VPC, IFINDEX, 0)));
+            prop_assert_eq!(run.tag(frame), Some(Tag::new(origin::VPC, VNI, 0)));
             prop_assert!(is_left(frame, &run.frame), "{frame:02x?}");
         }
         (REDIRECT, None) if frame[12..14] == [8, 6] => {

@@ -9,8 +9,8 @@ use aya::{Ebpf, EbpfLoader, Pod};
 use warren_abi::drop::Drop;
 use warren_abi::fragment::{DATAGRAMS, Tag};
 use warren_abi::maps::{
-    Attachment, BlockKey, Drops, Guard, HostVpc, ProxyVpc, ProxyVpcV6, Slot, Underlay, names,
-    programs, tails,
+    Attachment, BlockKey, Drops, Guard, HostVpc, InterfaceKey, ProxyVpc, ProxyVpcV6, Slot,
+    Underlay, names, programs, tails,
 };
 use warren_abi::nat::BLOCK_PORTS;
 use warren_abi::wire::{Ip, Ipv4, Mac, slot_address, slot_mac};
@@ -92,6 +92,7 @@ impl Programs {
             loader.map_max_entries(name, SCOPE + 1);
         }
         loader.map_max_entries(names::DATAGRAMS, DATAGRAMS);
+        loader.map_max_entries(names::INTERFACES, 3);
         let mut ebpf = loader.load(&object).expect("the object can be loaded");
         for name in programs::OF_HOST.into_iter().chain(programs::OF_PROXY) {
             let program = program(&mut ebpf, name);
@@ -145,7 +146,7 @@ impl Programs {
             scope: SCOPE,
             mac: Mac::new(VPC_MAC),
             standby: 0,
-            reserved: 0,
+            has_siblings: 0,
             claim: 0,
             table: 0,
             v6: ProxyVpcV6 {
@@ -155,7 +156,9 @@ impl Programs {
                 gateway: Ip::UNSPECIFIED,
             },
         };
-        self.insert(names::INTERFACES, IFINDEX, vpc);
+        for address in [Ip::v4(shared_address), SHARED_V6.into(), Ip::UNSPECIFIED] {
+            self.insert(names::INTERFACES, InterfaceKey { ifindex: IFINDEX, address }, VNI);
+        }
         self.insert(names::PROXY_VPCS, VNI, vpc);
         let first = u32::from(PORT) / BLOCK_PORTS;
         for block in first..first + 1024 / BLOCK_PORTS {
