@@ -67,6 +67,8 @@ pub mod names {
     pub const LIMITS: &str = "LIMITS";
     /// Host: number of a slot -> [`Held`](super::Held).
     pub const HELD: &str = "HELD";
+    /// Proxy: [`ProxyVpc::scope`](super::ProxyVpc::scope) -> [`Reached`](super::Reached).
+    pub const REACHED: &str = "REACHED";
     /// Host: [`Member`](super::Member) -> 1.
     pub const MEMBERS: &str = "MEMBERS";
     /// Host: VNI -> [`Claim`](super::Claim), the last one that came.
@@ -544,6 +546,20 @@ pub struct ProxyVpc {
     pub v6: ProxyVpcV6,
 }
 
+/// What came from a VPC, to a proxy's MAC address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reached {
+    /// When the last packet came, in nanoseconds of `CLOCK_MONOTONIC_COARSE`; 0: none did.
+    pub at_ns: u64,
+    /// Who answered last who was asked for by ARP; 0.0.0.0: nobody did.
+    pub neighbour: Ipv4,
+    /// MAC address of that one.
+    pub mac: Mac,
+    /// Zero.
+    pub reserved: [u16; 3],
+}
+
 /// What a proxy knows of a VPC's IPv6; `::` where there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -695,6 +711,7 @@ without_padding!(
     InFlow = 32,
     ProxyVpc = 112,
     InterfaceKey = 20,
+    Reached = 24,
     BlockKey = 12,
     Sweep = 566,
     RouteKey = 20,

@@ -1,5 +1,6 @@
 //! Tells a VPC that addresses are this proxy's now: an ARP announcement (RFC 5227, section 3) and an
-//! unsolicited neighbour advertisement (RFC 4861, section 7.2.6).
+//! unsolicited neighbour advertisement (RFC 4861, section 7.2.6). And asks there for a neighbour, in
+//! nobody's name (RFC 5227, section 1.1).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -53,23 +54,43 @@ impl Announcer {
         }
         Ok(())
     }
+
+    /// Asks at an interface, from its MAC address, for a neighbour, of whom the MAC address may be
+    /// known.
+    pub fn ask(
+        &self,
+        (ifindex, mac): (u32, [u8; 6]),
+        neighbour: Ipv4Addr,
+        to: Option<[u8; 6]>,
+    ) -> io::Result<()> {
+        let to = to.unwrap_or(BROADCAST);
+        let frame =
+            request((mac, to), Ipv4Addr::UNSPECIFIED, neighbour).map_err(io::Error::other)?;
+        let interface = capture::link_address(ifindex, 0)?;
+        sendto(self.socket.as_raw_fd(), &frame, &interface, MsgFlags::empty())?;
+        Ok(())
+    }
 }
 
 fn frame(mac: [u8; 6], address: IpAddr) -> Result<Vec<u8>, packet::BuildWriteError> {
     match address {
-        IpAddr::V4(address) => arp(mac, address),
+        IpAddr::V4(address) => request((mac, BROADCAST), address, address),
         IpAddr::V6(address) => advertisement(mac, address),
     }
 }
 
-fn arp(mac: [u8; 6], address: Ipv4Addr) -> Result<Vec<u8>, packet::BuildWriteError> {
+fn request(
+    (mac, to): ([u8; 6], [u8; 6]),
+    sender: Ipv4Addr,
+    target: Ipv4Addr,
+) -> Result<Vec<u8>, packet::BuildWriteError> {
     let mut bytes = Vec::new();
-    let octets = address.octets();
+    let (sender, target) = (sender.octets(), target.octets());
     let (ethernet, ipv4) = (ArpHardwareId::ETHERNET, EtherType::IPV4);
-    let announcement =
-        ArpPacket::new(ethernet, ipv4, ArpOperation::REQUEST, &mac, &octets, &[0; 6], &octets)
+    let request =
+        ArpPacket::new(ethernet, ipv4, ArpOperation::REQUEST, &mac, &sender, &[0; 6], &target)
             .expect("the lengths are those of Ethernet and IPv4");
-    PacketBuilder::ethernet2(mac, BROADCAST).arp(announcement).write(&mut bytes)?;
+    PacketBuilder::ethernet2(mac, to).arp(request).write(&mut bytes)?;
     Ok(bytes)
 }
 

@@ -1,10 +1,11 @@
 //! A proxy node: the data path, and which of VPCs' shared addresses it owns. Proxies watch each other
 //! and take over what another can serve no more. Nobody else is needed for it.
 //!
-//! [`session`] finds out who forwards, [`succession`] who is to own what, `told` which hosts are
+//! [`session`] finds out who forwards, `reach` which VPCs can be reached, [`succession`] who is to own what, `told` which hosts are
 //! told of it; this is the thread that does it.
 
 mod message;
+mod reach;
 pub mod session;
 pub mod succession;
 mod told;
@@ -23,12 +24,13 @@ use warren_abi::claim::{self, Entry, kind};
 use warren_abi::wire::Ip;
 
 use self::message::Message;
+use self::reach::Reach;
 use self::session::{INTERVAL, Session, State};
 use self::succession::{Health, Move, Standing, Statement, Succession};
 use self::told::Told;
 use crate::announce::Announcer;
 use crate::clock::monotonic_ns;
-use crate::datapath::{Changed, DropCount, Error, LinkEvents, ProxyDatapath, ProxyVpc};
+use crate::datapath::{Changed, DropCount, Error, LinkEvents, Place, ProxyDatapath, ProxyVpc};
 
 /// A daemon that did not ask for so long is not there.
 const ORPHANED: Duration = Duration::from_millis(150);
@@ -72,6 +74,8 @@ struct Inner {
     /// The proxies of each VPC, the first one first; and the hosts that hold ports.
     proxies: BTreeMap<u32, Vec<IpAddr>>,
     hosts: BTreeMap<u32, BTreeSet<Ip>>,
+    /// The interfaces in VPCs, by their indices.
+    ways: BTreeMap<u32, Way>,
     settled_at: Instant,
     /// Whether this proxy reaches others, or at least hosts; none: that is not known yet.
     witness: Option<bool>,
@@ -88,6 +92,43 @@ struct Inner {
     repeat_at: Instant,
     /// When, and of which VPCs, addresses are announced again.
     announcements: BTreeSet<(Instant, u32)>,
+}
+
+/// An interface in a VPC.
+struct Way {
+    /// Of each of the VPC's shared addresses, by VNI.
+    places: BTreeMap<u32, Place>,
+    has_carrier: bool,
+    reach: Reach,
+}
+
+impl Way {
+    /// When something came there last.
+    fn heard(&self, datapath: &ProxyDatapath) -> u64 {
+        self.places.values().map(|place| datapath.reached(place)).max().unwrap_or_default()
+    }
+
+    fn is_open(&self) -> bool {
+        self.has_carrier && self.reach.is_reached()
+    }
+
+    /// Asks who is there, if that is due and there is somebody to be asked: by turns the neighbour that
+    /// answered last, and the gateway.
+    fn turn(&mut self, datapath: &ProxyDatapath, announcer: &Announcer, now: Instant) {
+        let heard = self.heard(datapath);
+        let Some(place) = self.places.values().next() else { return };
+        let neighbour = self.places.values().find_map(|place| datapath.neighbour(place));
+        let neighbour = neighbour.map(|(address, mac)| (address, Some(mac)));
+        let gateway = place.gateway.map(|gateway| (gateway, None));
+        let both = [neighbour.or(gateway), gateway.or(neighbour)];
+        let asked = both[self.reach.asked() as usize % 2];
+        if self.reach.turn(heard, asked.is_some(), now)
+            && let Some((address, mac)) = asked
+        {
+            // What cannot be sent is not answered.
+            announcer.ask((place.ifindex, place.mac), address, mac).ok();
+        }
+    }
 }
 
 impl Proxy {
@@ -115,6 +156,7 @@ impl Proxy {
             told: Told::default(),
             proxies: load(file)?,
             hosts: BTreeMap::new(),
+            ways: BTreeMap::new(),
             settled_at: now + SETTLING,
             witness: Some(true),
             lost_at: None,
@@ -130,6 +172,7 @@ impl Proxy {
             // Without any, who may own its addresses is not known: they stay where they are.
             let proxies = state.proxies.get(&vpc.vni).cloned().unwrap_or_default();
             state.know(&vpc, vpc.claim, proxies, now);
+            state.find_way(&datapath, vpc.vni, now)?;
         }
         state.proxies.retain(|vni, _| state.hosts.contains_key(vni));
         let proxy = Arc::new(Self {
@@ -163,8 +206,8 @@ impl Proxy {
         let proxies = if proxies.is_empty() { alone } else { proxies.to_vec() };
         state.know(vpc, None, proxies, Instant::now());
         self.save(&state.proxies)?;
-        let is_willing = self.datapath.has_carrier(vni)?;
-        state.succession.set_willing(vni, is_willing);
+        state.find_way(&self.datapath, vni, Instant::now())?;
+        state.will(&[vni]);
         (state.burst, state.is_new) = (BURST, true);
         self.decide(&mut state);
         Ok(())
@@ -177,6 +220,7 @@ impl Proxy {
         state.succession.remove(vni);
         state.told.forget(vni);
         state.hosts.remove(&vni);
+        state.lose_way(vni);
         state.proxies.remove(&vni);
         self.save(&state.proxies)
     }
@@ -208,6 +252,7 @@ impl Proxy {
             state = self.lock();
         }
         self.ask(&mut state);
+        self.ask_neighbours(&mut state);
         self.decide(&mut state);
         let now = Instant::now();
         let next = state.told.next().into_iter().chain([now + INTERVAL / 2]).min();
@@ -266,6 +311,22 @@ impl Proxy {
             tracing::warn!("this proxy {what}");
         }
         state.witness = witness;
+    }
+
+    /// Finds out which VPCs can be reached, and asks there who is to be asked.
+    fn ask_neighbours(&self, state: &mut Inner) {
+        let now = Instant::now();
+        let mut changed = Vec::new();
+        for way in state.ways.values_mut() {
+            let was_reached = way.reach.is_reached();
+            way.turn(&self.datapath, &self.announcer, now);
+            if way.reach.is_reached() != was_reached {
+                changed.extend(way.places.keys());
+                let (vnis, is_reached) = (way.places.keys(), !was_reached);
+                tracing::warn!(?vnis, is_reached, "whether a VPC can be reached changed");
+            }
+        }
+        state.will(&changed);
     }
 
     fn receive_answers(&self, state: &mut Inner) {
@@ -425,7 +486,7 @@ impl Proxy {
         }
         state.burst = state.burst.saturating_sub(1);
         state.repeat_at = now + REPEAT;
-        let said = state.succession.statements();
+        let said = state.succession.statements(now);
         let entries: Vec<_> = said.map(|(vni, said)| entry(vni, said)).collect();
         let messages = Message::statements(&entries);
         let query = Message { kind: kind::QUERY, entries: Vec::new() };
@@ -454,16 +515,18 @@ impl Proxy {
             Changed::All => all(),
             Changed::Links(links) => links.iter().flat_map(of_link).collect(),
         };
-        for vni in vnis {
-            let is_there = self.datapath.has_carrier(vni).unwrap_or_else(|error| {
+        for vni in &vnis {
+            let is_there = self.datapath.has_carrier(*vni).unwrap_or_else(|error| {
                 tracing::error!(vni, %error, "cannot tell whether a VPC can be reached");
                 true
             });
-            if state.succession.set_willing(vni, is_there) {
+            let mut ways = state.ways.values_mut();
+            let Some(way) = ways.find(|way| way.places.contains_key(vni)) else { continue };
+            if std::mem::replace(&mut way.has_carrier, is_there) != is_there {
                 tracing::warn!(vni, is_there, "the carrier of a VPC's interface changed");
-                (state.burst, state.is_new) = (BURST, true);
             }
         }
+        state.will(&vnis.into_iter().collect::<Vec<_>>());
     }
 
     /// Keeps the proxies of VPCs.
@@ -477,6 +540,34 @@ impl Proxy {
 }
 
 impl Inner {
+    /// Looks up the interface in a VPC that is known.
+    fn find_way(&mut self, datapath: &ProxyDatapath, vni: u32, now: Instant) -> Result<(), Error> {
+        self.lose_way(vni);
+        let Some(place) = datapath.place(vni)? else { return Ok(()) };
+        let has_carrier = datapath.has_carrier(vni)?;
+        let way = self.ways.entry(place.ifindex).or_insert_with(|| {
+            let reach = Reach::new(datapath.reached(&place), now);
+            Way { places: BTreeMap::new(), has_carrier, reach }
+        });
+        way.places.insert(vni, place);
+        Ok(())
+    }
+
+    fn lose_way(&mut self, vni: u32) {
+        self.ways.retain(|_, way| way.places.remove(&vni).is_none() || !way.places.is_empty());
+    }
+
+    /// Settles whether this proxy wants these VPCs' addresses: if it can reach the VPC.
+    fn will(&mut self, vnis: &[u32]) {
+        for vni in vnis {
+            let mut ways = self.ways.values();
+            let is_open = ways.find(|way| way.places.contains_key(vni)).is_none_or(Way::is_open);
+            if self.succession.set_willing(*vni, is_open) {
+                (self.burst, self.is_new) = (BURST, true);
+            }
+        }
+    }
+
     fn know(&mut self, vpc: &ProxyVpc, claim: Option<u32>, proxies: Vec<IpAddr>, now: Instant) {
         let vni = vpc.vni;
         let order = proxies.iter().copied().map(Ip::from).collect();

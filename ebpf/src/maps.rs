@@ -3,7 +3,7 @@
 use core::hint::black_box;
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use warren_abi::flow::Timers;
@@ -11,8 +11,8 @@ use warren_abi::flowlog::level;
 use warren_abi::fragment::{Cell, Datagram};
 use warren_abi::maps::{
     BlockKey, CachedRoute, Claim, Drops, Flow, FlowCounts, Guard, Held, HostVpc, InFlow, InKey,
-    InterfaceKey, Limits, Member, OutKey, Policy, ProxyVpc, Route, RouteKey, ServiceSlot, Slot,
-    Underlay,
+    InterfaceKey, Limits, Member, OutKey, Policy, ProxyVpc, Reached, Route, RouteKey, ServiceSlot,
+    Slot, Underlay,
 };
 use warren_abi::services;
 use warren_abi::wire::{Ip, Ipv4, Mac};
@@ -80,6 +80,8 @@ pub static DATAGRAMS: LruHashMap<Cell, Datagram> = LruHashMap::with_max_entries(
 pub static LIMITS: Array<Limits> = Array::with_max_entries(1, 0);
 #[map]
 pub static HELD: Array<Held> = Array::with_max_entries(1, 0);
+#[map]
+pub static REACHED: Array<Reached> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 #[map]
 pub static MEMBERS: HashMap<Member, u32> = HashMap::with_max_entries(1, 0);
 #[map]

@@ -1,6 +1,7 @@
 //! What comes from a VPC: tcx ingress on the proxy's interface in it.
 
 use aya_ebpf::bindings::TC_ACT_OK;
+use aya_ebpf::helpers::generated::bpf_ktime_get_coarse_ns;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use warren_abi::drop::Drop;
@@ -15,6 +16,7 @@ use warren_abi::wire::{
 
 use crate::answer::Answerer;
 use crate::drops::TCX_NEXT;
+use crate::maps::REACHED;
 use crate::parse::IP;
 use crate::{answer, arp, blocks, cache, drops, encap, fragment, icmp, nd, parse};
 
@@ -61,7 +63,39 @@ fn ifindex(ctx: &TcContext) -> u32 {
 #[inline(always)]
 fn is_ours(ctx: &TcContext, vpc: &ProxyVpc) -> Result<(), Drop> {
     let to = parse::ethernet(ctx)?.destination;
-    if to == vpc.mac || to.is_multicast() { Ok(()) } else { Err(Drop::OtherMac) }
+    if to == vpc.mac {
+        heard(vpc.scope);
+    } else if !to.is_multicast() {
+        return Err(Drop::OtherMac);
+    }
+    Ok(())
+}
+
+/// Notes that the VPC is reached. Whoever sends to the interface's MAC address has learnt it.
+#[inline(always)]
+fn heard(scope: u32) {
+    if let Some(reached) = REACHED.get_ptr_mut(scope) {
+        // SAFETY: the verifier checked the pointer for null; an array's entries stay. Written only when
+        // the clock went on: processors do not take the line from each other with each packet.
+        unsafe {
+            let (at, now) = (&raw mut (*reached).at_ns, bpf_ktime_get_coarse_ns());
+            if at.read_volatile() != now {
+                at.write_volatile(now);
+            }
+        }
+    }
+}
+
+/// Notes who is there to be asked, should nothing come any more.
+#[inline(always)]
+fn met(scope: u32, arp: &Arp) {
+    if let Some(reached) = REACHED.get_ptr_mut(scope) {
+        // SAFETY: as above. Torn, it is somebody who does not answer, once.
+        unsafe {
+            (&raw mut (*reached).neighbour).write_volatile(arp.sender);
+            (&raw mut (*reached).mac).write_volatile(arp.sender_mac);
+        }
+    }
 }
 
 /// What a packet is for, or who is asked for.
@@ -149,13 +183,21 @@ fn to_host<F: Family>(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
 #[inline(always)]
 fn resolve(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
     let message = arp::message(ctx)?;
-    let Arp { target, .. } = message;
+    let Arp { sender, target, .. } = message;
     match message.operation {
         Arp::REQUEST if target != vpc.shared_address => Err(Drop::UnexpectedArp),
+        // Another proxy's announcement asks nobody.
+        Arp::REQUEST if sender == target => Err(Drop::UnexpectedArp),
         Arp::REQUEST if vpc.standby != 0 => Err(Drop::Standby),
         Arp::REQUEST => arp::reply(ctx, &message, vpc.mac, vpc.ifindex),
         // It may have asked in nobody's name.
-        Arp::REPLY if target == vpc.shared_address || target == Ipv4(0) => Ok(TC_ACT_OK),
+        Arp::REPLY if target == vpc.shared_address || target == Ipv4(0) => {
+            // Another proxy may take itself for the owner.
+            if sender != vpc.shared_address {
+                met(vpc.scope, &message);
+            }
+            Ok(TC_ACT_OK)
+        }
         _ => Err(Drop::UnexpectedArp),
     }
 }

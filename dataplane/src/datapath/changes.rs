@@ -1,44 +1,20 @@
 //! Tables of which programs keep what they found, per CPU, until they are told of a change.
 
-use std::ffi::c_void;
 use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use aya::Pod;
 use aya::maps::{HashMap, MapData, MapError};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use warren_abi::maps::{layouts, names};
 
+use super::mapping::Mapping;
 use super::programs::{MapSpec, Programs};
 use super::{Error, is_missing};
 
 /// How often any of the tables was changed.
 #[derive(Clone)]
 pub(super) struct Changes(Arc<Mapping>);
-
-/// The map's only value, mapped: to count costs no system call.
-struct Mapping {
-    address: NonNull<c_void>,
-}
-
-// SAFETY: the mapping is no thread's own, and is written by atomic instructions only.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    const LENGTH: NonZeroUsize = NonZeroUsize::new(size_of::<u64>()).unwrap();
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: it was mapped with this length; nobody has a pointer into it any more.
-        unsafe { munmap(self.address, Self::LENGTH.get()) }.ok();
-    }
-}
 
 impl Changes {
     /// Its map: pinned, since slots beyond the configured number keep programs of former daemons.
@@ -48,19 +24,14 @@ impl Changes {
 
     pub fn open(programs: &mut Programs) -> Result<Self, Error> {
         let map = programs.data(names::CHANGES)?;
-        let (rights, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
-        // SAFETY: a new mapping, wherever there is room for it.
-        let address = unsafe { mmap(None, Mapping::LENGTH, rights, flags, map.fd().as_fd(), 0) };
-        let error =
-            |source: nix::Error| Error::system("map into memory", names::CHANGES, source.into());
-        Ok(Self(Arc::new(Mapping { address: address.map_err(error)? })))
+        Ok(Self(Arc::new(Mapping::open(names::CHANGES, &map, NonZeroUsize::MIN)?)))
     }
 
     /// Whatever was written to a table before is seen by whoever sees the new count.
     fn count(&self) {
-        // SAFETY: the mapping is there as long as `self`, page-aligned, and of 8 bytes.
-        let count = unsafe { AtomicU64::from_ptr(self.0.address.as_ptr().cast()) };
-        count.fetch_add(1, Ordering::Release);
+        if let Some(count) = self.0.word(0) {
+            count.fetch_add(1, Ordering::Release);
+        }
     }
 }
 

@@ -29,6 +29,7 @@ mod host;
 mod limits;
 mod links;
 mod live;
+mod mapping;
 mod migrate;
 mod netlink;
 mod owners;
@@ -36,6 +37,7 @@ mod pins;
 mod policy;
 mod programs;
 mod proxy;
+mod reached;
 mod routes;
 mod services;
 mod slots;
@@ -54,7 +56,7 @@ pub use limits::{Limits, Usage};
 pub use links::{Changed, LinkEvents};
 pub use live::{LiveFlow, PortUse};
 pub use policy::{OTHERWISE, Policy, PolicyId};
-pub use proxy::ProxyDatapath;
+pub use proxy::{Place, ProxyDatapath};
 
 /// How to open a host's data path.
 #[derive(Clone, Debug)]

@@ -21,6 +21,7 @@ use super::expedited::ExpeditedRcu;
 use super::netlink::{Interface, Netlink};
 use super::pins::Pins;
 use super::programs::{Globals, MapSpec, Programs};
+use super::reached::ReachedVpcs;
 use super::routes::{self, Entries, Routes};
 use super::{
     DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
@@ -42,7 +43,21 @@ pub struct ProxyDatapath {
     fragments: String,
     underlay: Underlay,
     heard: Table<Ip, u64>,
+    reached: ReachedVpcs,
     state: Mutex<State>,
+}
+
+/// Where a VPC's interface is, and who can be asked there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// The VPC's next hop.
+    pub gateway: Option<Ipv4Addr>,
+    /// Of what is noted about it.
+    scope: u32,
 }
 
 /// The blocks of a VPC and who holds them, by shared address and block.
@@ -104,6 +119,7 @@ impl ProxyDatapath {
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
                 MapSpec::new::<Cell, Datagram>(names::DATAGRAMS, DATAGRAMS)
                     .layout(layouts::DATAGRAMS),
+                ReachedVpcs::map_spec(MAX_VPCS + 1),
                 Changes::map_spec(),
             ],
             &programs::OF_PROXY,
@@ -140,6 +156,7 @@ impl ProxyDatapath {
         }
         programs.commit()?;
         let heard = Table::open(&mut programs, names::HEARD, &changes)?;
+        let reached = ReachedVpcs::open(&mut programs, MAX_VPCS + 1)?;
         let blocks = Table::open(&mut programs, names::BLOCKS, &changes)?;
         let state = State {
             netlink,
@@ -152,7 +169,8 @@ impl ProxyDatapath {
             routes: Routes::open(programs.map(names::ROUTES)?)?,
             programs,
         };
-        Ok(Self { fragments: fragments.name, underlay, heard, state: Mutex::new(state) })
+        let state = Mutex::new(state);
+        Ok(Self { fragments: fragments.name, underlay, heard, reached, state })
     }
 
     /// Name of the device for fragments: see [`crate::fragments`].
@@ -198,9 +216,12 @@ impl ProxyDatapath {
                 return Err(Error::invalid("shared address", value, remedy));
             }
         }
-        let scope = match before {
-            Some(before) => before.scope,
-            None => state.free_scope()?,
+        let scope = if let Some(before) = before {
+            before.scope
+        } else {
+            let scope = state.free_scope()?;
+            self.reached.clear(scope);
+            scope
         };
         if let Some(before) = before.filter(|before| before.ifindex != interface.index) {
             state.leave_interface(&before)?;
@@ -258,6 +279,27 @@ impl ProxyDatapath {
         let Some(vpc) = state.vpc(vni)? else { return Ok(false) };
         let interface = state.netlink.interface_at(vpc.ifindex)?;
         Ok(interface.is_some_and(|interface| interface.is_up && interface.has_carrier))
+    }
+
+    /// Where a VPC is.
+    pub fn place(&self, vni: u32) -> Result<Option<Place>, Error> {
+        Ok(self.lock().vpc(vni)?.map(|vpc| Place {
+            ifindex: vpc.ifindex,
+            mac: vpc.mac.octets(),
+            gateway: Some(vpc.gateway.into()).filter(|it: &Ipv4Addr| !it.is_unspecified()),
+            scope: vpc.scope,
+        }))
+    }
+
+    /// When something came from a VPC last, to its interface's MAC address, in nanoseconds of
+    /// `CLOCK_MONOTONIC_COARSE`; 0: never.
+    pub fn reached(&self, place: &Place) -> u64 {
+        self.reached.at(place.scope)
+    }
+
+    /// Who answered last in a VPC who was asked for by ARP, and the MAC address of that one.
+    pub fn neighbour(&self, place: &Place) -> Option<(Ipv4Addr, [u8; 6])> {
+        self.reached.neighbour(place.scope)
     }
 
     /// The VNIs of the shared addresses on the interface of this index.

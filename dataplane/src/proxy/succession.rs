@@ -14,6 +14,10 @@ use warren_abi::wire::Ip;
 /// own them and did not say so yet.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// So long, the first of the order is well, and wants the addresses, before whoever owns them leaves
+/// them to it: with one proxy more, addresses are shared out again, and not with each failure.
+const PREFERENCE: Duration = Duration::from_secs(30);
+
 /// So long, whoever made a claim that others tell of has to say so itself.
 const UNKNOWN: Duration = Duration::from_millis(100);
 
@@ -93,9 +97,16 @@ struct Network {
     is_willing: bool,
     /// Whether the data path answers for the addresses.
     holds: bool,
+    /// Since when this proxy owns them and the first of the order could.
+    preferred: Option<Instant>,
 }
 
 impl Network {
+    /// Whether this proxy wants the addresses, and nobody else is to have them.
+    fn wants(&self, now: Instant) -> bool {
+        self.is_willing && self.preferred.is_none_or(|since| now < since + PREFERENCE)
+    }
+
     /// Takes in a claim, of an owner that is perhaps not known.
     fn learn(&mut self, sequence: u32, owner: Option<Ip>, now: Instant) -> bool {
         let is_new = match sequence.wrapping_sub(self.sequence).cast_signed() {
@@ -126,11 +137,13 @@ impl Network {
         is_willing: impl Fn(Ip) -> bool,
         has_spoken: impl Fn(Ip) -> bool,
     ) -> bool {
+        let mut is_gone = true;
         match self.owner {
             // It was isolated.
             Some(owner) if owner == own => return true,
             Some(owner) if self.order.contains(&owner) => {
-                if health(owner) != Health::Down && is_willing(owner) {
+                is_gone = health(owner) == Health::Down;
+                if !is_gone && is_willing(owner) {
                     return false;
                 }
             }
@@ -156,14 +169,36 @@ impl Network {
                 }
             }
         }
-        let is_able = |proxy: Ip, is_steady: bool| match health(proxy) {
-            _ if proxy == own => true,
-            Health::Up => is_willing(proxy),
-            Health::Shaky => !is_steady && is_willing(proxy),
+        let is_able = |proxy: Ip, is_steady: bool, is_wanted: bool| match health(proxy) {
+            _ if proxy == own => self.is_willing || !is_wanted,
+            Health::Up => is_willing(proxy) || !is_wanted,
+            Health::Shaky => !is_steady && (is_willing(proxy) || !is_wanted),
             Health::Unknown | Health::Orphaned | Health::Down => false,
         };
-        let next = |is_steady| self.order.iter().find(|proxy| is_able(**proxy, is_steady));
-        next(true).or_else(|| next(false)) == Some(&own)
+        let next = |is_steady, is_wanted| {
+            self.order.iter().find(|proxy| is_able(**proxy, is_steady, is_wanted))
+        };
+        let next_of_willing = next(true, true).or_else(|| next(false, true));
+        // Somebody has to own what nobody does, or who comes to the VPC later finds nobody.
+        let next = next_of_willing.or_else(|| next(false, false).filter(|_| is_gone));
+        next == Some(&own)
+    }
+
+    /// Settles whether the first of the order could own what this proxy does.
+    fn prefer(
+        &mut self,
+        own: Ip,
+        now: Instant,
+        health: impl Fn(Ip) -> Health,
+        is_willing: impl Fn(Ip) -> bool,
+    ) {
+        let first = self.order.first().copied().filter(|first| *first != own);
+        let could = first.is_some_and(|first| health(first) == Health::Up && is_willing(first));
+        if self.holds && could {
+            self.preferred.get_or_insert(now);
+        } else {
+            self.preferred = None;
+        }
     }
 }
 
@@ -185,6 +220,7 @@ impl Succession {
             since: now,
             is_willing: true,
             holds: claim.is_some(),
+            preferred: None,
         });
         network.order = order;
         for (proxy, said) in &self.others {
@@ -224,10 +260,11 @@ impl Succession {
     }
 
     /// What this proxy says, by VNI.
-    pub fn statements(&self) -> impl Iterator<Item = (u32, Statement)> {
-        self.networks.iter().map(|(vni, network)| {
-            let Network { sequence, owner, is_willing, .. } = *network;
-            (*vni, Statement { sequence, is_owner: owner == Some(self.own), is_willing })
+    pub fn statements(&self, now: Instant) -> impl Iterator<Item = (u32, Statement)> {
+        self.networks.iter().map(move |(vni, network)| {
+            let Network { sequence, owner, .. } = *network;
+            let (is_owner, is_willing) = (owner == Some(self.own), network.wants(now));
+            (*vni, Statement { sequence, is_owner, is_willing })
         })
     }
 
@@ -278,10 +315,11 @@ impl Succession {
                 network.holds = false;
                 moves.push(Move::Leave { vni });
             }
-            let is_able = standing == Standing::Settled && network.is_willing && !network.holds;
+            let is_able = standing == Standing::Settled && !network.holds;
             let said = |proxy| others.get(&proxy).and_then(|said| said.get(&vni));
             let is_willing = |proxy| said(proxy).is_some_and(|said| said.is_willing);
             let has_spoken = |proxy| others.contains_key(&proxy);
+            network.prefer(own, now, &health, is_willing);
             if is_able && network.is_next(own, now, &health, is_willing, has_spoken) {
                 let sequence = network.sequence.wrapping_add(1).max(unix).max(1);
                 network.learn(sequence, Some(own), now);
@@ -378,7 +416,7 @@ mod tests {
                         _ => self.host = Some(claim),
                     }
                 }
-                let said: Vec<_> = self.proxies[index].statements().collect();
+                let said: Vec<_> = self.proxies[index].statements(self.now).collect();
                 for other in (0..3).filter(|other| !self.cut[*other] && !self.cut[index]) {
                     for (vni, statement) in &said {
                         let now = self.now;
@@ -445,6 +483,43 @@ mod tests {
         }
         world.turns(2);
         assert_eq!(world.owners(), [3], "the order is without the second now");
+    }
+
+    #[test]
+    fn the_first_gets_its_addresses_back_when_it_is_well_for_a_while() {
+        let mut world = World::new();
+        world.turns(2);
+        world.cut[0] = true;
+        world.turns(2);
+        assert_eq!(world.owners(), [2]);
+        world.cut[0] = false;
+        let mut moves = Vec::new();
+        let back = world.now;
+        while moves.is_empty() {
+            moves = world.turn();
+        }
+        let first = Move::Take { vni: VNI, sequence: 1002 };
+        assert_eq!(moves, [(1, first), (2, Move::Leave { vni: VNI })]);
+        assert!(world.now - back >= PREFERENCE);
+        world.turns(200);
+        assert_eq!(world.owners(), [1]);
+    }
+
+    #[test]
+    fn who_reaches_nobody_in_the_vpc_owns_it_only_if_nobody_else_can() {
+        let mut world = World::new();
+        world.turns(2);
+        for proxy in &mut world.proxies {
+            proxy.set_willing(VNI, false);
+        }
+        world.turns(3);
+        assert_eq!(world.owners(), [1], "no other is better");
+        world.cut[0] = true;
+        world.turns(3);
+        assert_eq!(world.owners(), [2], "somebody has to");
+        world.proxies[2].set_willing(VNI, true);
+        world.turns(3);
+        assert_eq!(world.owners(), [3]);
     }
 
     #[test]

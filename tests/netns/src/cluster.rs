@@ -78,6 +78,11 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// What the proxies' daemons said.
+    pub fn logs(&self) -> String {
+        self.proxies.iter().flatten().map(|proxy| proxy.log() + "\n").collect()
+    }
+
     /// Where logs and data may be.
     pub fn run(&self) -> &RunDir {
         &self.run

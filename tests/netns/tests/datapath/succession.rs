@@ -71,7 +71,7 @@ fn when_a_proxy_dies_the_next_one_owns_the_address_and_hosts_follow() {
         cluster.grid.mend(cables).expect("they can be mended");
         // Who comes back claims nothing.
         std::thread::sleep(crate::guest::SILENCE);
-        assert_eq!(owners(), next);
+        assert_eq!(owners(), next, "{}", cluster.logs());
         comes_back();
     }
     assert_eq!(cluster.host(0).drops().expect("they can be read"), []);
@@ -110,6 +110,24 @@ fn a_proxy_that_lost_one_vpc_loses_its_address_and_no_other() {
     cluster.grid.cut(&cluster.grid.proxies[2].cables[2..]).expect("it can be cut");
     is_owned_by(&cluster, VNI_B, 0);
     reaches(&guest);
+}
+
+#[test]
+fn a_proxy_whose_vpc_falls_silent_loses_its_address_and_no_other() {
+    let (cluster, _echo) = cluster();
+    let guests = [guest(&cluster, 1, VNI_A), guest(&cluster, 2, VNI_B)];
+    guests.iter().for_each(reaches);
+    let others = owner(&cluster, VNI_A);
+    // The link stays up: a switch behind it forwards no more, in either direction.
+    for hook in ["ingress", "egress"] {
+        let before = owner(&cluster, VNI_B);
+        let cable = &cluster.grid.proxies[before].cables[2];
+        cluster.grid.block(cable, &[hook]).expect("it can be blocked");
+        eventually(|| owner(&cluster, VNI_B) != before);
+        guests.iter().for_each(reaches);
+        assert_eq!(owner(&cluster, VNI_A), others);
+        cluster.grid.unblock(cable).expect("it can be unblocked");
+    }
 }
 
 #[test]
