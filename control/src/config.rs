@@ -7,6 +7,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
 
+use crate::scaling;
+
 /// What warren-control is configured with. Each key may be left out.
 ///
 /// ```toml
@@ -23,6 +25,8 @@ pub struct Config {
     pub state: PathBuf,
     /// A host or proxy is dead when its heartbeat is this late: 100 to 600000 milliseconds.
     pub heartbeat_deadline_ms: u64,
+    /// How proxies are scaled; without it, they are those that were started.
+    pub proxies: Option<scaling::Config>,
 }
 
 impl Default for Config {
@@ -34,6 +38,7 @@ impl Default for Config {
             ],
             state: "/var/lib/warren/control.db".into(),
             heartbeat_deadline_ms: 3000,
+            proxies: None,
         }
     }
 }
@@ -85,7 +90,10 @@ impl Config {
             let problem = format!("{} is not from 100 to 600000", self.heartbeat_deadline_ms);
             return Err(ConfigError::Value { key: "heartbeat_deadline_ms", problem });
         }
-        Ok(())
+        match self.proxies.as_ref().and_then(scaling::Config::problem) {
+            Some((key, problem)) => Err(ConfigError::Value { key, problem }),
+            None => Ok(()),
+        }
     }
 
     /// [`Self::heartbeat_deadline_ms`].
@@ -118,12 +126,17 @@ mod tests {
 
     #[test]
     fn errors_name_file_key_and_remedy() {
-        let cases: [(&str, &[&str]); 6] = [
+        let cases: [(&str, &[&str]); 8] = [
             ("statte = \"x\"", &["control.toml", "statte", "expected one of", "`state`"]),
             ("state = 3", &["control.toml", "state = 3", "expected path string"]),
             ("listen = [\"tcp:1\"]", &["control.toml", "listen", "\"tcp:1\"", "unix:/PATH"]),
             ("listen = [", &["control.toml", "line 1"]),
             ("listen = []", &["listen", "name one endpoint"]),
+            (
+                "[proxies]\ncommand = [\"/pool\"]\nleast = 2\nmost = 1",
+                &["proxies.most", "less than"],
+            ),
+            ("[proxies]\ncommand = [\"pool\"]\nleast = 2\nmost = 1", &["absolute path"]),
             ("heartbeat_deadline_ms = 10", &["heartbeat_deadline_ms", "10", "100 to 600000"]),
         ];
         for (text, parts) in cases {

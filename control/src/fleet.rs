@@ -78,6 +78,8 @@ struct Member {
     owned: u32,
     /// Whether it is to own none.
     drained: bool,
+    /// What a proxy has to do.
+    load: Option<v1::ProxyLoad>,
 }
 
 struct OpenSession {
@@ -99,6 +101,7 @@ impl Member {
             starting: 0,
             owned: 0,
             drained: false,
+            load: None,
         }
     }
 }
@@ -400,6 +403,7 @@ impl Fleet {
             version: member.version.clone(),
             owned: member.owned,
             drained: member.drained,
+            load: member.load.filter(|_| member.open.is_some()),
         };
         members.by_name.iter().map(host).collect()
     }
@@ -550,6 +554,7 @@ impl Registered {
         member.parked = heartbeat.parked;
         member.version = heartbeat.version;
         member.owned = heartbeat.owned;
+        member.load = heartbeat.load;
         member.port_use = heartbeat.port_use.into_iter().map(|used| (used.vni, used)).collect();
         let mut instances = heartbeat.instances;
         for instance in &mut instances {

@@ -23,6 +23,7 @@ pub mod placement;
 pub mod plan;
 pub mod ports;
 pub mod routes;
+pub mod scaling;
 pub mod security;
 pub mod spread;
 pub mod status;
@@ -66,6 +67,11 @@ impl Control {
         Services::default()
             .with(ControlServiceServer::new(api))
             .with(FleetServiceServer::new(Heartbeats::new(self.fleet.clone())))
+    }
+
+    /// Keeps as many proxies as are needed, from now on.
+    pub fn scale(&self, config: scaling::Config) {
+        tokio::spawn(scaling::run(config, self.fleet.clone(), self.store.clone()));
     }
 
     /// Ends the heartbeat streams, which would never end by themselves: the process is stopping.

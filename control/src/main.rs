@@ -75,6 +75,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = arguments.config()?;
     let store = SqliteStore::open(&config.state).await?;
     let control = Control::start(Arc::new(store), config.heartbeat_deadline()).await?;
+    if let Some(proxies) = config.proxies {
+        control.scale(proxies);
+    }
     let listeners = Listeners::bind(&config.listen).await?;
     for endpoint in listeners.endpoints() {
         tracing::info!(%endpoint, "listening");

@@ -214,3 +214,30 @@ async fn starts_under_way_take_slots() {
     *h1.behaviour.refuse_start.lock().unwrap() = None;
     world.run("blue", "").await.unwrap();
 }
+
+#[tokio::test]
+async fn the_operator_s_command_is_asked_for_proxies_when_there_is_too_much_to_do() {
+    let world = World::new().await;
+    let load = ProxyLoad { bits_per_second: 1500, packets_per_second: 3, cpu_permille: 40 };
+    let mut p1 = FakeAgent::new(&world, "p1", Role::Proxy, 8).await;
+    p1.report.load = Some(load);
+    p1.register(&world).await;
+    let hosts = world.client().await.list_hosts(ListHostsRequest {}).await.unwrap().into_inner();
+    assert_eq!(hosts.hosts[0].load, Some(load));
+    let told = world.file("told");
+    let config = format!(
+        "command = ['/bin/sh', '-c', 'cat > {told}.new; mv {told}.new {told}']\n\
+         least = 1\nmost = 9\nbits_per_second = 1000",
+        told = told.display()
+    );
+    world.scale(toml::from_str(&config).unwrap());
+    eventually("the command was told", || async { told.exists() }).await;
+    let message = std::fs::read_to_string(&told).unwrap();
+    let message: serde_json::Value = serde_json::from_str(&message).unwrap();
+    assert_eq!((&message["version"], &message["action"]), (&1.into(), &"add".into()));
+    assert_eq!((&message["count"], &message["proxies"][0]), (&2.into(), &"p1".into()));
+    let reason = message["reason"].as_str().unwrap();
+    assert_eq!(reason, "there is enough to do for 1.5 proxies, and 1 is at work");
+    let hosts = world.client().await.list_hosts(ListHostsRequest {}).await.unwrap().into_inner();
+    assert!(!hosts.hosts[0].drained);
+}

@@ -42,8 +42,10 @@ pub struct Report {
     pub instances: Vec<v1::Instance>,
     /// What is used of VPCs' ports; none on a proxy.
     pub port_use: Vec<v1::PortUse>,
-    /// VPCs whose addresses it owns; 0 on a host.
+    /// Shared addresses that it owns; 0 on a host.
     pub owned: u32,
+    /// What it had to do since the last report; none on a host.
+    pub load: Option<v1::ProxyLoad>,
 }
 
 impl Agent {
@@ -57,6 +59,7 @@ impl Agent {
                 instances: host.instances(),
                 port_use: host.port_use(),
                 owned: 0,
+                load: None,
             },
             Self::Proxy(proxy) => Report {
                 role: v1::Role::Proxy,
@@ -65,6 +68,7 @@ impl Agent {
                 instances: Vec::new(),
                 port_use: Vec::new(),
                 owned: proxy.owned(),
+                load: Some(proxy.load()),
             },
         }
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
+use warren_proto::hook::Hook;
 
 pub use self::nat::{Nat, Timeouts};
 use crate::datapath::MAX_SLOTS;
@@ -40,6 +41,9 @@ pub struct Config {
     pub underlay: Underlay,
     /// Needed for `--role host`.
     pub host: Option<HostConfig>,
+    /// For `--role proxy`.
+    #[serde(default)]
+    pub proxy: ProxyConfig,
     /// The NAT, which is on hosts.
     #[serde(default)]
     pub nat: Nat,
@@ -53,6 +57,15 @@ pub struct Underlay {
     pub interface: String,
     /// This machine's address on it: the tunnel's end.
     pub address: IpAddr,
+}
+
+/// What only proxies have.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProxyConfig {
+    /// Run when addresses are to come to this node, beside what Linux does: for a cloud, whose network
+    /// learns by its API. A program's absolute path and its arguments.
+    pub assign_command: Option<Hook>,
 }
 
 /// What only hosts have.
@@ -251,6 +264,7 @@ mod tests {
             ("name = 'h'".to_owned(), "underlay"),
             (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
             (format!("metrics = '127.0.0.1'\n{SMALL}"), "metrics"),
+            (format!("{SMALL}[proxy]\nassign_command = ['eni']"), "assign_command"),
             (format!("{SMALL}[nat.timeouts]\nudp = 30"), "nat.timeouts.udp"),
             (format!("{SMALL}[nat.timeouts]\nsctp = 300"), "sctp"),
         ] {

@@ -13,6 +13,7 @@ pub mod capture;
 pub mod clock;
 pub mod config;
 pub mod datapath;
+pub mod eni;
 pub mod flowlog;
 pub mod fragments;
 pub mod heartbeat;

@@ -16,6 +16,7 @@ use warren_dataplane::datapath::{
     DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
     ProxyOptions,
 };
+use warren_dataplane::eni::{EniProvider, Exec, Linux};
 use warren_dataplane::fragments::Fragments;
 use warren_dataplane::host::{Host, HostOptions as RoleOptions};
 use warren_dataplane::metrics::http::Exporter;
@@ -112,6 +113,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 port_use: report.port_use,
                 owned: report.owned,
+                load: report.load,
             }
         }));
     }
@@ -199,7 +201,13 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     let datapath = ProxyDatapath::open(&options)?;
     tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
     let file = config.run_dir.join("proxies.json");
-    let proxy = Proxy::start(Arc::new(datapath), config.underlay.address, &file)?;
+    let own = config.underlay.address;
+    let linux = Linux::open().map_err(|error| anyhow!("cannot open a packet socket: {error}"))?;
+    let mut providers: Vec<Box<dyn EniProvider>> = vec![Box::new(linux)];
+    if let Some(hook) = &config.proxy.assign_command {
+        providers.push(Box::new(Exec::new(hook.clone(), own)));
+    }
+    let proxy = Proxy::start(Arc::new(datapath), own, &file, providers)?;
     Ok(Some(Agent::Proxy(proxy)))
 }
 

@@ -4,6 +4,7 @@
 //! [`session`] finds out who forwards, `reach` which VPCs can be reached, [`succession`] who is to own what, `told` which hosts are
 //! told of it; this is the thread that does it.
 
+mod load;
 mod message;
 mod reach;
 pub mod session;
@@ -22,7 +23,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use warren_abi::bfd::{self, Control};
 use warren_abi::claim::{self, Entry, kind};
 use warren_abi::wire::Ip;
+use warren_proto::v1;
 
+use self::load::Meter;
 use self::message::Message;
 use self::reach::Reach;
 use self::session::{INTERVAL, Session, State};
@@ -31,6 +34,7 @@ use self::told::Told;
 use crate::announce::Announcer;
 use crate::clock::monotonic_ns;
 use crate::datapath::{Changed, DropCount, Error, LinkEvents, Place, ProxyDatapath, ProxyVpc};
+use crate::eni::{Assignment, EniProvider};
 
 /// A daemon that did not ask for so long is not there.
 const ORPHANED: Duration = Duration::from_millis(150);
@@ -63,7 +67,11 @@ pub struct Proxy {
     /// Of claims.
     claims: UdpSocket,
     links: LinkEvents,
+    /// Asks neighbours.
     announcer: Announcer,
+    /// Have addresses come here.
+    providers: Vec<Box<dyn EniProvider>>,
+    meter: Meter,
     state: Mutex<Inner>,
 }
 
@@ -135,7 +143,7 @@ impl Proxy {
     /// Begins with what the data path knows, and with the proxies that `file` holds.
     ///
     /// Sockets are those of the calling thread's network namespace. `own` is the address in the
-    /// underlay.
+    /// underlay. `providers` have addresses come here, each in its own way.
     ///
     /// # Errors
     /// If sockets cannot be opened or the file cannot be read.
@@ -143,6 +151,7 @@ impl Proxy {
         datapath: Arc<ProxyDatapath>,
         own: IpAddr,
         file: &Path,
+        providers: Vec<Box<dyn EniProvider>>,
     ) -> Result<Arc<Self>, Error> {
         let socket = |port| {
             let socket = UdpSocket::bind((own, port))
@@ -184,6 +193,8 @@ impl Proxy {
             links: LinkEvents::open()?,
             announcer: Announcer::open()
                 .map_err(|source| Error::system("open", "packet socket", source))?,
+            providers,
+            meter: Meter::default(),
             state: Mutex::new(state),
         });
         proxy.check_carriers(&Changed::All);
@@ -218,6 +229,7 @@ impl Proxy {
         let mut state = self.lock();
         self.datapath.remove_vpc(vni)?;
         state.succession.remove(vni);
+        self.providers.iter().for_each(|provider| provider.leave(vni));
         state.told.forget(vni);
         state.hosts.remove(&vni);
         state.lose_way(vni);
@@ -228,6 +240,16 @@ impl Proxy {
     /// Of how many VPCs this proxy owns the addresses.
     pub fn owned(&self) -> u32 {
         self.lock().succession.held().count() as u32
+    }
+
+    /// What it had to do since this was called last.
+    pub fn load(&self) -> v1::ProxyLoad {
+        let told = |error: &Error| tracing::error!(%error, "cannot tell how much there is to do");
+        self.datapath
+            .carried()
+            .inspect_err(told)
+            .map(|it| self.meter.measure(it))
+            .unwrap_or_default()
     }
 
     /// What was dropped, per VNI and reason.
@@ -419,7 +441,7 @@ impl Proxy {
                 break;
             }
             state.announcements.pop_first();
-            self.announce(vni);
+            self.announce(state, vni);
         }
     }
 
@@ -455,6 +477,7 @@ impl Proxy {
         }
         let Some(sequence) = claim else {
             tracing::info!(vni, "does not own the VPC's addresses any more");
+            self.providers.iter().for_each(|provider| provider.leave(vni));
             return state.told.forget(vni);
         };
         tracing::info!(vni, sequence, "owns the VPC's addresses");
@@ -465,17 +488,19 @@ impl Proxy {
         state.announcements.extend(all.map(|pause| (now + pause, vni)));
     }
 
-    /// Tells the VPC that its addresses are here, if they are.
-    fn announce(&self, vni: u32) {
-        let sent = match self.datapath.announcement(vni) {
-            Ok(Some(announcement)) => {
-                self.announcer.send(&announcement).map_err(|error| error.to_string())
-            }
-            Ok(None) => Ok(()),
-            Err(error) => Err(error.to_string()),
+    /// Has the VPC's addresses come here, if they are this proxy's.
+    fn announce(&self, state: &Inner, vni: u32) {
+        let Some(claim) = state.succession.claim(vni) else { return };
+        let announcement = match self.datapath.announcement(vni) {
+            Ok(Some(announcement)) => announcement,
+            Ok(None) => return,
+            Err(error) => return tracing::error!(vni, %error, "addresses do not come here"),
         };
-        if let Err(reason) = sent {
-            tracing::error!(vni, reason, "a VPC is not told that its shared address moved here");
+        let assignment = Assignment { vni, claim, announcement };
+        for provider in &self.providers {
+            if let Err(error) = provider.assign(&assignment) {
+                tracing::error!(vni, %error, "a VPC is not told that its shared address moved here");
+            }
         }
     }
 

@@ -1,7 +1,8 @@
 //! `warren.v1`: clients, servers and messages generated from `proto/warren/v1/*.proto`, where they
 //! are documented; [`endpoint`]: how a server is reached; [`server`]: how one is run; [`route`]: what
 //! makes a route table; [`policy`]: what makes a rule of a security group; [`limits`]: limits of an
-//! instance; [`security`]: a VPC's groups and defaults.
+//! instance; [`security`]: a VPC's groups and defaults; [`hook`]: commands of the
+//! operator's.
 #![deny(missing_docs)]
 
 /// Package `warren.v1`.
@@ -14,6 +15,7 @@ pub mod v1 {
 }
 
 pub mod endpoint;
+pub mod hook;
 pub mod limits;
 pub mod policy;
 pub mod route;

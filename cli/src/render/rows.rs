@@ -113,9 +113,26 @@ pub struct HostRow {
     /// Shared addresses that a proxy owns.
     owned: u32,
     drained: bool,
+    /// What a proxy has to do; null: it is a host, or not alive.
+    load: Option<LoadObject>,
     underlay_address: String,
     endpoint: String,
     version: String,
+}
+
+/// Since the last heartbeat: on interfaces in VPCs in both directions, and of all processors.
+#[derive(Serialize)]
+struct LoadObject {
+    bits_per_second: u64,
+    packets_per_second: u64,
+    cpu_percent: f64,
+}
+
+impl From<v1::ProxyLoad> for LoadObject {
+    fn from(load: v1::ProxyLoad) -> Self {
+        let v1::ProxyLoad { bits_per_second, packets_per_second, cpu_permille } = load;
+        Self { bits_per_second, packets_per_second, cpu_percent: f64::from(cpu_permille) / 10.0 }
+    }
 }
 
 impl From<v1::Host> for HostRow {
@@ -137,6 +154,7 @@ impl From<v1::Host> for HostRow {
             parked: host.parked,
             owned: host.owned,
             drained: host.drained,
+            load: host.load.map(Into::into),
             underlay_address: host.underlay_address,
             endpoint: host.endpoint,
             version: host.version,
@@ -154,6 +172,7 @@ impl Row for HostRow {
         "INSTANCES",
         "PARKED",
         "OWNS",
+        "LOAD",
         "UNDERLAY",
         "ENDPOINT",
         "VERSION",
@@ -167,6 +186,10 @@ impl Row for HostRow {
             ("proxy", true) => format!("{} (drained)", self.owned),
             _ => "-".into(),
         };
+        let load = self.load.as_ref().map(|load| {
+            let (mbits, packets) = (load.bits_per_second as f64 / 1e6, load.packets_per_second);
+            format!("{mbits:.1} Mbit/s, {packets} packets/s, {:.0} % CPU", load.cpu_percent)
+        });
         let heard = self.heartbeat_age_ms.map(|age| format!("{:.1} s", age as f64 / 1000.0));
         vec![
             self.name.clone(),
@@ -177,6 +200,7 @@ impl Row for HostRow {
             of_host(self.instances),
             of_host(self.parked),
             owns,
+            dash(load.as_deref()),
             self.underlay_address.clone(),
             self.endpoint.clone(),
             dash(some(self.version.clone()).as_deref()),
@@ -457,6 +481,7 @@ mod tests {
             version: "0.1.0".into(),
             owned: 0,
             drained: false,
+            load: None,
         };
         let never_heard_of = v1::Host {
             name: "p1".into(),
@@ -465,14 +490,19 @@ mod tests {
             version: String::new(),
             owned: 3,
             drained: true,
+            load: Some(v1::ProxyLoad {
+                bits_per_second: 12_345_678,
+                packets_per_second: 1500,
+                cpu_permille: 257,
+            }),
             ..host.clone()
         };
         let rows = [HostRow::from(host), HostRow::from(never_heard_of)];
         assert_eq!(
             list(Output::Table, &rows),
-            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED  OWNS         UNDERLAY   ENDPOINT               VERSION\n\
-             h1    host   yes    0.4 s       64     3          8       -            192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
-             p1    proxy  no     -           -      -          -       3 (drained)  192.0.2.1  http://192.0.2.1:7701  -"
+            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED  OWNS         LOAD                                   UNDERLAY   ENDPOINT               VERSION\n\
+             h1    host   yes    0.4 s       64     3          8       -            -                                      192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
+             p1    proxy  no     -           -      -          -       3 (drained)  12.3 Mbit/s, 1500 packets/s, 26 % CPU  192.0.2.1  http://192.0.2.1:7701  -"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["heartbeat_age_ms"], 449);

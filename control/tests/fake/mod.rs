@@ -97,6 +97,16 @@ impl World {
         server.stop().await;
     }
 
+    /// A file of the test's own.
+    pub fn file(&self, name: &str) -> std::path::PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Scales proxies by a configuration.
+    pub fn scale(&self, config: warren_control::scaling::Config) {
+        self.control.as_ref().unwrap().0.scale(config);
+    }
+
     pub fn endpoint(&self) -> Endpoint {
         socket(self.directory.path(), "control")
     }
@@ -329,6 +339,7 @@ impl FakeAgent {
             version: "1.2.3".into(),
             port_use: vec![],
             owned: 0,
+            load: None,
         };
         Self { behaviour, report, server, heartbeats: None }
     }

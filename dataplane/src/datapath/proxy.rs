@@ -24,7 +24,7 @@ use super::programs::{Globals, MapSpec, Programs};
 use super::reached::ReachedVpcs;
 use super::routes::{self, Entries, Routes};
 use super::{
-    DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
+    Carried, DropCount, Error, PortRange, ProxyOptions, ProxyVpc, ProxyVpcV6, check_address,
     check_gateway_v6, check_vni, fragments, sysctl, underlay,
 };
 use crate::announce::Announcement;
@@ -311,6 +311,13 @@ impl ProxyDatapath {
     /// `CLOCK_MONOTONIC`.
     pub fn heard(&self, node: IpAddr) -> Result<Option<u64>, Error> {
         self.heard.find(&node.into())
+    }
+
+    /// What the interfaces in VPCs carried since they were made, by their indices.
+    pub fn carried(&self) -> Result<HashMap<u32, Carried>, Error> {
+        let mut state = self.lock();
+        let all = state.netlink.all_carried()?;
+        Ok(all.into_iter().filter(|(link, _)| state.vnis.contains_key(link)).collect())
     }
 
     /// What is to be told to a VPC's neighbours: none while another proxy owns its addresses.
