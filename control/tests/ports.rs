@@ -49,11 +49,12 @@ async fn a_host_that_uses_half_of_its_ports_gets_twice_as_many_after_all_proxies
 async fn instances_bring_ports_before_they_use_any() {
     let world = World::new().await;
     let (h1, _p1) = (world.host("h1", 1).await, world.proxy("p1", 8).await);
-    let vni = world.create_vpc("blue").await.vni;
+    let Vpc { vni, shared_address, .. } = world.create_vpc("blue").await;
     for _ in 0..9 {
         let instance = Instance {
             id: uuid::Uuid::new_v4().to_string(),
             vpc: "blue".into(),
+            shared_address: shared_address.clone(),
             state: InstanceState::Running.into(),
             ..Instance::default()
         };

@@ -422,8 +422,10 @@ impl AgentService for Agent {
         if let Some(status) = agent.refuse_start.lock().unwrap().clone() {
             return Err(status);
         }
+        let known = agent.log.applied(&agent.name).into_iter().rfind(|it| it.vpc == request.vpc);
         let mut instances = agent.instances.lock().unwrap();
         let instance = Instance {
+            shared_address: known.map(|vpc| vpc.shared_address).unwrap_or_default(),
             id: uuid::Uuid::new_v4().to_string(),
             vpc: request.vpc,
             hostname: request.hostname,
