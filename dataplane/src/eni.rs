@@ -140,3 +140,79 @@ impl EniProvider for Exec {
         lock(&self.claims).remove(&vni);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A command that fails the first time for each claim, and then notes what it was told.
+    fn exec(directory: &std::path::Path) -> Exec {
+        let script = format!(
+            "cd {}; m=$(cat); c=$(echo \"$m\" | sed 's/.*\"claim\":\\([0-9]*\\).*/\\1/'); \
+             test -e tried-$c || {{ touch tried-$c; echo not yet >&2; exit 1; }}; \
+             echo \"$m\" >> told",
+            directory.display()
+        );
+        let words = Vec::from(["/bin/sh", "-c", script.as_str()].map(str::to_owned));
+        Exec::new(words.try_into().unwrap(), IpAddr::from([192, 0, 2, 101]))
+    }
+
+    fn assignment(vni: u32, claim: u32) -> Assignment {
+        let addresses = vec![IpAddr::from([10, 0, 0, 100])];
+        // The loopback device, which is there everywhere.
+        Assignment { vni, claim, announcement: Announcement { ifindex: 1, mac: [2; 6], addresses } }
+    }
+
+    async fn told(directory: &std::path::Path, count: usize) -> Vec<serde_json::Value> {
+        for _ in 0..2000 {
+            let text = std::fs::read_to_string(directory.join("told")).unwrap_or_default();
+            let lines: Vec<_> =
+                text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            if lines.len() >= count {
+                return lines;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the command was not run");
+    }
+
+    #[tokio::test]
+    async fn a_command_is_run_until_it_succeeds_once_for_each_claim() {
+        let directory = tempfile::tempdir().unwrap();
+        let exec = exec(directory.path());
+        for _ in 0..5 {
+            exec.assign(&assignment(7, 100)).unwrap();
+        }
+        let all = told(directory.path(), 1).await;
+        let told_of = &all[0];
+        assert_eq!((&told_of["version"], &told_of["action"]), (&1.into(), &"assign".into()));
+        assert_eq!((&told_of["vni"], &told_of["claim"]), (&7.into(), &100.into()));
+        assert_eq!(
+            (&told_of["interface"], &told_of["mac"]),
+            (&"lo".into(), &"02:02:02:02:02:02".into())
+        );
+        assert_eq!(
+            (&told_of["addresses"][0], &told_of["proxy"]),
+            (&"10.0.0.100".into(), &"192.0.2.101".into())
+        );
+        exec.assign(&assignment(7, 100)).unwrap();
+        exec.assign(&assignment(8, 200)).unwrap();
+        let all = told(directory.path(), 2).await;
+        assert_eq!((all.len(), &all[1]["vni"]), (2, &8.into()));
+    }
+
+    #[tokio::test]
+    async fn what_is_another_s_by_now_is_not_tried_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let exec = exec(directory.path());
+        exec.assign(&assignment(7, 100)).unwrap();
+        let tried = directory.path().join("tried-100");
+        while !tried.exists() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        exec.leave(7);
+        exec.assign(&assignment(8, 200)).unwrap();
+        let all = told(directory.path(), 1).await;
+        assert_eq!((all.len(), &all[0]["vni"]), (1, &8.into()));
+    }
+}
