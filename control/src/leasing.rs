@@ -7,7 +7,9 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::deploy::Deployer;
-use crate::ports::{Demand, Exhausted, LEAST, Leases, MOST, PortRange, REST, SHRINK_AFTER, wanted};
+use crate::ports::{
+    Demand, Exhausted, LEAST, Leases, MOST, PortRange, REST, SHRINK_AFTER, needed, wanted,
+};
 
 /// How often hosts' use of their ports is looked at: they report it about as often.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -174,15 +176,16 @@ async fn turn(
     *short = still_short;
 }
 
-/// Whether a host uses less than half of the ports that it has of all of a VPC's addresses.
+/// Whether a host needs less than half of the ports that it has of all of a VPC's addresses.
 fn is_roomy(views: &[View], vpc: &str, host: &str) -> bool {
     let of_vpc = views.iter().filter(|view| view.vpc == vpc);
-    let (mut held, mut in_use) = (0, 0);
+    let (mut held, mut wanted) = (0, 0);
     for view in of_vpc {
         held += view.leases.of(host).map_or(0, |lease| lease.ports.count);
-        in_use += view.uses.get(host).map_or(0, |used| used.demand.in_use);
+        let demand = view.uses.get(host).map(|used| used.demand).unwrap_or_default();
+        wanted += demand.in_use.max(needed(demand.instances));
     }
-    in_use < held / 2
+    wanted < held / 2
 }
 
 #[cfg(test)]

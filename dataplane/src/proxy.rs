@@ -1,8 +1,8 @@
 //! A proxy node: the data path, and which of VPCs' shared addresses it owns. Proxies watch each other
 //! and take over what another can serve no more. Nobody else is needed for it.
 //!
-//! [`session`] finds out who forwards, `reach` which VPCs can be reached, [`succession`] who is to own what, `told` which hosts are
-//! told of it; this is the thread that does it.
+//! [`session`] finds out who forwards, `reach` which VPCs can be reached, [`succession`] who is to own
+//! what, `told` which hosts are told of it; this is the thread that does it.
 
 mod load;
 mod message;
@@ -182,6 +182,10 @@ impl Proxy {
             let proxies = state.proxies.get(&vpc.vni).cloned().unwrap_or_default();
             state.know(&vpc, vpc.claim, proxies, now);
             state.find_way(&datapath, vpc.vni, now)?;
+            if vpc.claim.is_some() {
+                // A former daemon may not have been done with it.
+                state.announcements.insert((now + SETTLING, vpc.vni));
+            }
         }
         state.proxies.retain(|vni, _| state.hosts.contains_key(vni));
         let proxy = Arc::new(Self {
@@ -567,14 +571,21 @@ impl Proxy {
 impl Inner {
     /// Looks up the interface in a VPC that is known.
     fn find_way(&mut self, datapath: &ProxyDatapath, vni: u32, now: Instant) -> Result<(), Error> {
-        self.lose_way(vni);
         let Some(place) = datapath.place(vni)? else { return Ok(()) };
         let has_carrier = datapath.has_carrier(vni)?;
         let way = self.ways.entry(place.ifindex).or_insert_with(|| {
             let reach = Reach::new(datapath.reached(&place), now);
             Way { places: BTreeMap::new(), has_carrier, reach }
         });
+        way.has_carrier = has_carrier;
         way.places.insert(vni, place);
+        // It may have been at another one.
+        self.ways.retain(|ifindex, way| {
+            if *ifindex != place.ifindex {
+                way.places.remove(&vni);
+            }
+            !way.places.is_empty()
+        });
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use warren_proto::security::Security;
 
 use super::HostError;
@@ -26,24 +27,22 @@ pub(super) struct Vpc {
 
 /// VPCs by name: each with the shared addresses of which this host has ports, by their rank.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "HashMap<String, Stored>")]
+#[serde(try_from = "HashMap<String, Value>")]
 pub(super) struct Vpcs(HashMap<String, Vec<Vpc>>);
 
-/// As they are stored, or were when a VPC had one address.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Stored {
-    Now(Vec<Vpc>),
-    One(Vpc),
-}
+impl TryFrom<HashMap<String, Value>> for Vpcs {
+    type Error = serde_json::Error;
 
-impl From<HashMap<String, Stored>> for Vpcs {
-    fn from(stored: HashMap<String, Stored>) -> Self {
-        let vpc = |stored| match stored {
-            Stored::Now(vpcs) => vpcs,
-            Stored::One(vpc) => vec![vpc],
+    /// From what is stored, or was when a VPC had one address.
+    fn try_from(stored: HashMap<String, Value>) -> Result<Self, Self::Error> {
+        let vpcs = |(name, stored)| {
+            let vpcs = match stored {
+                Value::Array(_) => serde_json::from_value(stored)?,
+                _ => vec![serde_json::from_value(stored)?],
+            };
+            Ok((name, vpcs))
         };
-        Self(stored.into_iter().map(|(name, stored)| (name, vpc(stored))).collect())
+        stored.into_iter().map(vpcs).collect::<Result<_, _>>().map(Self)
     }
 }
 
@@ -108,7 +107,8 @@ mod tests {
     use super::*;
 
     fn vpc(vni: u32, rank: u32) -> Vpc {
-        let (naming, security) = (Naming::default(), Security::default());
+        let (naming, mut security) = (Naming::default(), Security::default());
+        security.groups.insert("web".into(), [(7, "100 allow tcp 443".parse().unwrap())].into());
         Vpc { vni, shared_address: Ipv4Addr::from(vni), rank, naming, security }
     }
 

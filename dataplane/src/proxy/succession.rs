@@ -566,6 +566,30 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn for_an_hour_without_anybody_else_addresses_are_somebody_s(
+            steps in prop::collection::vec((0..3usize, any::<bool>(), any::<bool>()), 600),
+        ) {
+            let mut world = World::new();
+            let begin = world.now;
+            for (index, cut, paused) in steps {
+                world.unix += 6;
+                (world.cut[index], world.paused[index]) = (cut, paused);
+                world.turns(10);
+                let is_there = |index: &usize| !world.cut[*index];
+                let is_well = |index: &usize| is_there(index) && !world.paused[*index];
+                let owners = || world.owners().into_iter().map(|last| usize::from(last) - 1);
+                // One whose daemon is paused goes on with what it owned, and may not know better.
+                prop_assert!(owners().filter(is_well).count() <= 1);
+                let is_owned = owners().any(|index| is_there(&index));
+                prop_assert!(is_owned || !(0..3).any(|index| is_well(&index)));
+            }
+            prop_assert!(world.now - begin >= Duration::from_hours(1));
+        }
+    }
+
+    proptest! {
         #[test]
         fn in_the_end_one_that_can_owns_the_addresses(
             steps in prop::collection::vec((0..3usize, any::<bool>(), any::<bool>()), 0..40),
