@@ -38,8 +38,10 @@ use crate::eni::{Assignment, EniProvider};
 
 /// A daemon that did not ask for so long is not there.
 const ORPHANED: Duration = Duration::from_millis(150);
-/// For so long, what others say is waited for: after the start, and after being isolated.
+/// For so long, what others say is waited for: after the start, and after being isolated or away.
 const SETTLING: Duration = Duration::from_millis(200);
+/// Who did not look for so long has missed what others did, and what they did not do any more.
+const AWAY: Duration = Duration::from_secs(1);
 /// How often a proxy says what it has said before.
 const REPEAT: Duration = Duration::from_secs(1);
 /// How often is decided at least: some of it depends on the time alone.
@@ -95,6 +97,7 @@ struct Inner {
     view: (Standing, BTreeMap<Ip, Health>),
     is_new: bool,
     decide_at: Instant,
+    turned_at: Instant,
     /// How often what this proxy says is said again at once.
     burst: u32,
     repeat_at: Instant,
@@ -173,6 +176,7 @@ impl Proxy {
             view: (Standing::Settling, BTreeMap::new()),
             is_new: true,
             decide_at: now,
+            turned_at: now,
             burst: BURST,
             repeat_at: now,
             announcements: BTreeSet::new(),
@@ -271,6 +275,11 @@ impl Proxy {
         let mut state = self.lock();
         self.receive_answers(&mut state);
         self.receive_messages(&mut state);
+        let now = Instant::now();
+        if now.duration_since(std::mem::replace(&mut state.turned_at, now)) >= AWAY {
+            state.succession.forget_others();
+            (state.settled_at, state.burst) = (now + SETTLING, BURST);
+        }
         let changed = self.links.take();
         if changed != Changed::Links(Vec::new()) {
             drop(state);

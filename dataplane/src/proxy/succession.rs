@@ -52,7 +52,7 @@ pub enum Standing {
 pub struct Statement {
     /// Of the last claim that it knows of; 0: it knows of none.
     pub sequence: u32,
-    /// Whether that is its own.
+    /// Whether that is its own, and it answers for the addresses.
     pub is_owner: bool,
     /// Whether it wants the addresses.
     pub is_willing: bool,
@@ -128,21 +128,27 @@ impl Network {
         is_new
     }
 
-    /// Whether this proxy is to claim the addresses that it does not hold.
+    /// Whether this proxy is to claim the addresses that it does not hold. `owns` is what a proxy said
+    /// last, if it said anything.
     fn is_next(
         &self,
         own: Ip,
         now: Instant,
         health: impl Fn(Ip) -> Health,
         is_willing: impl Fn(Ip) -> bool,
-        has_spoken: impl Fn(Ip) -> bool,
+        owns: impl Fn(Ip) -> Option<bool>,
     ) -> bool {
         let mut is_gone = true;
         match self.owner {
             // It was isolated.
             Some(owner) if owner == own => return true,
             Some(owner) if self.order.contains(&owner) => {
-                is_gone = health(owner) == Health::Down;
+                is_gone = match health(owner) {
+                    Health::Down => true,
+                    // It may have left them when it reached nobody, and cannot say so any more.
+                    Health::Orphaned => owns(owner) != Some(true),
+                    Health::Unknown | Health::Up | Health::Shaky => false,
+                };
                 if !is_gone && is_willing(owner) {
                     return false;
                 }
@@ -158,7 +164,7 @@ impl Network {
                 let may_own = |proxy: &Ip| match health(*proxy) {
                     _ if *proxy == own => false,
                     Health::Unknown => true,
-                    Health::Up | Health::Shaky => !has_spoken(*proxy),
+                    Health::Up | Health::Shaky => owns(*proxy).is_none(),
                     Health::Orphaned | Health::Down => false,
                 };
                 let is_there = |proxy: &Ip| health(*proxy) != Health::Down;
@@ -263,7 +269,8 @@ impl Succession {
     pub fn statements(&self, now: Instant) -> impl Iterator<Item = (u32, Statement)> {
         self.networks.iter().map(move |(vni, network)| {
             let Network { sequence, owner, .. } = *network;
-            let (is_owner, is_willing) = (owner == Some(self.own), network.wants(now));
+            let is_owner = network.holds && owner == Some(self.own);
+            let is_willing = network.wants(now);
             (*vni, Statement { sequence, is_owner, is_willing })
         })
     }
@@ -318,9 +325,12 @@ impl Succession {
             let is_able = standing == Standing::Settled && !network.holds;
             let said = |proxy| others.get(&proxy).and_then(|said| said.get(&vni));
             let is_willing = |proxy| said(proxy).is_some_and(|said| said.is_willing);
-            let has_spoken = |proxy| others.contains_key(&proxy);
+            let owns = |proxy| {
+                let has_spoken = others.contains_key(&proxy);
+                has_spoken.then(|| said(proxy).is_some_and(|said| said.is_owner))
+            };
             network.prefer(own, now, &health, is_willing);
-            if is_able && network.is_next(own, now, &health, is_willing, has_spoken) {
+            if is_able && network.is_next(own, now, &health, is_willing, owns) {
                 let sequence = network.sequence.wrapping_add(1).max(unix).max(1);
                 network.learn(sequence, Some(own), now);
                 network.holds = true;
@@ -353,7 +363,7 @@ mod tests {
         /// Whether a proxy is cut off, and whether its daemon is paused.
         cut: [bool; 3],
         paused: [bool; 3],
-        /// Whether it was cut off a turn ago.
+        /// Whether it was cut off or paused a turn ago.
         settling: [bool; 3],
         /// What a host knows.
         host: Option<Claim>,
@@ -385,6 +395,7 @@ mod tests {
             let mut moves = Vec::new();
             for index in 0..3 {
                 if self.paused[index] {
+                    self.settling[index] = true;
                     continue;
                 }
                 let cut = self.cut;
@@ -397,8 +408,11 @@ mod tests {
                         (false, false) => Health::Up,
                     }
                 };
-                let was_cut = std::mem::replace(&mut self.settling[index], cut[index]);
-                let standing = match (cut[index], was_cut) {
+                let was_away = std::mem::replace(&mut self.settling[index], cut[index]);
+                if cut[index] || was_away {
+                    self.proxies[index].forget_others();
+                }
+                let standing = match (cut[index], was_away) {
                     (true, _) => Standing::Isolated,
                     (false, true) => Standing::Settling,
                     (false, false) => Standing::Settled,
@@ -543,6 +557,19 @@ mod tests {
     }
 
     #[test]
+    fn who_left_its_addresses_and_lost_its_daemon_is_replaced() {
+        let (mut proxy, now) = (Succession::new(ip(2)), Instant::now());
+        proxy.apply(VNI, vec![ip(1), ip(2)], None, now);
+        let mut hear = |is_owner| {
+            let said = Statement { sequence: 3000, is_owner, is_willing: true };
+            proxy.hear(ip(1), VNI, said, now);
+            proxy.decide((now, 4000), Standing::Settled, |_| Health::Orphaned)
+        };
+        assert_eq!(hear(true), [], "its data path goes on");
+        assert_eq!(hear(false), [Move::Take { vni: VNI, sequence: 4000 }]);
+    }
+
+    #[test]
     fn numbers_beyond_2038_are_claims() {
         let mut proxy = Succession::new(ip(1));
         let now = Instant::now();
@@ -566,7 +593,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(16))]
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn for_an_hour_without_anybody_else_addresses_are_somebody_s(
             steps in prop::collection::vec((0..3usize, any::<bool>(), any::<bool>()), 600),
