@@ -69,6 +69,10 @@ pub mod names {
     pub const HELD: &str = "HELD";
     /// Proxy: [`ProxyVpc::scope`](super::ProxyVpc::scope) -> [`Reached`](super::Reached).
     pub const REACHED: &str = "REACHED";
+    /// Proxy: VNI -> VNI of the address by which leaves what has no route in the VPC.
+    pub const PUBLIC: &str = "PUBLIC";
+    /// Proxy: VNI of a public address -> VNI of the VPC whose it is.
+    pub const PRIVATE: &str = "PRIVATE";
     /// Host: [`Member`](super::Member) -> 1.
     pub const MEMBERS: &str = "MEMBERS";
     /// Host: VNI -> [`Claim`](super::Claim), the last one that came.
@@ -165,6 +169,15 @@ pub mod programs {
     /// What [`FRAGMENTS_PROXY`] ends with, in IPv6.
     pub const FRAGMENTS_PROXY_V6: &str = "fragments_proxy_v6";
 
+    /// What a proxy's programs end with, for what leaves a VPC by a public address.
+    pub const PUBLIC_OUT: &str = "public_out";
+    /// The same, in IPv6.
+    pub const PUBLIC_OUT_V6: &str = "public_out_v6";
+    /// What a proxy's programs end with, for what is perhaps for a VPC's public address.
+    pub const PUBLIC_IN: &str = "public_in";
+    /// The same, in IPv6.
+    pub const PUBLIC_IN_V6: &str = "public_in_v6";
+
     /// What [`UNDERLAY_HOST`] ends with, for what is not the tunnel's.
     pub const NODE_HOST: &str = "node_host";
     /// What [`UNDERLAY_PROXY`] ends with, for what is not the tunnel's.
@@ -195,7 +208,7 @@ pub mod programs {
         NODE_HOST,
     ];
     /// All of a proxy's.
-    pub const OF_PROXY: [&str; 9] = [
+    pub const OF_PROXY: [&str; 13] = [
         TUNNEL_PROXY,
         UNDERLAY_PROXY,
         VPC,
@@ -204,6 +217,10 @@ pub mod programs {
         ANSWER_V6,
         FRAGMENTS_PROXY,
         FRAGMENTS_PROXY_V6,
+        PUBLIC_OUT,
+        PUBLIC_OUT_V6,
+        PUBLIC_IN,
+        PUBLIC_IN_V6,
         NODE_PROXY,
     ];
 }
@@ -242,8 +259,16 @@ pub mod tails {
     pub const FIRST_TO_GUEST_V6: u32 = 13;
     /// [`programs::NODE_HOST`], [`programs::NODE_PROXY`].
     pub const NODE: u32 = 14;
+    /// [`programs::PUBLIC_OUT`].
+    pub const PUBLIC_OUT: u32 = 15;
+    /// [`programs::PUBLIC_OUT_V6`].
+    pub const PUBLIC_OUT_V6: u32 = 16;
+    /// [`programs::PUBLIC_IN`].
+    pub const PUBLIC_IN: u32 = 17;
+    /// [`programs::PUBLIC_IN_V6`].
+    pub const PUBLIC_IN_V6: u32 = 18;
     /// All of them.
-    pub const ALL: [(u32, &str); 16] = [
+    pub const ALL: [(u32, &str); 20] = [
         (TAP_V6, programs::TAP_V6),
         (TO_GUEST_V6, programs::TO_GUEST_V6),
         (ERROR_TO_VPC, programs::ERROR_TO_VPC),
@@ -258,11 +283,15 @@ pub mod tails {
         (FRAGMENTS_PROXY_V6, programs::FRAGMENTS_PROXY_V6),
         (FRAGMENTS_TO_GUEST_V6, programs::FRAGMENTS_TO_GUEST_V6),
         (FIRST_TO_GUEST_V6, programs::FIRST_TO_GUEST_V6),
+        (PUBLIC_OUT, programs::PUBLIC_OUT),
+        (PUBLIC_OUT_V6, programs::PUBLIC_OUT_V6),
+        (PUBLIC_IN, programs::PUBLIC_IN),
+        (PUBLIC_IN_V6, programs::PUBLIC_IN_V6),
         (NODE, programs::NODE_HOST),
         (NODE, programs::NODE_PROXY),
     ];
-    /// Room for them, and for those of later versions.
-    pub const COUNT: u32 = 16;
+    /// Room for them.
+    pub const COUNT: u32 = 19;
 }
 
 /// The end of a tunnel here: the same for all programs of a host or proxy, in their read-only
@@ -535,8 +564,9 @@ pub struct ProxyVpc {
     /// 1: another proxy owns the shared addresses, and this one answers nobody who asks for them; 0:
     /// it is the owner.
     pub standby: u8,
-    /// 1: there are other shared addresses on the interface.
-    pub has_siblings: u8,
+    /// What packets may be for that come from here, and go back into the tunnel:
+    /// [`Self::SIBLINGS`] and [`Self::PUBLIC`].
+    pub hairpins: u8,
     /// [`Claim::sequence`] of the claim by which it is the owner, or was last; 0: it never was.
     pub claim: u32,
     /// When the VPC's route table was last changed: no other change of any table has the same. 0:
@@ -544,6 +574,13 @@ pub struct ProxyVpc {
     pub table: u64,
     /// The same in IPv6.
     pub v6: ProxyVpcV6,
+}
+
+impl ProxyVpc {
+    /// There are other shared addresses on the interface.
+    pub const SIBLINGS: u8 = 1;
+    /// There is a public address.
+    pub const PUBLIC: u8 = 2;
 }
 
 /// What came from a VPC, to a proxy's MAC address.

@@ -108,6 +108,10 @@ pub struct VpcCreate {
     /// IPv6 next hop in the VPC for addresses outside the IPv6 CIDR. It may be link-local.
     #[arg(long, value_name = "ADDRESS", requires = "cidr_v6")]
     pub gateway_v6: Option<Ipv6Addr>,
+    /// VPC by whose addresses leaves what has no route in this one, with the same ports: one of its own in
+    /// a public network, with as many shared addresses, and without microVMs.
+    #[arg(long, value_name = "VPC", default_value = "", hide_default_value = true)]
+    pub public: String,
     /// Ports of the shared address that each host begins with and keeps at least: a power of two, 64
     /// to 32768. It gets more ahead of need.
     #[arg(long, value_name = "PORTS", default_value_t = 64)]

@@ -112,6 +112,8 @@ fn definition(vpc: VpcCreate) -> Result<Vpc, Error> {
         shared_address_v6: first.address_v6,
         gateway_v6: text(vpc.gateway_v6),
         more_addresses: addresses.collect(),
+        public: vpc.public,
+        public_of: String::new(),
     })
 }
 

@@ -44,6 +44,16 @@ pub enum DeployError {
         "no proxy is alive, and VPC {0} cannot be reached without: start warrend in its proxy role on a node that stands in the VPC"
     )]
     NoProxy(String),
+    /// Its ports are another VPC's.
+    #[error(
+        "VPC {of} leaves by the addresses of VPC {vpc}, which has no microVMs of its own: start it in {of}"
+    )]
+    IsPublic {
+        /// VPC.
+        vpc: String,
+        /// The VPC whose public one it is.
+        of: String,
+    },
     /// No shared address has ports for one more host.
     #[error(
         "VPC {vpc}'s shared addresses have no ports for host {host}: {reason}; choose a host that has some, or give the VPC one more: `warren vpc add-address`"

@@ -230,6 +230,7 @@ fn proxy_request(
         cidr_v6,
         gateway_v6,
         proxies,
+        public_vni: vpc.public_vni(shared.vni).unwrap_or_default(),
     };
     request(vpc, shared, Apply::Proxy(proxy))
 }
@@ -243,8 +244,17 @@ fn holders_of_same<'a>(
     let (Some(Apply::Proxy(known)), Some(Apply::Proxy(proxy))) = (role, &wanted.role) else {
         return None;
     };
-    let ProxyVpc { interface, cidr, gateway, holders, routes, cidr_v6, gateway_v6, proxies } =
-        known;
+    let ProxyVpc {
+        interface,
+        cidr,
+        gateway,
+        holders,
+        routes,
+        cidr_v6,
+        gateway_v6,
+        proxies,
+        public_vni,
+    } = known;
     let same = *vpc == wanted.vpc
         && *vni == wanted.vni
         && *shared_address == wanted.shared_address
@@ -255,6 +265,7 @@ fn holders_of_same<'a>(
         && *cidr_v6 == proxy.cidr_v6
         && *gateway_v6 == proxy.gateway_v6
         && *proxies == proxy.proxies
+        && *public_vni == proxy.public_vni
         && *routes == proxy.routes;
     same.then_some(holders)
 }
@@ -288,6 +299,8 @@ mod tests {
                     address_v6: Some(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 1, vni as u16)),
                 })
                 .into(),
+            public: None,
+            public_of: None,
         }
     }
 

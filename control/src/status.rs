@@ -44,6 +44,7 @@ impl From<CreateVpcError> for Status {
             CreateVpcError::Store(error) => return error.into(),
             CreateVpcError::Invalid(_) => Code::InvalidArgument,
             CreateVpcError::Exists(_) | CreateVpcError::AddressTaken { .. } => Code::AlreadyExists,
+            CreateVpcError::NotPublic { .. } => Code::FailedPrecondition,
             CreateVpcError::Unknown(_) => Code::NotFound,
             CreateVpcError::NoVniLeft => Code::ResourceExhausted,
         };
@@ -68,7 +69,7 @@ impl From<DeployError> for Status {
     fn from(error: DeployError) -> Self {
         let code = match &error {
             DeployError::UnknownVpc(_) => Code::NotFound,
-            DeployError::NoProxy(_) => Code::FailedPrecondition,
+            DeployError::NoProxy(_) | DeployError::IsPublic { .. } => Code::FailedPrecondition,
             DeployError::NoPorts { .. } => Code::ResourceExhausted,
             DeployError::Refused { status, .. } => status.code(),
             DeployError::HostLost { .. } => Code::Unavailable,

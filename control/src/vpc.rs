@@ -14,6 +14,9 @@ pub use v6::VpcV6;
 use crate::name::{self, InvalidName};
 use crate::store::{Entry, Precondition, Store, StoreError, Write, decode};
 
+/// Where leases are stored: `ports/VPC` those of a VPC's first shared address, `ports/VPC/PLACE` those
+/// of the others.
+pub const LEASES_PREFIX: &str = "ports/";
 /// Where VPCs are stored: `vpc/NAME`.
 pub const VPC_PREFIX: &str = "vpc/";
 /// The VNI of the next VPC. It only grows: packets of a deleted VPC must never enter another.
@@ -73,6 +76,21 @@ pub struct Vpc {
     /// Further addresses that its microVMs are seen as. They only become more.
     #[serde(default)]
     pub more_addresses: Vec<SharedAddress>,
+    /// By whose addresses leaves what has no route in it.
+    #[serde(default)]
+    pub public: Option<Public>,
+    /// The VPC that leaves by its addresses; none if it has microVMs of its own.
+    #[serde(default)]
+    pub public_of: Option<String>,
+}
+
+/// The VPC by whose addresses another one leaves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Public {
+    /// Its name.
+    pub vpc: String,
+    /// The VNIs of its addresses: one for each place of the other's.
+    pub vnis: Vec<u32>,
 }
 
 impl Vpc {
@@ -97,6 +115,12 @@ impl Vpc {
     /// The VNIs of its shared addresses, each at its place.
     pub fn vnis(&self) -> Vec<u32> {
         self.shared_addresses().map(|shared| shared.vni).collect()
+    }
+
+    /// The VNI by which leaves what has no route, of what has the VNI of one of its shared addresses.
+    pub fn public_vni(&self, vni: u32) -> Option<u32> {
+        let place = self.shared_addresses().position(|shared| shared.vni == vni)?;
+        self.public.as_ref()?.vnis.get(place).copied()
     }
 
     /// Checks an address that is to be one more.
@@ -137,11 +161,30 @@ impl Vpc {
         Ok(next)
     }
 
+    /// Has it leave by the addresses of its public VPC, as far as it has any itself.
+    fn leave_by(&mut self, public: &Self) -> Result<(), InvalidVpc> {
+        let Some(Public { vpc, vnis }) = &mut self.public else { return Ok(()) };
+        let places = 1 + self.more_addresses.len();
+        *vnis = public.vnis();
+        if vnis.len() < places {
+            let problem = format!(
+                "{vpc} has {} addresses, and {} has {places}: give it more: `warren vpc add-address`",
+                vnis.len(),
+                self.name
+            );
+            return Err(InvalidVpc { field: "public", problem });
+        }
+        vnis.truncate(places);
+        Ok(())
+    }
+
     /// Whether it was defined as this one, whose VNIs are not given yet.
     fn is_defined_as(&self, wanted: &Self) -> bool {
         let mut bare = self.clone();
         bare.vni = 0;
         bare.more_addresses.iter_mut().for_each(|more| more.vni = 0);
+        bare.public.iter_mut().for_each(|public| public.vnis.clear());
+        bare.public_of = None;
         bare == *wanted
     }
 }
@@ -178,6 +221,14 @@ pub enum CreateVpcError {
         interface: String,
         /// Whose it is.
         other: String,
+    },
+    /// What has no route would not leave by what is asked for.
+    #[error("public: {vpc} {problem}")]
+    NotPublic {
+        /// What is asked for.
+        vpc: String,
+        /// Why it is none.
+        problem: String,
     },
     /// Nothing can be added to what is not there.
     #[error("there is no VPC \"{0}\": `warren vpc create` makes one")]
@@ -229,6 +280,11 @@ impl TryFrom<v1::Vpc> for Vpc {
             name::host(&vpc.search_domain)
                 .map_err(|InvalidName(problem)| invalid("search_domain")(problem))?;
         }
+        if !vpc.public_of.is_empty() {
+            let problem = "the control plane gives it: leave it empty".to_owned();
+            return Err(invalid("public_of")(problem));
+        }
+        let public = Some(vpc.public).filter(|public| !public.is_empty());
         let mut valid = Self {
             name: vpc.name,
             vni: 0,
@@ -241,6 +297,8 @@ impl TryFrom<v1::Vpc> for Vpc {
             resolver,
             search_domain: vpc.search_domain,
             more_addresses: Vec::new(),
+            public: public.map(|vpc| Public { vpc, vnis: Vec::new() }),
+            public_of: None,
         };
         for more in &vpc.more_addresses {
             let more = valid.check_more(more)?;
@@ -272,6 +330,8 @@ impl From<Vpc> for v1::Vpc {
             shared_address_v6,
             gateway_v6,
             more_addresses: vpc.more_addresses.into_iter().map(Into::into).collect(),
+            public: vpc.public.map(|public| public.vpc).unwrap_or_default(),
+            public_of: vpc.public_of.unwrap_or_default(),
         }
     }
 }
@@ -339,6 +399,14 @@ fn check_interface(name: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Where the leases of one of a VPC's shared addresses are stored.
+pub fn leases_key(vpc: &str, place: usize) -> String {
+    match place {
+        0 => format!("{LEASES_PREFIX}{vpc}"),
+        _ => format!("{LEASES_PREFIX}{vpc}/{place}"),
+    }
+}
+
 /// All VPCs, by name.
 pub async fn list(store: &dyn Store) -> Result<Vec<Vpc>, StoreError> {
     let (_, entries) = store.list(VPC_PREFIX).await?;
@@ -374,11 +442,45 @@ async fn try_create(store: &dyn Store, mut wanted: Vpc) -> Result<Vpc, CreateVpc
     }
     let next = wanted.number(0, vni)?;
     let key = format!("{VPC_PREFIX}{}", wanted.name);
-    let preconditions =
+    let mut preconditions =
         vec![Precondition::unchanged(NEXT_VNI, counter.as_ref()), Precondition::absent(&key)];
-    let writes = vec![Write::put(NEXT_VNI, &next)?, Write::put(key, &wanted)?];
+    let mut writes = vec![Write::put(NEXT_VNI, &next)?];
+    if let Some(Public { vpc, .. }) = &wanted.public {
+        let (entry, mut public) = find_public(store, vpc).await?;
+        wanted.leave_by(&public)?;
+        public.public_of = Some(wanted.name.clone());
+        // Whoever leases ports of it meanwhile finds it changed, or is found here.
+        preconditions.push(Precondition::unchanged(&entry.key, Some(&entry)));
+        for place in 0..public.shared_addresses().count() {
+            preconditions.push(Precondition::absent(leases_key(&public.name, place)));
+        }
+        writes.push(Write::put(entry.key, &public)?);
+    }
+    writes.push(Write::put(key, &wanted)?);
     store.commit(preconditions, writes).await?;
     Ok(wanted)
+}
+
+/// The VPC of this name, as it is stored, if another may leave by its addresses.
+async fn find_public(store: &dyn Store, name: &str) -> Result<(Entry, Vpc), CreateVpcError> {
+    let key = format!("{VPC_PREFIX}{name}");
+    let no = |problem: String| CreateVpcError::NotPublic { vpc: name.to_owned(), problem };
+    let entry = store.get(&key).await?;
+    let entry = entry.ok_or_else(|| no("is not there: `warren vpc create` makes one".into()))?;
+    let vpc: Vpc = decode(&key, &entry.value)?;
+    if let Some(other) = &vpc.public_of {
+        return Err(no(format!("is that of VPC {other}: create one for each")));
+    }
+    if let Some(further) = &vpc.public {
+        return Err(no(format!("leaves by {} itself: name that, or another", further.vpc)));
+    }
+    for place in 0..vpc.shared_addresses().count() {
+        if store.get(&leases_key(name, place)).await?.is_some() {
+            let problem = "has microVMs of its own, or had: create one for this purpose";
+            return Err(no(problem.into()));
+        }
+    }
+    Ok((entry, vpc))
 }
 
 /// Gives a VPC one more shared address. One that it has changes nothing.
@@ -414,6 +516,11 @@ async fn try_add_address(
     }
     vpc.more_addresses.push(more);
     let next = vpc.number(vpc.more_addresses.len(), vni)?;
+    if let Some(Public { vpc: name, .. }) = &vpc.public
+        && let Some(public) = get(store, name).await?
+    {
+        vpc.leave_by(&public)?;
+    }
     let preconditions = vec![
         Precondition::unchanged(NEXT_VNI, counter.as_ref()),
         Precondition::unchanged(&key, Some(&entry)),
@@ -473,7 +580,7 @@ mod tests {
             cidr_v6: "2001:db8:1::/64".into(),
             shared_address_v6: "2001:db8:1::9".into(),
             gateway_v6: "fe80::1".into(),
-            more_addresses: Vec::new(),
+            ..v1::Vpc::default()
         }
     }
 
@@ -536,11 +643,67 @@ mod tests {
         }
     }
 
+    async fn store(directory: &tempfile::TempDir) -> Arc<dyn Store> {
+        Arc::new(SqliteStore::open(&directory.path().join("state.db")).await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_vpc_leaves_by_one_that_is_there_for_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store(&directory).await;
+        let out = |name: &str, last: u8| v1::Vpc {
+            name: name.into(),
+            cidr: "203.0.113.0/24".into(),
+            shared_address: format!("203.0.113.{last}"),
+            interface: "eth2".into(),
+            ..v1::Vpc::default()
+        };
+        let blue = v1::Vpc { public: "blue-out".into(), ..valid() };
+        let refused = async |vpc: &v1::Vpc| create(&*store, vpc.clone()).await.unwrap_err();
+        assert!(refused(&blue).await.to_string().contains("blue-out is not there"));
+        let vni = create(&*store, out("blue-out", 7)).await.unwrap().vni;
+        let created = create(&*store, blue.clone()).await.unwrap();
+        assert_eq!(created.public_vni(created.vni), Some(vni));
+        assert_eq!(create(&*store, blue.clone()).await.unwrap(), created);
+        let public = get(&*store, "blue-out").await.unwrap().unwrap();
+        assert_eq!(public.public_of.as_deref(), Some("blue"));
+        assert_eq!(create(&*store, out("blue-out", 7)).await.unwrap(), public);
+
+        let red = |public: &str| v1::Vpc {
+            name: "red".into(),
+            interface: "eth3".into(),
+            public: public.into(),
+            ..valid()
+        };
+        let taken = refused(&red("blue-out")).await.to_string();
+        assert!(taken.contains("blue-out is that of VPC blue"), "{taken}");
+        let chained = refused(&red("blue")).await.to_string();
+        assert!(chained.contains("blue leaves by blue-out itself"), "{chained}");
+        create(&*store, out("used", 8)).await.unwrap();
+        let lease = Write::put(leases_key("used", 0), &crate::ports::Leases::default()).unwrap();
+        store.commit(Vec::new(), vec![lease]).await.unwrap();
+        let used = refused(&red("used")).await.to_string();
+        assert!(used.contains("used has microVMs of its own"), "{used}");
+
+        let more = |address: &str, v6: &str| v1::SharedAddress {
+            address: address.into(),
+            address_v6: v6.into(),
+            vni: 0,
+        };
+        let second = more("10.1.0.10", "2001:db8:1::a");
+        let few = add_address(&*store, "blue", second.clone()).await.unwrap_err().to_string();
+        assert!(few.contains("blue-out has 1 addresses, and blue has 2"), "{few}");
+        let public = add_address(&*store, "blue-out", more("203.0.113.9", "")).await.unwrap();
+        let blue = add_address(&*store, "blue", second).await.unwrap();
+        let leaves_by: Vec<_> =
+            blue.vnis().into_iter().filter_map(|vni| blue.public_vni(vni)).collect();
+        assert_eq!(leaves_by, public.vnis());
+    }
+
     #[tokio::test]
     async fn vnis_are_different_and_a_repetition_is_no_new_vpc() {
         let directory = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&directory.path().join("state.db")).await.unwrap();
-        let store: Arc<dyn Store> = Arc::new(store);
+        let store = store(&directory).await;
         let definition = |index: u32| v1::Vpc {
             name: format!("vpc-{index}"),
             shared_address: format!("10.1.0.{}", 10 + index),

@@ -223,6 +223,7 @@ fn proxy_vpc(request: &v1::ApplyVpcRequest, vpc: &v1::ProxyVpc) -> Result<ProxyV
         holders: holders.collect::<Result<_, Status>>()?,
         claim: None,
         routes: routes("proxy.routes", &vpc.routes)?,
+        public: Some(vpc.public_vni).filter(|vni| *vni != 0),
     })
 }
 

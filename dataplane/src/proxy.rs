@@ -84,6 +84,8 @@ struct Inner {
     /// The proxies of each VPC, the first one first; and the hosts that hold ports.
     proxies: BTreeMap<u32, Vec<IpAddr>>,
     hosts: BTreeMap<u32, BTreeSet<Ip>>,
+    /// The VNIs by which leaves what has no route in a VPC.
+    publics: BTreeMap<u32, u32>,
     /// The interfaces in VPCs, by their indices.
     ways: BTreeMap<u32, Way>,
     settled_at: Instant,
@@ -168,6 +170,7 @@ impl Proxy {
             told: Told::default(),
             proxies: load(file)?,
             hosts: BTreeMap::new(),
+            publics: BTreeMap::new(),
             ways: BTreeMap::new(),
             settled_at: now + SETTLING,
             witness: Some(true),
@@ -240,6 +243,7 @@ impl Proxy {
         self.providers.iter().for_each(|provider| provider.leave(vni));
         state.told.forget(vni);
         state.hosts.remove(&vni);
+        state.publics.remove(&vni);
         state.lose_way(vni);
         state.proxies.remove(&vni);
         self.save(&state.proxies)
@@ -602,11 +606,15 @@ impl Inner {
         self.ways.retain(|_, way| way.places.remove(&vni).is_none() || !way.places.is_empty());
     }
 
-    /// Settles whether this proxy wants these VPCs' addresses: if it can reach the VPC.
+    /// Settles whether this proxy wants these VPCs' addresses, and those of VPCs to which they are the
+    /// way out: if it can reach the VPC, and its way out.
     fn will(&mut self, vnis: &[u32]) {
-        for vni in vnis {
-            let mut ways = self.ways.values();
-            let is_open = ways.find(|way| way.places.contains_key(vni)).is_none_or(Way::is_open);
+        let of = self.publics.iter().filter(|(_, public)| vnis.contains(public));
+        let vpcs: Vec<u32> = of.map(|(vni, _)| *vni).collect();
+        for vni in vnis.iter().chain(&vpcs) {
+            let of = |vni| self.ways.values().find(|way| way.places.contains_key(vni));
+            let is_reached = |vni| of(vni).is_none_or(Way::is_open);
+            let is_open = is_reached(vni) && self.publics.get(vni).is_none_or(is_reached);
             if self.succession.set_willing(*vni, is_open) {
                 (self.burst, self.is_new) = (BURST, true);
             }
@@ -618,6 +626,10 @@ impl Inner {
         let order = proxies.iter().copied().map(Ip::from).collect();
         self.succession.apply(vni, order, claim, now);
         self.proxies.insert(vni, proxies);
+        match vpc.public {
+            Some(public) => self.publics.insert(vni, public),
+            None => self.publics.remove(&vni),
+        };
         let hosts = vpc.holders.iter().map(|(_, host)| Ip::from(*host)).collect();
         if let Some(sequence) = self.succession.claim(vni) {
             self.told.tell(vni, sequence, &hosts, now);

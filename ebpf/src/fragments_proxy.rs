@@ -8,14 +8,14 @@ use warren_abi::flow::Direction;
 use warren_abi::fragment::{First, Fragmented, Tag, origin};
 use warren_abi::maps::ProxyVpc;
 use warren_abi::packet::Packet;
-use warren_abi::wire::ETHERTYPE_IPV6;
+use warren_abi::wire::{ETHERTYPE_IPV6, Ip};
 
 use crate::fragment::{
     begin, direct_to, find, identify, identify_first, is_translated, look_for, look_for_from,
     piece, tag, take_remote, to_daemon, wait,
 };
 use crate::maps::End;
-use crate::{blocks, cache, drops, encap, parse, tail, tunnel};
+use crate::{blocks, cache, drops, encap, parse, public, tail, tunnel};
 
 /// Deals with a fragment as its first one was dealt with.
 #[classifier]
@@ -63,14 +63,20 @@ fn to_host<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i
     if piece.offset == 0 {
         let packet = parse::packet::<First<F>>(ctx, Direction::In)?;
         is_translated(&packet)?;
-        let host = blocks::holder(vpc, packet.local_port).ok_or(Drop::NoBlockHolder)?;
-        direct_to(host)?;
+        let host = blocks::holder(vpc, packet.local_port);
+        direct_to(host.unwrap_or(&Ip::UNSPECIFIED))?;
         begin(vpc.scope, &packet)?;
-        return encap::send(ctx, &packet, vpc.vni, host);
+        return match host {
+            Some(host) => encap::send(ctx, &packet, vpc.vni, host),
+            None => Ok(public::enter::<F>(ctx, vpc.vni, packet.local_port, packet.peer_port)),
+        };
     }
     let Some(datagram) = find(&piece)? else { return wait(ctx, tag) };
-    let packet = Packet::of(&fields, datagram.local_port, datagram.peer_port);
-    encap::send(ctx, &packet, vpc.vni, &datagram.host)
+    let (local_port, peer_port) = (datagram.local_port, datagram.peer_port);
+    if datagram.host.is_unspecified() {
+        return Ok(public::enter::<F>(ctx, vpc.vni, local_port, peer_port));
+    }
+    encap::send(ctx, &Packet::of(&fields, local_port, peer_port), vpc.vni, &datagram.host)
 }
 
 /// From a host: into the VPC, or back to a host. They come in order, as the host sent them.
@@ -87,9 +93,9 @@ fn to_vpc<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i3
         let mut packet = parse::packet::<First<F>>(ctx, Direction::Out)?;
         is_translated(&packet)?;
         identify_first::<F>(ctx)?;
-        let action = tunnel::forward(ctx, vpc, &remote, &mut packet)?;
+        tunnel::admit(ctx, vpc, &remote, &mut packet)?;
         begin(vpc.scope, &packet)?;
-        return Ok(action);
+        return tunnel::leave(ctx, vpc, &packet);
     }
     let datagram = find(&piece)?.ok_or(Drop::Fragment)?;
     let packet = Packet::of(&fields, datagram.local_port, datagram.peer_port);

@@ -2,7 +2,7 @@
 //!
 //! Host: [`tap`] is what guests send, [`tunnel`] what returns to them. Proxy: [`tunnel`] is what
 //! hosts send into a VPC, [`vpc`] what returns. [`underlay`] is the tunnel's short cut on both.
-//! [`node`] is what nodes tell each other. [`services`] is between guests and the daemon. [`sweep`] collects flows that ended.
+//! [`public`] is how what has no route in a VPC leaves, and returns. [`node`] is what nodes tell each other. [`services`] is between guests and the daemon. [`sweep`] collects flows that ended.
 //!
 //! Nothing that a program does not understand passes: the kernel's own stack is out of reach from
 //! guests, tunnels and VPCs.
@@ -41,6 +41,7 @@ mod nd;
 mod node;
 mod parse;
 mod policy;
+mod public;
 mod route;
 mod services;
 mod sweep;

@@ -53,6 +53,10 @@ pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static PROXY_VPCS: HashMap<u32, ProxyVpc> = HashMap::with_max_entries(1, 0);
 #[map]
+pub static PUBLIC: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
+#[map]
+pub static PRIVATE: HashMap<u32, u32> = HashMap::with_max_entries(1, 0);
+#[map]
 pub static INTERFACES: HashMap<InterfaceKey, u32> = HashMap::with_max_entries(1, 0);
 #[map]
 pub static BLOCKS: HashMap<BlockKey, Ip> = HashMap::with_max_entries(1, 0);

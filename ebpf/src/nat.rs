@@ -45,6 +45,24 @@ pub fn translate<F: Family>(
     Ok(())
 }
 
+/// [`translate`], of the address alone, and of what comes from anywhere.
+#[inline(always)]
+pub fn translate_address<F: Family>(
+    ctx: &TcContext,
+    packet: &Packet<F>,
+    direction: Direction,
+    address: F::Address,
+) -> Result<(), Drop> {
+    let old = match direction {
+        Direction::Out => packet.source,
+        Direction::In => packet.destination,
+    };
+    if !packet.unchecked {
+        replace(ctx, packet, (old, address), packet.local_port)?;
+    }
+    readdress(ctx, packet, direction, address)
+}
+
 /// Changes the checksum of what came from a TAP, if that is not left to the device: then, it is the
 /// pseudo-header's sum. False: it may be, or is not of TCP or UDP.
 ///

@@ -24,7 +24,7 @@ use crate::maps::End;
 use crate::parse::{Packet, at};
 use crate::{
     blocks, cache, conntrack, drops, encap, fragment, icmp, limit, migration, mss, nat, node,
-    parse, route, tail,
+    parse, public, route, tail,
 };
 
 /// Address families (`linux/socket.h`).
@@ -163,17 +163,19 @@ fn to_vpc<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, remote: &Ip) -> Result<i32
     if parse::ethernet(ctx)?.ethertype != F::ETHERTYPE {
         return Err(Drop::NotIpv4);
     }
-    forward(ctx, vpc, remote, &mut parse::packet::<F>(ctx, Direction::Out)?)
+    let mut packet = parse::packet::<F>(ctx, Direction::Out)?;
+    admit(ctx, vpc, remote, &mut packet)?;
+    leave(ctx, vpc, &packet)
 }
 
-/// Sends a packet into the VPC, or back to a host, if the one that sent it may do so.
+/// Whether the host that sent a packet may do so.
 #[inline(always)]
-pub fn forward<F: Family>(
+pub fn admit<F: Family>(
     ctx: &TcContext,
     vpc: &ProxyVpc,
     remote: &Ip,
     packet: &mut Packet<F>,
-) -> Result<i32, Drop> {
+) -> Result<(), Drop> {
     let shared = F::shared_on_proxy(vpc)?;
     if !F::same(packet.source, shared) {
         return Err(Drop::SpoofedAddress);
@@ -185,20 +187,28 @@ pub fn forward<F: Family>(
         }
     }
     let holder = blocks::holder(vpc, packet.local_port).ok_or(Drop::NotBlockHolder)?;
-    if !End::same(holder, remote) {
-        return Err(Drop::NotBlockHolder);
-    }
-    leave(ctx, vpc, packet)
+    if End::same(holder, remote) { Ok(()) } else { Err(Drop::NotBlockHolder) }
 }
 
-/// Sends a packet of the shared address's on.
+/// Sends a packet of the shared address's into the VPC, or back to a host, or to where it may leave.
 #[inline(always)]
 pub fn leave<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> Result<i32, Drop> {
     let own = if F::same(packet.destination, packet.source) { Some(vpc) } else { None };
     if let Some(own) = own.or_else(|| sibling_of(vpc, F::ip(packet.destination))) {
         return hairpin(ctx, own, packet);
     }
-    let next_hop = route::next_hop(vpc, F::ip(packet.destination))?;
+    match to_next_hop::<F>(vpc, F::ip(packet.destination)) {
+        Err(Drop::NoRoute) if vpc.hairpins & ProxyVpc::PUBLIC != 0 => {
+            Ok(public::leave::<F>(ctx, vpc.vni, packet.local_port, packet.peer_port))
+        }
+        result => result,
+    }
+}
+
+/// Sends a packet towards a destination in the VPC.
+#[inline(always)]
+pub fn to_next_hop<F: Family>(vpc: &ProxyVpc, destination: Ip) -> Result<i32, Drop> {
+    let next_hop = route::next_hop(vpc, destination)?;
     // The next hop is given and no route asked for: VPCs' networks may overlap.
     let (nh_family, ipv6_nh) = match next_hop.to_v4() {
         Some(address) => (AF_INET, [address.0, 0, 0, 0]),
@@ -216,8 +226,8 @@ pub fn leave<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> 
 
 /// The VPC with another shared address on the same interface, if that is what this is.
 #[inline(always)]
-fn sibling_of(vpc: &ProxyVpc, address: Ip) -> Option<&'static ProxyVpc> {
-    if vpc.has_siblings == 0 {
+pub fn sibling_of(vpc: &ProxyVpc, address: Ip) -> Option<&'static ProxyVpc> {
+    if vpc.hairpins & ProxyVpc::SIBLINGS == 0 {
         return None;
     }
     let sibling = cache::vpc_at(vpc.ifindex, address)?;
@@ -226,10 +236,15 @@ fn sibling_of(vpc: &ProxyVpc, address: Ip) -> Option<&'static ProxyVpc> {
     if is_its { Some(sibling) } else { None }
 }
 
-/// As [`sibling_of`], of a VNI.
+/// Whether what is in this VNI for this destination goes back into the tunnel, if it is not for the
+/// one that sent it.
 #[inline(always)]
-pub fn sibling(vni: u32, address: Ip) -> Option<&'static ProxyVpc> {
-    sibling_of(cache::proxy_vpc(vni)?, address)
+pub fn goes_back(vni: u32, destination: Ip) -> bool {
+    match cache::proxy_vpc(vni) {
+        Some(vpc) if vpc.hairpins == 0 => false,
+        Some(vpc) => sibling_of(vpc, destination).is_some() || public::is_public(vpc, destination),
+        None => false,
+    }
 }
 
 /// Sends a packet for a shared address of the VPC's back to the host that holds the port: it is for a guest
@@ -241,7 +256,9 @@ fn hairpin<F: Family>(ctx: &TcContext, vpc: &ProxyVpc, packet: &Packet<F>) -> Re
     if packet.protocol == ICMP && !packet.is_error {
         return Err(Drop::BadDestination);
     }
-    let host = blocks::holder(vpc, packet.peer_port).ok_or(Drop::NoBlockHolder)?;
+    let Some(host) = blocks::holder(vpc, packet.peer_port) else {
+        return Ok(public::enter::<F>(ctx, vpc.vni, packet.peer_port, packet.local_port));
+    };
     encap::fits(ctx, packet)?;
     encap::send(ctx, packet, vpc.vni, host)
 }

@@ -56,7 +56,7 @@ pub fn underlay_host(ctx: TcContext) -> i32 {
 /// On a proxy.
 #[classifier]
 pub fn underlay_proxy(ctx: TcContext) -> i32 {
-    match decapsulate(&ctx, |vni, destination| tunnel::sibling(vni, destination).is_some()) {
+    match decapsulate(&ctx, tunnel::goes_back) {
         Some((vni, remote)) => tunnel::proxy(&ctx, vni, &Ip::v4(remote)),
         None => node::message(&ctx),
     }

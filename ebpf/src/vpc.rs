@@ -18,7 +18,7 @@ use crate::answer::Answerer;
 use crate::drops::TCX_NEXT;
 use crate::maps::REACHED;
 use crate::parse::IP;
-use crate::{answer, arp, blocks, cache, drops, encap, fragment, icmp, nd, parse};
+use crate::{answer, arp, blocks, cache, drops, encap, fragment, icmp, nd, parse, public};
 
 /// Answers ARP and neighbour discovery for the shared addresses; sends what is for them to the host
 /// that holds the port.
@@ -174,7 +174,9 @@ fn to_host<F: Family>(ctx: &TcContext, vpc: &ProxyVpc) -> Result<i32, Drop> {
             return Err(Drop::IcmpError);
         }
     }
-    let host = blocks::holder(vpc, packet.local_port).ok_or(Drop::NoBlockHolder)?;
+    let Some(host) = blocks::holder(vpc, packet.local_port) else {
+        return Ok(public::enter::<F>(ctx, vpc.vni, packet.local_port, packet.peer_port));
+    };
     encap::fits(ctx, &packet)?;
     encap::send(ctx, &packet, vpc.vni, host)
 }

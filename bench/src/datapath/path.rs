@@ -160,6 +160,7 @@ impl Warren {
                 holders: vec![(PORTS, HOST.into())],
                 claim: Some(1),
                 routes: Vec::new(),
+                public: None,
             };
             Ok(ProxyDatapath::open(&this.proxy.0)?.apply_vpc(&vpc)?)
         })?;

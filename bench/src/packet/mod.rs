@@ -220,6 +220,7 @@ impl Router {
             holders: vec![(PORTS, HOST.into())],
             claim: Some(1),
             routes: (0..routes).map(route).collect(),
+            public: None,
         };
         Ok(self.namespace.run(|| self.proxy.apply_vpc(&vpc))?)
     }

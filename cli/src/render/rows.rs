@@ -23,6 +23,9 @@ pub struct VpcRow {
     resolver: Option<String>,
     search_domain: Option<String>,
     more_addresses: Vec<SharedAddressObject>,
+    /// The VPC that it leaves by, and the one that leaves by it.
+    public: Option<String>,
+    public_of: Option<String>,
 }
 
 /// A further shared address.
@@ -55,6 +58,8 @@ impl From<v1::Vpc> for VpcRow {
             ports_per_host: vpc.ports_per_host,
             resolver: some(vpc.resolver),
             search_domain: some(vpc.search_domain),
+            public: some(vpc.public),
+            public_of: some(vpc.public_of),
         }
     }
 }
@@ -73,6 +78,7 @@ impl Row for VpcRow {
         "PORTS PER HOST",
         "RESOLVER",
         "SEARCH DOMAIN",
+        "PUBLIC",
     ];
 
     fn cells(&self) -> Vec<String> {
@@ -95,6 +101,7 @@ impl Row for VpcRow {
             self.ports_per_host.to_string(),
             dash(self.resolver.as_deref()),
             dash(self.search_domain.as_deref()),
+            dash(self.public.as_deref()),
         ]
     }
 }
@@ -451,13 +458,15 @@ mod tests {
                 address_v6: "fd00:1::a".into(),
                 vni: 4097,
             }],
+            public: "blue-out".into(),
+            public_of: String::new(),
         });
         assert_eq!(
             one(Output::Table, &row),
             "NAME  VNI   CIDR         SHARED ADDRESS       INTERFACE  GATEWAY  CIDR V6      \
-             SHARED ADDRESS V6     GATEWAY V6  PORTS PER HOST  RESOLVER  SEARCH DOMAIN\n\
+             SHARED ADDRESS V6     GATEWAY V6  PORTS PER HOST  RESOLVER  SEARCH DOMAIN  PUBLIC\n\
              blue  4096  10.1.0.0/16  10.1.0.9, 10.1.0.10  eth1       -        fd00:1::/64  \
-             fd00:1::9, fd00:1::a  -           1024            10.1.0.2  -"
+             fd00:1::9, fd00:1::a  -           1024            10.1.0.2  -              blue-out"
         );
         let json: serde_json::Value = serde_json::from_str(&one(Output::Json, &row)).unwrap();
         assert_eq!(json["vni"], 4096);

@@ -9,11 +9,8 @@ use crate::leasing::View;
 use crate::ports::{Demand, Leases, needed, wanted};
 use crate::spread;
 use crate::store::{Precondition, StoreError, Write, decode};
-use crate::vpc;
+use crate::vpc::{LEASES_PREFIX, VPC_PREFIX, Vpc, leases_key};
 
-/// Where leases are stored: `ports/VPC` those of a VPC's first shared address, `ports/VPC/PLACE` those
-/// of the others.
-pub(super) const LEASES_PREFIX: &str = "ports/";
 /// A start waits so long for more ports.
 const ROOM_TIMEOUT: Duration = Duration::from_millis(250);
 
@@ -22,13 +19,6 @@ pub(super) fn place_of(rest: &str) -> Option<(&str, usize)> {
     match rest.split_once('/') {
         None => Some((rest, 0)),
         Some((vpc, place)) => Some((vpc, place.parse().ok()?)),
-    }
-}
-
-fn key(vpc: &str, place: usize) -> String {
-    match place {
-        0 => format!("{LEASES_PREFIX}{vpc}"),
-        _ => format!("{LEASES_PREFIX}{vpc}/{place}"),
     }
 }
 
@@ -56,9 +46,8 @@ impl Deployer {
                     // What there is not is told of when it is next looked for.
                     leases.lease(host, want).ok();
                 }
-                Ok::<_, StoreError>(())
             };
-            if self.change_leases(&key(vpc, place), lease).await? {
+            if self.change_leases(&leases_key(vpc, place), lease).await? {
                 break;
             }
         }
@@ -108,9 +97,8 @@ impl Deployer {
             if stored == known {
                 stored.clone_from(leases);
             }
-            Ok::<_, StoreError>(())
         };
-        self.change_leases(&key(vpc, place), change).await.map(drop)
+        self.change_leases(&leases_key(vpc, place), change).await.map(drop)
     }
 
     /// Takes from a host that is gone for good all ports of all VPCs: they are another's when each
@@ -119,7 +107,6 @@ impl Deployer {
         for entry in self.store.list(LEASES_PREFIX).await?.1 {
             let forget = |leases: &mut Leases| {
                 leases.forget(host);
-                Ok::<_, StoreError>(())
             };
             self.change_leases(&entry.key, forget).await?;
         }
@@ -134,9 +121,27 @@ impl Deployer {
         host: &str,
         but: &BTreeSet<usize>,
     ) -> Result<(), DeployError> {
-        let definition = vpc::get(&*self.store, vpc)
-            .await?
-            .ok_or_else(|| DeployError::UnknownVpc(vpc.to_owned()))?;
+        loop {
+            match self.try_lease(vpc, host, but).await {
+                // The VPC or its leases were changed meanwhile.
+                Err(DeployError::Store(StoreError::Conflict(_))) => {}
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_lease(
+        &self,
+        vpc: &str,
+        host: &str,
+        but: &BTreeSet<usize>,
+    ) -> Result<(), DeployError> {
+        let entry = self.store.get(&format!("{VPC_PREFIX}{vpc}")).await?;
+        let entry = entry.ok_or_else(|| DeployError::UnknownVpc(vpc.to_owned()))?;
+        let definition: Vpc = decode(&entry.key, &entry.value)?;
+        if let Some(of) = definition.public_of {
+            return Err(DeployError::IsPublic { vpc: vpc.to_owned(), of });
+        }
         let lease = |leases: &mut Leases| {
             if leases.of(host).is_some() {
                 return Ok(());
@@ -154,7 +159,8 @@ impl Deployer {
             if but.contains(&place) {
                 continue;
             }
-            match self.change_leases(&key(vpc, place), lease).await {
+            let unchanged = Precondition::unchanged(&entry.key, Some(&entry));
+            match self.try_change_leases(&leases_key(vpc, place), vec![unchanged], lease).await {
                 Ok(_) => return Ok(()),
                 Err(error @ DeployError::NoPorts { .. }) => exhausted = exhausted.or(Some(error)),
                 Err(error) => return Err(error),
@@ -178,30 +184,43 @@ impl Deployer {
     }
 
     /// Changes leases as they are stored, under a key. Whether that changed anything.
-    async fn change_leases<E: From<StoreError>>(
+    async fn change_leases(
         &self,
         key: &str,
-        change: impl Fn(&mut Leases) -> Result<(), E>,
-    ) -> Result<bool, E> {
+        change: impl Fn(&mut Leases),
+    ) -> Result<bool, StoreError> {
         loop {
-            let entry = self.store.get(key).await?;
-            let before: Leases = match &entry {
-                Some(entry) => decode(key, &entry.value)?,
-                None => Leases::default(),
+            let changed = |leases: &mut Leases| {
+                change(leases);
+                Ok::<_, StoreError>(())
             };
-            let mut leases = before.clone();
-            change(&mut leases)?;
-            if leases == before {
-                return Ok(false);
-            }
-            let precondition = Precondition::unchanged(key, entry.as_ref());
-            let write = Write::put(key, &leases)?;
-            match self.store.commit(vec![precondition], vec![write]).await {
-                Ok(_) => return Ok(true),
+            match self.try_change_leases(key, Vec::new(), changed).await {
                 // They were changed meanwhile.
                 Err(StoreError::Conflict(_)) => {}
-                Err(error) => return Err(error.into()),
+                done => return done,
             }
         }
+    }
+
+    /// The same, which may fail, and does if anything was changed meanwhile.
+    async fn try_change_leases<E: From<StoreError>>(
+        &self,
+        key: &str,
+        mut preconditions: Vec<Precondition>,
+        change: impl Fn(&mut Leases) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let entry = self.store.get(key).await?;
+        let before: Leases = match &entry {
+            Some(entry) => decode(key, &entry.value)?,
+            None => Leases::default(),
+        };
+        let mut leases = before.clone();
+        change(&mut leases)?;
+        if leases == before {
+            return Ok(false);
+        }
+        preconditions.push(Precondition::unchanged(key, entry.as_ref()));
+        self.store.commit(preconditions, vec![Write::put(key, &leases)?]).await?;
+        Ok(true)
     }
 }

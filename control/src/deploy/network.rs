@@ -8,14 +8,14 @@ use warren_proto::route::Route;
 use warren_proto::security::Security;
 use warren_proto::v1::{self, ApplyVpcRequest};
 
-use super::leases::{LEASES_PREFIX, place_of};
+use super::leases::place_of;
 use crate::fleet::{Peer, Session};
 use crate::plan::{self, Node, Plan, plan};
 use crate::ports::Leases;
 use crate::routes::ROUTES_PREFIX;
 use crate::security::{SECURITY_PREFIX, Stored};
 use crate::store::{Revision, StoreError, decode};
-use crate::vpc::{VPC_PREFIX, Vpc};
+use crate::vpc::{LEASES_PREFIX, VPC_PREFIX, Vpc};
 
 #[derive(Default)]
 pub(super) struct State {

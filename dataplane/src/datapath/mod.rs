@@ -170,6 +170,9 @@ pub struct ProxyVpc {
     pub claim: Option<u32>,
     /// Its own routes, which come before those of CIDR and gateway; the longest prefix wins.
     pub routes: Vec<Route>,
+    /// VNI of the address by which leaves what has no route: another one, without holders, which no
+    /// other VPC leaves by. Ports there are those of the shared address.
+    pub public: Option<u32>,
 }
 
 /// The IPv6 of a VPC, as a proxy knows it.

@@ -68,6 +68,9 @@ struct State {
     programs: Programs,
     vpcs: Table<u32, maps::ProxyVpc>,
     interfaces: Table<InterfaceKey, u32>,
+    /// VNIs of public addresses, by VPC; and the reverse.
+    publics: Table<u32, u32>,
+    privates: Table<u32, u32>,
     /// VNIs of the shared addresses on each interface, by its index.
     vnis: HashMap<u32, BTreeSet<u32>>,
     blocks: Table<BlockKey, Ip>,
@@ -114,6 +117,8 @@ impl ProxyDatapath {
                 vpcs_spec(),
                 MapSpec::new::<InterfaceKey, u32>(names::INTERFACES, 3 * MAX_VPCS)
                     .layout(layouts::INTERFACES),
+                MapSpec::new::<u32, u32>(names::PUBLIC, MAX_VPCS),
+                MapSpec::new::<u32, u32>(names::PRIVATE, MAX_VPCS),
                 MapSpec::new::<BlockKey, Ip>(names::BLOCKS, MAX_BLOCKS).layout(layouts::BLOCKS),
                 MapSpec::new::<u32, maps::Drops>(names::DROPS, MAX_VPCS + 1).layout(layouts::DROPS),
                 MapSpec::new::<u32, u64>(names::ANSWERS, MAX_VPCS + 1),
@@ -162,6 +167,8 @@ impl ProxyDatapath {
             netlink,
             vpcs,
             interfaces,
+            publics: Table::open(&mut programs, names::PUBLIC, &changes)?,
+            privates: Table::open(&mut programs, names::PRIVATE, &changes)?,
             vnis,
             known_blocks: known_blocks(&blocks)?,
             blocks,
@@ -196,6 +203,7 @@ impl ProxyDatapath {
             v6.gateway.map_or(Ok(()), check_gateway_v6)?;
             underlay::check_mtu_v6(&self.underlay)?;
         }
+        vpc.public.map_or(Ok(()), check_vni)?;
         for (_, holder) in &vpc.holders {
             underlay::check_remote(&self.underlay, "holder of ports", *holder)?;
         }
@@ -232,6 +240,9 @@ impl ProxyDatapath {
         if has_table {
             state.routes.set(vpc.vni, &routes)?;
         }
+        state.set_public(vpc.vni, vpc.public)?;
+        let siblings = before.map_or(0, |before| before.hairpins & maps::ProxyVpc::SIBLINGS);
+        let public = vpc.public.map_or(0, |_| maps::ProxyVpc::PUBLIC);
         let value = maps::ProxyVpc {
             vni: vpc.vni,
             ifindex: interface.index,
@@ -242,8 +253,8 @@ impl ProxyDatapath {
             scope,
             mac: Mac::new(mac),
             standby: vpc.claim.is_none().into(),
-            // Set right below.
-            has_siblings: before.map_or(0, |before| before.has_siblings),
+            // Siblings are told right below.
+            hairpins: siblings | public,
             claim: vpc.claim.or(before.map(|before| before.claim)).unwrap_or_default(),
             // After the table changed: what programs found in it until now is not used any more.
             table: if has_table { monotonic_ns() } else { 0 },
@@ -339,6 +350,7 @@ impl ProxyDatapath {
         state.vpcs.remove(&vni)?;
         state.tell_siblings(vpc.ifindex)?;
         state.routes.set(vni, &Entries::new())?;
+        state.set_public(vni, None)?;
         state.set_blocks(vni, &BTreeMap::new())
     }
 
@@ -367,6 +379,7 @@ impl ProxyDatapath {
                 holders: state.holders(vpc.vni),
                 claim: (vpc.standby == 0).then_some(vpc.claim),
                 routes: Vec::new(),
+                public: state.publics.find(&vpc.vni)?,
             };
             vpc.routes = state.routes.of(&vpc);
             vpcs.push(vpc);
@@ -459,11 +472,35 @@ impl State {
     /// Has each VPC on an interface know whether there are others.
     fn tell_siblings(&mut self, ifindex: u32) -> Result<(), Error> {
         let all = self.vpcs_on(ifindex)?;
-        let has_siblings = (all.len() > 1).into();
-        for vpc in all.iter().filter(|vpc| vpc.has_siblings != has_siblings) {
-            self.vpcs.insert(&vpc.vni, &maps::ProxyVpc { has_siblings, ..*vpc })?;
+        let siblings = if all.len() > 1 { maps::ProxyVpc::SIBLINGS } else { 0 };
+        for vpc in all {
+            let hairpins = vpc.hairpins & !maps::ProxyVpc::SIBLINGS | siblings;
+            if hairpins != vpc.hairpins {
+                self.vpcs.insert(&vpc.vni, &maps::ProxyVpc { hairpins, ..vpc })?;
+            }
         }
         Ok(())
+    }
+
+    /// Has what has no route in a VPC leave by the address of another VNI, and what comes for that
+    /// enter.
+    fn set_public(&mut self, vni: u32, wanted: Option<u32>) -> Result<(), Error> {
+        let present = self.publics.find(&vni)?;
+        if present == wanted {
+            return Ok(());
+        }
+        if let Some(public) = wanted {
+            if let Some(other) = self.privates.find(&public)?.filter(|other| *other != vni) {
+                let value = format!("{public}, which is that of VNI {other}");
+                let remedy = "give each VPC a public address of its own";
+                return Err(Error::invalid("VNI of the public address", value, remedy));
+            }
+            self.privates.insert(&public, &vni)?;
+            self.publics.insert(&vni, &public)?;
+        } else {
+            self.publics.remove(&vni)?;
+        }
+        present.map_or(Ok(()), |public| self.privates.remove(&public))
     }
 
     /// A scope that no VPC has, its counters at zero.

@@ -68,7 +68,7 @@ fn proxy_vpc(vpc: &ProxyVpcV1) -> maps::ProxyVpc {
         scope,
         mac,
         standby: 0,
-        has_siblings: 0,
+        hairpins: 0,
         claim: 0,
         table: vpc.table,
         v6: ProxyVpcV6::NONE,

@@ -193,6 +193,7 @@ pub fn proxy_vpc<A: Into<IpAddr>>(vni: u32, holders: Vec<(PortRange, A)>) -> Pro
         holders: holders.into_iter().map(|(ports, host)| (ports, host.into())).collect(),
         claim: Some(1),
         routes: Vec::new(),
+        public: None,
     }
 }
 

@@ -16,6 +16,7 @@ mod lifecycle;
 mod limits;
 mod mss;
 mod policy;
+mod public;
 mod resets;
 mod reuse;
 mod routes;

@@ -146,7 +146,7 @@ impl Programs {
             scope: SCOPE,
             mac: Mac::new(VPC_MAC),
             standby: 0,
-            has_siblings: 0,
+            hairpins: 0,
             claim: 0,
             table: 0,
             v6: ProxyVpcV6 {
