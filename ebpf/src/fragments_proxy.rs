@@ -64,6 +64,9 @@ fn to_host<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i
         let packet = parse::packet::<First<F>>(ctx, Direction::In)?;
         is_translated(&packet)?;
         let host = blocks::holder(vpc, packet.local_port);
+        if host.is_none() && !public::is_entrance(vpc.vni) {
+            return Err(Drop::NoBlockHolder);
+        }
         direct_to(host.unwrap_or(&Ip::UNSPECIFIED))?;
         begin(vpc.scope, &packet)?;
         return match host {
@@ -94,8 +97,16 @@ fn to_vpc<F: Fragmented>(ctx: &TcContext, vpc: &ProxyVpc, tag: Tag) -> Result<i3
         is_translated(&packet)?;
         identify_first::<F>(ctx)?;
         tunnel::admit(ctx, vpc, &remote, &mut packet)?;
-        begin(vpc.scope, &packet)?;
-        return tunnel::leave(ctx, vpc, &packet);
+        // What leaves by a public address does not come back here.
+        let is_public = vpc.hairpins & ProxyVpc::PUBLIC != 0;
+        if is_public {
+            begin(vpc.scope, &packet)?;
+        }
+        let action = tunnel::leave(ctx, vpc, &packet)?;
+        if !is_public {
+            begin(vpc.scope, &packet)?;
+        }
+        return Ok(action);
     }
     let datagram = find(&piece)?.ok_or(Drop::Fragment)?;
     let packet = Packet::of(&fields, datagram.local_port, datagram.peer_port);

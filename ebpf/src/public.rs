@@ -66,6 +66,13 @@ pub fn is_public(vpc: &ProxyVpc, address: Ip) -> bool {
     }
 }
 
+/// Whether an address is a VPC's public one.
+#[inline(always)]
+pub fn is_entrance(vni: u32) -> bool {
+    // SAFETY: nothing of it is read.
+    unsafe { PRIVATE.get(vni) }.is_some()
+}
+
 #[inline(always)]
 fn public_of(vni: u32) -> Option<&'static ProxyVpc> {
     // SAFETY: it is copied at once.

@@ -16,7 +16,7 @@ struct Budget {
 
 /// A third above what they were when this was last looked at. Raise one with the reason in the
 /// commit's message.
-const BUDGETS: [Budget; 28] = [
+const BUDGETS: [Budget; 32] = [
     Budget { program: programs::TAP, verified: 85_000, translated: 69_000, jited: 40_000 },
     Budget { program: programs::TUNNEL_HOST, verified: 51_000, translated: 43_700, jited: 25_700 },
     Budget { program: programs::TUNNEL_PROXY, verified: 11_600, translated: 26_000, jited: 15_200 },
@@ -103,6 +103,10 @@ const BUDGETS: [Budget; 28] = [
         translated: 31_000,
         jited: 18_000,
     },
+    Budget { program: programs::PUBLIC_OUT, verified: 5_470, translated: 13_400, jited: 7_730 },
+    Budget { program: programs::PUBLIC_OUT_V6, verified: 7_570, translated: 17_400, jited: 10_200 },
+    Budget { program: programs::PUBLIC_IN, verified: 5_730, translated: 14_100, jited: 8_140 },
+    Budget { program: programs::PUBLIC_IN_V6, verified: 8_210, translated: 17_200, jited: 10_400 },
     Budget { program: programs::NODE_HOST, verified: 21_400, translated: 7_100, jited: 4_050 },
     Budget { program: programs::NODE_PROXY, verified: 420, translated: 3_250, jited: 1_880 },
 ];
