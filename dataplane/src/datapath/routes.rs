@@ -168,6 +168,7 @@ mod tests {
             holders: vec![],
             claim: None,
             routes: routes.iter().map(|route| route.parse().unwrap()).collect(),
+            public: None,
         }
     }
 
