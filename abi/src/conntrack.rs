@@ -212,8 +212,10 @@ pub struct Ports {
 }
 
 impl Ports {
+    /// Whether a port is one of them.
     #[inline(always)]
-    const fn contains(self, port: Be16) -> bool {
+    #[must_use]
+    pub const fn contains(self, port: Be16) -> bool {
         (port.get() as u32).wrapping_sub(self.base) < self.count
     }
 }

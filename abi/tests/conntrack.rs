@@ -47,6 +47,43 @@ fn short_connections_to_one_server_never_want_for_a_port() {
     assert_eq!(tables.lock().flows.len(), 64);
 }
 
+/// The ports are those that the host had when the control plane was last heard of.
+#[test]
+fn for_an_hour_on_one_block_flows_go_on_and_new_ones_begin() {
+    let tables = Plain::default();
+    let connection = Plain::slot(&tables, 4);
+    let send = |protocol, flags| {
+        outward(&tables, &connection, PORTS, &segment(protocol, 1, Be16(9), flags))
+    };
+    let open = send(TCP, tcp::SYN).expect("there is a port");
+    let answer = |port, protocol, flags| {
+        let reply = Segment { local_port: port, ..segment(protocol, 1, Be16(0), flags) };
+        inward(&tables, VNI, &reply).map(|to| (to.slot.number, to.port))
+    };
+    assert_eq!(answer(open, TCP, tcp::SYN | tcp::ACK), Ok((4, Be16(9))));
+    assert_eq!(send(TCP, tcp::ACK), Ok(open));
+    let talk = send(UDP, 0).expect("there is a port");
+    let mut begun = 0;
+    for now in 1..=3600 {
+        tables.clock.store(now, Ordering::SeqCst);
+        sweep(&tables);
+        if now % 300 == 0 {
+            assert_eq!(send(TCP, tcp::ACK), Ok(open), "after {now} s");
+            assert_eq!(answer(open, TCP, tcp::ACK), Ok((4, Be16(9))), "after {now} s");
+        }
+        if now % 20 == 0 {
+            assert_eq!(send(UDP, 0), Ok(talk), "after {now} s");
+            assert_eq!(answer(talk, UDP, 0), Ok((4, Be16(9))), "after {now} s");
+        }
+        for guest in 1..=3 {
+            begun += 1;
+            let port = connect_and_close(&tables, guest, 1000 + begun % 30_000);
+            assert!(port.is_ok_and(|port| PORTS.contains(port)), "after {now} s: {port:?}");
+        }
+    }
+    check(&tables);
+}
+
 #[test]
 fn a_flow_that_lives_is_never_displaced() {
     let tables = Plain::default();

@@ -10,6 +10,7 @@ mod reach;
 pub mod session;
 pub mod succession;
 mod told;
+mod way;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -27,13 +28,13 @@ use warren_proto::v1;
 
 use self::load::Meter;
 use self::message::Message;
-use self::reach::Reach;
 use self::session::{INTERVAL, Session, State};
 use self::succession::{Health, Move, Standing, Statement, Succession};
 use self::told::Told;
+use self::way::Ways;
 use crate::announce::Announcer;
 use crate::clock::monotonic_ns;
-use crate::datapath::{Changed, DropCount, Error, LinkEvents, Place, ProxyDatapath, ProxyVpc};
+use crate::datapath::{Changed, DropCount, Error, LinkEvents, ProxyDatapath, ProxyVpc};
 use crate::eni::{Assignment, EniProvider};
 
 /// A daemon that did not ask for so long is not there.
@@ -84,10 +85,7 @@ struct Inner {
     /// The proxies of each VPC, the first one first; and the hosts that hold ports.
     proxies: BTreeMap<u32, Vec<IpAddr>>,
     hosts: BTreeMap<u32, BTreeSet<Ip>>,
-    /// The VNIs by which leaves what has no route in a VPC.
-    publics: BTreeMap<u32, u32>,
-    /// The interfaces in VPCs, by their indices.
-    ways: BTreeMap<u32, Way>,
+    ways: Ways,
     settled_at: Instant,
     /// Whether this proxy reaches others, or at least hosts; none: that is not known yet.
     witness: Option<bool>,
@@ -105,43 +103,6 @@ struct Inner {
     repeat_at: Instant,
     /// When, and of which VPCs, addresses are announced again.
     announcements: BTreeSet<(Instant, u32)>,
-}
-
-/// An interface in a VPC.
-struct Way {
-    /// Of each of the VPC's shared addresses, by VNI.
-    places: BTreeMap<u32, Place>,
-    has_carrier: bool,
-    reach: Reach,
-}
-
-impl Way {
-    /// When something came there last.
-    fn heard(&self, datapath: &ProxyDatapath) -> u64 {
-        self.places.values().map(|place| datapath.reached(place)).max().unwrap_or_default()
-    }
-
-    fn is_open(&self) -> bool {
-        self.has_carrier && self.reach.is_reached()
-    }
-
-    /// Asks who is there, if that is due and there is somebody to be asked: by turns the neighbour that
-    /// answered last, and the gateway.
-    fn turn(&mut self, datapath: &ProxyDatapath, announcer: &Announcer, now: Instant) {
-        let heard = self.heard(datapath);
-        let Some(place) = self.places.values().next() else { return };
-        let neighbour = self.places.values().find_map(|place| datapath.neighbour(place));
-        let neighbour = neighbour.map(|(address, mac)| (address, Some(mac)));
-        let gateway = place.gateway.map(|gateway| (gateway, None));
-        let both = [neighbour.or(gateway), gateway.or(neighbour)];
-        let asked = both[self.reach.asked() as usize % 2];
-        if self.reach.turn(heard, asked.is_some(), now)
-            && let Some((address, mac)) = asked
-        {
-            // What cannot be sent is not answered.
-            announcer.ask((place.ifindex, place.mac), address, mac).ok();
-        }
-    }
 }
 
 impl Proxy {
@@ -170,8 +131,7 @@ impl Proxy {
             told: Told::default(),
             proxies: load(file)?,
             hosts: BTreeMap::new(),
-            publics: BTreeMap::new(),
-            ways: BTreeMap::new(),
+            ways: Ways::default(),
             settled_at: now + SETTLING,
             witness: Some(true),
             lost_at: None,
@@ -188,7 +148,7 @@ impl Proxy {
             // Without any, who may own its addresses is not known: they stay where they are.
             let proxies = state.proxies.get(&vpc.vni).cloned().unwrap_or_default();
             state.know(&vpc, vpc.claim, proxies, now);
-            state.find_way(&datapath, vpc.vni, now)?;
+            state.ways.find(&datapath, &vpc, now)?;
             if vpc.claim.is_some() {
                 // A former daemon may not have been done with it.
                 state.announcements.insert((now + SETTLING, vpc.vni));
@@ -228,7 +188,7 @@ impl Proxy {
         let proxies = if proxies.is_empty() { alone } else { proxies.to_vec() };
         state.know(vpc, None, proxies, Instant::now());
         self.save(&state.proxies)?;
-        state.find_way(&self.datapath, vni, Instant::now())?;
+        state.ways.find(&self.datapath, vpc, Instant::now())?;
         state.will(&[vni]);
         (state.burst, state.is_new) = (BURST, true);
         self.decide(&mut state);
@@ -243,8 +203,7 @@ impl Proxy {
         self.providers.iter().for_each(|provider| provider.leave(vni));
         state.told.forget(vni);
         state.hosts.remove(&vni);
-        state.publics.remove(&vni);
-        state.lose_way(vni);
+        state.ways.lose(vni);
         state.proxies.remove(&vni);
         self.save(&state.proxies)
     }
@@ -354,17 +313,7 @@ impl Proxy {
 
     /// Finds out which VPCs can be reached, and asks there who is to be asked.
     fn ask_neighbours(&self, state: &mut Inner) {
-        let now = Instant::now();
-        let mut changed = Vec::new();
-        for way in state.ways.values_mut() {
-            let was_reached = way.reach.is_reached();
-            way.turn(&self.datapath, &self.announcer, now);
-            if way.reach.is_reached() != was_reached {
-                changed.extend(way.places.keys());
-                let (vnis, is_reached) = (way.places.keys(), !was_reached);
-                tracing::warn!(?vnis, is_reached, "whether a VPC can be reached changed");
-            }
-        }
+        let changed = state.ways.turn(&self.datapath, &self.announcer, Instant::now());
         state.will(&changed);
     }
 
@@ -562,9 +511,7 @@ impl Proxy {
                 tracing::error!(vni, %error, "cannot tell whether a VPC can be reached");
                 true
             });
-            let mut ways = state.ways.values_mut();
-            let Some(way) = ways.find(|way| way.places.contains_key(vni)) else { continue };
-            if std::mem::replace(&mut way.has_carrier, is_there) != is_there {
+            if state.ways.set_carrier(*vni, is_there) {
                 tracing::warn!(vni, is_there, "the carrier of a VPC's interface changed");
             }
         }
@@ -582,39 +529,11 @@ impl Proxy {
 }
 
 impl Inner {
-    /// Looks up the interface in a VPC that is known.
-    fn find_way(&mut self, datapath: &ProxyDatapath, vni: u32, now: Instant) -> Result<(), Error> {
-        let Some(place) = datapath.place(vni)? else { return Ok(()) };
-        let has_carrier = datapath.has_carrier(vni)?;
-        let way = self.ways.entry(place.ifindex).or_insert_with(|| {
-            let reach = Reach::new(datapath.reached(&place), now);
-            Way { places: BTreeMap::new(), has_carrier, reach }
-        });
-        way.has_carrier = has_carrier;
-        way.places.insert(vni, place);
-        // It may have been at another one.
-        self.ways.retain(|ifindex, way| {
-            if *ifindex != place.ifindex {
-                way.places.remove(&vni);
-            }
-            !way.places.is_empty()
-        });
-        Ok(())
-    }
-
-    fn lose_way(&mut self, vni: u32) {
-        self.ways.retain(|_, way| way.places.remove(&vni).is_none() || !way.places.is_empty());
-    }
-
     /// Settles whether this proxy wants these VPCs' addresses, and those of VPCs to which they are the
     /// way out: if it can reach the VPC, and its way out.
     fn will(&mut self, vnis: &[u32]) {
-        let of = self.publics.iter().filter(|(_, public)| vnis.contains(public));
-        let vpcs: Vec<u32> = of.map(|(vni, _)| *vni).collect();
-        for vni in vnis.iter().chain(&vpcs) {
-            let of = |vni| self.ways.values().find(|way| way.places.contains_key(vni));
-            let is_reached = |vni| of(vni).is_none_or(Way::is_open);
-            let is_open = is_reached(vni) && self.publics.get(vni).is_none_or(is_reached);
+        for vni in vnis.iter().chain(&self.ways.leaving_by(vnis)) {
+            let is_open = self.ways.is_open(*vni);
             if self.succession.set_willing(*vni, is_open) {
                 (self.burst, self.is_new) = (BURST, true);
             }
@@ -626,10 +545,6 @@ impl Inner {
         let order = proxies.iter().copied().map(Ip::from).collect();
         self.succession.apply(vni, order, claim, now);
         self.proxies.insert(vni, proxies);
-        match vpc.public {
-            Some(public) => self.publics.insert(vni, public),
-            None => self.publics.remove(&vni),
-        };
         let hosts = vpc.holders.iter().map(|(_, host)| Ip::from(*host)).collect();
         if let Some(sequence) = self.succession.claim(vni) {
             self.told.tell(vni, sequence, &hosts, now);

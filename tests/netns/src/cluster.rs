@@ -1,7 +1,7 @@
 //! Hosts' data paths and proxies on a [`Grid`]: each proxy is a `warrend` of its own, without a control
 //! plane. What that would tell them, the test does.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,10 @@ use crate::topology::{CIDR, SHARED, UNDERLAY, VPC_INTERFACES};
 
 /// The VPCs, on the interfaces of the same order.
 pub const VNIS: [u32; 2] = [100, 200];
+/// The VPCs' second addresses, for who adds them.
+pub const MORE_VNIS: [u32; 2] = [101, 201];
+/// That address, in both VPCs.
+const SECOND: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 101);
 /// Ports of each host, in both VPCs.
 const PORTS: u32 = 4096;
 /// Slots of each host.
@@ -36,6 +40,7 @@ pub struct Cluster {
     pub grid: Grid,
     run: RunDir,
     runtime: Runtime,
+    config: String,
     hosts: Vec<Option<HostDatapath>>,
     proxies: Vec<Option<Process>>,
 }
@@ -43,39 +48,53 @@ pub struct Cluster {
 impl Cluster {
     /// Starts everything; the first proxy owns both VPCs' addresses.
     pub fn new(hosts: u8, proxies: u8) -> Result<Self> {
+        Self::configured(hosts, proxies, String::new())
+    }
+
+    /// The same, with more in the configuration of proxies.
+    pub fn configured(hosts: u8, proxies: u8, config: String) -> Result<Self> {
         let mut cluster = Self {
+            config,
             grid: Grid::new(hosts, proxies)?,
             run: RunDir::new()?,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build()?,
             hosts: (0..hosts).map(|_| None).collect(),
             proxies: (0..proxies).map(|_| None).collect(),
         };
-        let proxies = cluster.addresses();
-        let all: Vec<_> = (0..proxies.len()).collect();
+        let all: Vec<_> = (0..cluster.proxies.len()).collect();
         for index in &all {
             cluster.start_proxy(*index)?;
         }
         for host in 0..cluster.hosts.len() {
             cluster.open_host(host)?;
-            for vni in VNIS {
-                cluster.host(host).apply_vpc(&HostVpc {
-                    vni,
-                    shared_address: SHARED,
-                    shared_address_v6: None,
-                    ports: ports(host),
-                    // Until one says that it owns the address: not the first one's.
-                    proxy_address: *proxies.last().context("there is a proxy")?,
-                    proxies: proxies.clone(),
-                })?;
-            }
         }
         for vni in VNIS {
-            cluster.apply(vni, &all)?;
-        }
-        for (host, vni) in (0..cluster.hosts.len()).flat_map(|host| VNIS.map(|vni| (host, vni))) {
-            wait(|| Ok(cluster.owner_at(host, vni)? == 0))?;
+            cluster.add(vni, &all)?;
         }
         Ok(cluster)
+    }
+
+    /// Makes a shared address known to everybody, and waits until the first of these proxies owns it.
+    pub fn add(&self, vni: u32, order: &[usize]) -> Result<()> {
+        let proxies = self.addresses();
+        let (_, shared_address) = place(vni)?;
+        for host in 0..self.hosts.len() {
+            self.host(host).apply_vpc(&HostVpc {
+                vni,
+                shared_address,
+                shared_address_v6: None,
+                ports: ports(host),
+                // Until one says that it owns the address: not the first one's.
+                proxy_address: order
+                    .last()
+                    .map(|last| proxies[*last])
+                    .context("there is a proxy")?,
+                proxies: proxies.clone(),
+            })?;
+        }
+        self.apply(vni, order)?;
+        (0..self.hosts.len())
+            .try_for_each(|host| wait(|| Ok(self.owner_at(host, vni)? == order[0])))
     }
 
     /// What the proxies' daemons said.
@@ -126,7 +145,8 @@ impl Cluster {
         std::fs::create_dir_all(&dir)?;
         let config = format!(
             "name = '{name}'\nlisten = ['unix:{socket}']\nrun_dir = '{dir}'\nbpffs = '{bpf}/{name}'\n\
-             programs = '{programs}'\n[underlay]\ninterface = '{UNDERLAY}'\naddress = '{address}'\n",
+             programs = '{programs}'\n[underlay]\ninterface = '{UNDERLAY}'\naddress = '{address}'\n{more}",
+            more = self.config,
             name = machine.namespace.name(),
             socket = socket.display(),
             dir = dir.display(),
@@ -170,7 +190,7 @@ impl Cluster {
 
     /// The same, to one proxy.
     pub fn apply_at(&self, index: usize, vni: u32, order: &[usize]) -> Result<()> {
-        let place = VNIS.iter().position(|it| *it == vni).context("there is no such VPC")?;
+        let (place, shared_address) = place(vni)?;
         let addresses = self.addresses();
         let holders = self.grid.hosts.iter().enumerate().map(|(host, machine)| {
             let PortRange { base, count } = ports(host);
@@ -187,7 +207,7 @@ impl Cluster {
         let request = v1::ApplyVpcRequest {
             vpc: VPC_INTERFACES[place].to_owned(),
             vni,
-            shared_address: SHARED.to_string(),
+            shared_address: shared_address.to_string(),
             role: Some(v1::apply_vpc_request::Role::Proxy(vpc)),
             ..v1::ApplyVpcRequest::default()
         };
@@ -264,6 +284,13 @@ impl Cluster {
     fn socket(&self, index: usize) -> PathBuf {
         self.dir(index).join("grpc.sock")
     }
+}
+
+/// Which VPC a VNI is of, and with which address.
+fn place(vni: u32) -> Result<(usize, Ipv4Addr)> {
+    let at = |vnis: [u32; 2]| vnis.iter().position(|it| *it == vni);
+    let found = at(VNIS).map(|place| (place, SHARED));
+    found.or_else(|| Some((at(MORE_VNIS)?, SECOND))).context("there is no such VPC")
 }
 
 /// The ports that a host holds.

@@ -9,10 +9,13 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use crate::netns::{Namespace, veth};
 use crate::topology::{SERVER, UNDERLAY, VPC_INTERFACES};
+
+/// The underlay, and the VPCs.
+const BRIDGES: [&str; 3] = ["br0", "br-a", "br-b"];
 
 /// A machine on the underlay.
 #[derive(Debug)]
@@ -37,11 +40,14 @@ pub struct Grid {
     fabric: Namespace,
 }
 
+/// What every so many packets of a disturbed cable are, at random: doubled, and late.
+const DISTURBED: u32 = 20;
+
 impl Grid {
     /// Makes and connects everything.
     pub fn new(hosts: u8, proxies: u8) -> Result<Self> {
         let fabric = Namespace::new("fabric")?;
-        for bridge in ["br0", "br-a", "br-b"] {
+        for bridge in BRIDGES {
             fabric.ip(&format!("link add {bridge} type bridge stp_state 0 forward_delay 0"))?;
             fabric.ip(&format!("link set {bridge} up"))?;
         }
@@ -104,4 +110,55 @@ impl Grid {
     pub fn unblock(&self, cable: &str) -> Result<()> {
         self.fabric.nft(&format!("delete table netdev block-{cable}"))
     }
+
+    /// Lays a slow detour on each bridge, for [`Grid::disturb`]: what goes there comes out behind what
+    /// came later.
+    pub fn lay_detours(&self) -> Result<()> {
+        for bridge in BRIDGES {
+            let (inlet, outlet) = (format!("in-{bridge}"), format!("out-{bridge}"));
+            let slave = "type bridge_slave learning off flood off mcast_flood off bcast_flood off";
+            self.fabric.ip_batch(
+                [
+                    format!("link add {inlet} type veth peer name {outlet}"),
+                    format!("link set {outlet} master {bridge}"),
+                    format!("link set {outlet} {slave}"),
+                    format!("link set {inlet} up"),
+                    format!("link set {outlet} up"),
+                ]
+                .into_iter(),
+            )?;
+            let words = format!("qdisc add dev {inlet} root tbf rate 50mbit burst 2k limit 1m");
+            let status = self.fabric.command("tc").args(words.split_whitespace()).status();
+            let status = status.context("cannot run `tc` (package iproute2)")?;
+            ensure!(status.success(), "`tc {words}`: {status}");
+        }
+        Ok(())
+    }
+
+    /// Doubles some of the packets that come out of a machine's end of a cable, and has others overtaken
+    /// by later ones.
+    pub fn disturb(&self, cable: &str) -> Result<()> {
+        let inlet = format!("in-{}", bridge_of(cable));
+        // What is for all would come back to who sent it.
+        let some = format!(
+            "ether daddr & 01:00:00:00:00:00 != 01:00:00:00:00:00 numgen random mod {DISTURBED} 0"
+        );
+        let rules = format!("{some} dup to \"{inlet}\"; {some} fwd to \"{inlet}\";");
+        self.fabric.nft(&format!(
+            "table netdev disturb-{cable} {{ chain ingress {{ type filter hook ingress \
+             device \"{cable}\" priority 10; {rules} }} }}"
+        ))
+    }
+
+    /// Undoes [`Grid::disturb`].
+    pub fn calm(&self, cable: &str) -> Result<()> {
+        self.fabric.nft(&format!("delete table netdev disturb-{cable}"))
+    }
+}
+
+/// The bridge that a cable is plugged into.
+fn bridge_of(cable: &str) -> &'static str {
+    let [underlay, vpcs @ ..] = BRIDGES;
+    let of_vpc = VPC_INTERFACES.iter().position(|interface| cable.starts_with(interface));
+    of_vpc.map_or(underlay, |index| vpcs[index])
 }

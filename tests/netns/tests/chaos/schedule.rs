@@ -7,20 +7,39 @@ use nix::sys::signal::Signal;
 use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
-use warren_netns::cluster::{Cluster, VNIS};
+use warren_netns::cluster::{Cluster, MORE_VNIS, VNIS};
 
 const PROXIES: usize = 3;
 const HOSTS: usize = 2;
+/// Of a proxy: into the underlay, and into each VPC.
+const CABLES: usize = 3;
 /// Proxies that something is wrong with at a time: one of them serves.
 const MOST: usize = PROXIES - 1;
+
+/// The first proxy of each address.
+const ORDERS: [(usize, u32); 4] =
+    [(0, VNIS[0]), (0, VNIS[1]), (1, MORE_VNIS[0]), (2, MORE_VNIS[1])];
+
+/// The proxies, this one first.
+fn order_from(first: usize) -> Vec<usize> {
+    (0..PROXIES).map(|index| (first + index) % PROXIES).collect()
+}
+
+/// Prepares what the schedule needs: the VPCs' second addresses, and detours.
+pub fn prepare(cluster: &Cluster) -> anyhow::Result<()> {
+    for (first, vni) in ORDERS.into_iter().filter(|(_, vni)| MORE_VNIS.contains(vni)) {
+        cluster.add(vni, &order_from(first))?;
+    }
+    cluster.grid.lay_detours()
+}
 
 /// Something that is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fault {
     /// All cables of a proxy, or one of them: both ends see it.
     Cut { proxy: usize, cable: Option<usize> },
-    /// What a proxy sends in the underlay is lost, or what it is sent, or both: nobody sees it.
-    Silent { proxy: usize, hooks: &'static [&'static str] },
+    /// What a proxy sends by one of its cables is lost, or what it is sent, or both: nobody sees it.
+    Silent { proxy: usize, cable: usize, hooks: &'static [&'static str] },
     /// A proxy's daemon is killed.
     Killed { proxy: usize },
     /// A proxy's daemon is stopped in its tracks.
@@ -29,6 +48,10 @@ enum Fault {
     Drained { proxy: usize },
     /// A host's daemon is killed.
     Host { host: usize },
+    /// What comes by a cable of a proxy's is doubled and overtaken now and then.
+    Disturbed { proxy: usize, cable: usize },
+    /// The same of a host's.
+    HostDisturbed { host: usize },
 }
 
 impl Fault {
@@ -39,7 +62,7 @@ impl Fault {
             | Self::Killed { proxy }
             | Self::Paused { proxy }
             | Self::Drained { proxy } => Some(proxy),
-            Self::Host { .. } => None,
+            Self::Host { .. } | Self::Disturbed { .. } | Self::HostDisturbed { .. } => None,
         }
     }
 }
@@ -106,12 +129,13 @@ impl Schedule {
             Fault::Paused { .. } => "paused",
             Fault::Drained { .. } => "drained",
             Fault::Host { .. } => "host",
+            Fault::Disturbed { .. } | Fault::HostDisturbed { .. } => "disturbed",
         };
         *self.count.entry(name).or_default() += 1;
         match fault {
             Fault::Cut { proxy, cable } => cluster.grid.cut(cables(cluster, proxy, cable)),
-            Fault::Silent { proxy, hooks } => {
-                cluster.grid.block(&cluster.grid.proxies[proxy].cables[0], hooks)
+            Fault::Silent { proxy, cable, hooks } => {
+                cluster.grid.block(&cluster.grid.proxies[proxy].cables[cable], hooks)
             }
             Fault::Killed { proxy } => cluster.kill_proxy(proxy),
             Fault::Paused { proxy } => cluster.signal_proxy(proxy, Signal::SIGSTOP),
@@ -120,15 +144,29 @@ impl Schedule {
                 cluster.close_host(host);
                 Ok(())
             }
+            Fault::Disturbed { proxy, cable } => {
+                cluster.grid.disturb(&cluster.grid.proxies[proxy].cables[cable])
+            }
+            Fault::HostDisturbed { host } => {
+                cluster.grid.disturb(&cluster.grid.hosts[host].cables[0])
+            }
         }
     }
 }
 
 /// Something that may fail beside what has failed.
 fn next(rng: &mut StdRng, faults: &[(Duration, Fault)]) -> Option<Fault> {
-    if rng.random_ratio(1, 8) {
-        let host = Fault::Host { host: rng.random_range(0..HOSTS) };
-        return faults.iter().all(|(_, fault)| *fault != host).then_some(host);
+    let harmless = match rng.random_range(0..8) {
+        0 => Some(Fault::Host { host: rng.random_range(0..HOSTS) }),
+        1 => Some(Fault::HostDisturbed { host: rng.random_range(0..HOSTS) }),
+        2 => Some(Fault::Disturbed {
+            proxy: rng.random_range(0..PROXIES),
+            cable: rng.random_range(0..CABLES),
+        }),
+        _ => None,
+    };
+    if let Some(fault) = harmless {
+        return faults.iter().all(|(_, other)| *other != fault).then_some(fault);
     }
     let wrong: Vec<usize> = faults.iter().filter_map(|(_, fault)| fault.proxy()).collect();
     let proxy = rng.random_range(0..PROXIES);
@@ -139,7 +177,7 @@ fn next(rng: &mut StdRng, faults: &[(Duration, Fault)]) -> Option<Fault> {
     let cable = [None, None, Some(0), Some(1), Some(2)];
     Some(match rng.random_range(0..6) {
         0 | 1 => Fault::Cut { proxy, cable: *cable.choose(rng)? },
-        2 => Fault::Silent { proxy, hooks: hooks.choose(rng)? },
+        2 => Fault::Silent { proxy, cable: rng.random_range(0..CABLES), hooks: hooks.choose(rng)? },
         3 => Fault::Killed { proxy },
         4 => Fault::Paused { proxy },
         _ => Fault::Drained { proxy },
@@ -149,11 +187,17 @@ fn next(rng: &mut StdRng, faults: &[(Duration, Fault)]) -> Option<Fault> {
 fn mend(cluster: &mut Cluster, fault: Fault, paused: &BTreeSet<usize>) -> anyhow::Result<()> {
     match fault {
         Fault::Cut { proxy, cable } => cluster.grid.mend(cables(cluster, proxy, cable)),
-        Fault::Silent { proxy, .. } => cluster.grid.unblock(&cluster.grid.proxies[proxy].cables[0]),
+        Fault::Silent { proxy, cable, .. } => {
+            cluster.grid.unblock(&cluster.grid.proxies[proxy].cables[cable])
+        }
         Fault::Killed { proxy } => cluster.start_proxy(proxy),
         Fault::Paused { proxy } => cluster.signal_proxy(proxy, Signal::SIGCONT),
         Fault::Drained { .. } => order(cluster, None, paused),
         Fault::Host { host } => cluster.open_host(host),
+        Fault::Disturbed { proxy, cable } => {
+            cluster.grid.calm(&cluster.grid.proxies[proxy].cables[cable])
+        }
+        Fault::HostDisturbed { host } => cluster.grid.calm(&cluster.grid.hosts[host].cables[0]),
     }
 }
 
@@ -163,10 +207,13 @@ fn order(
     without: Option<usize>,
     paused: &BTreeSet<usize>,
 ) -> anyhow::Result<()> {
-    let order: Vec<_> = (0..PROXIES).filter(|proxy| Some(*proxy) != without).collect();
     let listens = |index: &usize| cluster.has_proxy(*index) && !paused.contains(index);
     for index in (0..PROXIES).filter(listens) {
-        VNIS.iter().try_for_each(|vni| cluster.apply_at(index, *vni, &order))?;
+        for (first, vni) in ORDERS {
+            let mut order = order_from(first);
+            order.retain(|proxy| Some(*proxy) != without);
+            cluster.apply_at(index, vni, &order)?;
+        }
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use warren_netns::guest::KernelGuest;
 use warren_netns::netns::Namespace;
 use warren_netns::topology::SERVER;
 
@@ -29,6 +30,8 @@ pub fn say(text: &str) {
 pub struct Tenant {
     pub host: usize,
     pub vpc: usize,
+    /// Of the VPC's shared addresses, the one that it is seen as.
+    pub address: usize,
 }
 
 /// What was said: by whom, and which one it is. A server adds in which VPC it stands.
@@ -39,6 +42,7 @@ fn line(tenant: Tenant, number: u64, server: u8) -> Line {
     line[0] = tenant.host as u8;
     line[1] = tenant.vpc as u8;
     line[2] = server;
+    line[3] = tenant.address as u8;
     line[8..].copy_from_slice(&number.to_be_bytes());
     line
 }
@@ -119,6 +123,8 @@ pub struct Told {
     pub lost: u64,
     /// Datagrams that came back more than once.
     pub twice: u64,
+    /// Datagrams that came back behind a later one.
+    pub overtaken: u64,
     /// By one connection that lasts.
     pub lines: u64,
     /// Connections that were opened, used and closed.
@@ -131,10 +137,10 @@ pub struct Told {
 
 impl Display for Told {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let Self { sent, lost, twice, lines, connections, longest_ms, .. } = self;
+        let Self { sent, lost, twice, overtaken, lines, connections, longest_ms, .. } = self;
         write!(
             f,
-            "{lost} of {sent} datagrams lost, {twice} came twice, {lines} lines and {connections} connections, \
+            "{lost} of {sent} datagrams lost, {twice} came twice, {overtaken} late, {lines} lines and {connections} connections, \
              the slowest in {longest_ms} ms"
         )
     }
@@ -145,10 +151,17 @@ struct Counts {
     sent: AtomicU64,
     received: AtomicU64,
     twice: AtomicU64,
+    overtaken: AtomicU64,
     lines: AtomicU64,
     connections: AtomicU64,
     longest_ms: AtomicU64,
     last: std::sync::Mutex<Option<Instant>>,
+}
+
+/// Has all of them talk.
+pub fn start(tenants: &[Tenant], guests: &[KernelGuest]) -> Vec<Talk> {
+    let both = tenants.iter().zip(guests);
+    both.map(|(tenant, guest)| Talk::start(*tenant, &guest.namespace)).collect()
 }
 
 /// A tenant's traffic with its VPC.
@@ -178,7 +191,8 @@ impl Talk {
                 }
             }),
             Worker::spawn({
-                let (counts, mut seen) = (counts.clone(), HashSet::new());
+                let (counts, mut seen, mut latest) =
+                    (counts.clone(), HashSet::new(), Line::default());
                 move || {
                     let mut heard: Line = [0; 16];
                     if listener.recv(&mut heard).is_ok() {
@@ -191,6 +205,10 @@ impl Talk {
                         let is_new = seen.insert(heard);
                         let count = if is_new { &counts.received } else { &counts.twice };
                         count.fetch_add(1, Ordering::SeqCst);
+                        if is_new && heard[8..] < latest[8..] {
+                            counts.overtaken.fetch_add(1, Ordering::SeqCst);
+                        }
+                        latest = latest.max(heard);
                         *counts.last.lock().expect("nobody panics with it") = Some(Instant::now());
                     }
                 }
@@ -219,7 +237,11 @@ impl Talk {
     }
 
     pub fn finish(self) -> Told {
-        self.workers.into_iter().for_each(Worker::finish);
+        // What is under way when nobody sends any more is not lost.
+        for worker in self.workers {
+            worker.finish();
+            std::thread::sleep(PERIOD * 4);
+        }
         let count = |of: &AtomicU64| of.load(Ordering::SeqCst);
         let counts = self.counts;
         let last = *counts.last.lock().expect("nobody panics with it");
@@ -227,6 +249,7 @@ impl Talk {
             sent: count(&counts.sent),
             lost: count(&counts.sent).saturating_sub(count(&counts.received)),
             twice: count(&counts.twice),
+            overtaken: count(&counts.overtaken),
             lines: count(&counts.lines),
             connections: count(&counts.connections),
             longest_ms: count(&counts.longest_ms),

@@ -4,6 +4,7 @@
 mod addresses;
 mod answers;
 mod bed;
+mod eni;
 mod flowlog;
 mod flows;
 mod fragments;
