@@ -146,7 +146,7 @@ impl Grid {
         let rules = format!("{some} dup to \"{inlet}\"; {some} fwd to \"{inlet}\";");
         self.fabric.nft(&format!(
             "table netdev disturb-{cable} {{ chain ingress {{ type filter hook ingress \
-             device \"{cable}\" priority 10; {rules} }} }}"
+             device \"{cable}\" priority 10; {rules} }}; }}"
         ))
     }
 

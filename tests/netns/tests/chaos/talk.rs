@@ -15,6 +15,8 @@ use warren_netns::topology::SERVER;
 
 const PORT: u16 = 7300;
 const PERIOD: Duration = Duration::from_millis(5);
+/// Datagrams that follow each other at once.
+const AT_ONCE: u32 = 4;
 /// A connection that is held up longer than this is as good as broken.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// A datagram that is under way so long is lost.
@@ -183,11 +185,13 @@ impl Talk {
             Worker::spawn({
                 let (counts, mut number) = (counts.clone(), 0);
                 move || {
-                    number += 1;
-                    // While nothing leads anywhere, sending may fail.
-                    socket.send(&line(tenant, number, 0)).ok();
-                    counts.sent.fetch_add(1, Ordering::SeqCst);
-                    std::thread::sleep(PERIOD);
+                    for _ in 0..AT_ONCE {
+                        number += 1;
+                        // While nothing leads anywhere, sending may fail.
+                        socket.send(&line(tenant, number, 0)).ok();
+                        counts.sent.fetch_add(1, Ordering::SeqCst);
+                    }
+                    std::thread::sleep(PERIOD * AT_ONCE);
                 }
             }),
             Worker::spawn({
