@@ -40,6 +40,8 @@ pub struct Grid {
     fabric: Namespace,
 }
 
+/// Counts what blocked cables lose.
+const LOST: &str = "lost";
 /// What every so many packets of a disturbed cable are, at random: doubled, and late.
 const DISTURBED: u32 = 20;
 
@@ -51,6 +53,8 @@ impl Grid {
             fabric.ip(&format!("link add {bridge} type bridge stp_state 0 forward_delay 0"))?;
             fabric.ip(&format!("link set {bridge} up"))?;
         }
+        fabric
+            .nft(&format!("table netdev block {{ counter {LOST} {{ packets 0 bytes 0; }}; }}"))?;
         // A wire filters nothing. Without the module br_netfilter there is no such switch.
         fabric.sysctl("bridge/bridge-nf-call-iptables", "0").ok();
         let plug = |bridge: &str, cable: &str, machine: &Namespace, interface: &str| {
@@ -96,19 +100,30 @@ impl Grid {
     /// Loses what comes out of a machine's end of a cable (`ingress`) or what goes into it
     /// (`egress`), or both, and nobody sees that there is no carrier.
     pub fn block(&self, cable: &str, hooks: &[&str]) -> Result<()> {
-        let chain = |hook: &&str| {
-            let device = format!("\"{cable}\"");
-            format!(
-                "chain {hook} {{ type filter hook {hook} device {device} priority 0; policy drop; }};"
-            )
-        };
-        let chains: Vec<_> = hooks.iter().map(chain).collect();
-        self.fabric.nft(&format!("table netdev block-{cable} {{ {} }}", chains.join(" ")))
+        hooks.iter().try_for_each(|hook| {
+            self.fabric.nft(&format!(
+                "table netdev block {{ chain {cable}-{hook} {{ type filter hook {hook} \
+                 device \"{cable}\" priority 0; counter name {LOST} drop; }}; }}"
+            ))
+        })
     }
 
     /// Undoes [`Grid::block`].
-    pub fn unblock(&self, cable: &str) -> Result<()> {
-        self.fabric.nft(&format!("delete table netdev block-{cable}"))
+    pub fn unblock(&self, cable: &str, hooks: &[&str]) -> Result<()> {
+        let chain = |hook| self.fabric.nft(&format!("delete chain netdev block {cable}-{hook}"));
+        hooks.iter().try_for_each(chain)
+    }
+
+    /// How many packets cables and machines lost, as far as it is counted.
+    pub fn lost(&self) -> Result<u64> {
+        let words = ["-j", "list", "counter", "netdev", "block", LOST];
+        let output = self.fabric.command("nft").args(words).output()?;
+        let listed: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let blocked = listed["nftables"][1]["counter"]["packets"].as_u64();
+        let blocked = blocked.context("nft counts them")?;
+        let machines = self.hosts.iter().chain(&self.proxies).map(|machine| &machine.namespace);
+        let all = machines.chain(&self.vpcs).chain([&self.fabric]);
+        all.map(Namespace::lost).try_fold(blocked, |sum, lost| Ok(sum + lost?))
     }
 
     /// Lays a slow detour on each bridge, for [`Grid::disturb`]: what goes there comes out behind what

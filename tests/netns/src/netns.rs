@@ -135,6 +135,19 @@ impl Namespace {
         Ok(())
     }
 
+    /// How many packets interfaces of the namespace lost, or got that were another machine's, as far as
+    /// the kernel counts them.
+    pub fn lost(&self) -> Result<u64> {
+        let output = self.command("ip").args(["-s", "-s", "-j", "link", "show"]).output()?;
+        let links: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let of = |link: &serde_json::Value| {
+            let [rx, tx] = ["rx", "tx"].map(|way| &link["stats64"][way]);
+            let all = [&rx["dropped"], &rx["otherhost"], &tx["dropped"]];
+            all.iter().filter_map(|count| count.as_u64()).sum::<u64>()
+        };
+        Ok(links.as_array().into_iter().flatten().map(of).sum())
+    }
+
     /// Runs `ip -o` with these words and returns its lines.
     pub fn ip_lines(&self, words: &str) -> Result<Vec<String>> {
         let output = self.command("ip").arg("-o").args(words.split_whitespace()).output()?;

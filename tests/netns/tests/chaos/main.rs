@@ -131,6 +131,8 @@ fn nothing_that_fails_breaks_a_connection_or_mixes_up_tenants() {
     }
     let counted = cached.finish();
     let told: Vec<_> = talks.into_iter().map(Talk::finish).collect();
+    let lost: u64 = told.iter().map(|told| told.lost).sum();
+    let mut counted_lost = cluster.grid.lost().expect("it is counted");
     let mut lines =
         vec![format!("chaos: seed {seed}: {events}"), format!("cache: {counted} requests")];
     for (tenant, told) in tenants.iter().zip(told) {
@@ -141,6 +143,7 @@ fn nothing_that_fails_breaks_a_connection_or_mixes_up_tenants() {
         for drop in cluster.host(host).drops().expect("they can be read") {
             let reason = drop.reason.name();
             lines.push(format!("host {host}: {reason} {}", drop.packets));
+            counted_lost += drop.packets;
             assert!(!NEVER.contains(&reason), "host {host} dropped {} for {reason}", drop.packets);
         }
     }
@@ -148,6 +151,7 @@ fn nothing_that_fails_breaks_a_connection_or_mixes_up_tenants() {
         for drop in cluster.drops_at(proxy).expect("they can be read") {
             let reason = drop.reason.as_str();
             lines.push(format!("proxy {proxy}: {reason} {}", drop.packets));
+            counted_lost += drop.packets;
             assert!(
                 !NEVER.contains(&reason),
                 "proxy {proxy} dropped {} for {reason}",
@@ -155,5 +159,7 @@ fn nothing_that_fails_breaks_a_connection_or_mixes_up_tenants() {
             );
         }
     }
+    lines.push(format!("{lost} datagrams lost, {counted_lost} packets counted as lost"));
     talk::say(&lines.join("\n"));
+    assert!(lost <= counted_lost, "something is lost and not counted");
 }

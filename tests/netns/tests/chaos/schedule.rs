@@ -187,8 +187,8 @@ fn next(rng: &mut StdRng, faults: &[(Duration, Fault)]) -> Option<Fault> {
 fn mend(cluster: &mut Cluster, fault: Fault, paused: &BTreeSet<usize>) -> anyhow::Result<()> {
     match fault {
         Fault::Cut { proxy, cable } => cluster.grid.mend(cables(cluster, proxy, cable)),
-        Fault::Silent { proxy, cable, .. } => {
-            cluster.grid.unblock(&cluster.grid.proxies[proxy].cables[cable])
+        Fault::Silent { proxy, cable, hooks } => {
+            cluster.grid.unblock(&cluster.grid.proxies[proxy].cables[cable], hooks)
         }
         Fault::Killed { proxy } => cluster.start_proxy(proxy),
         Fault::Paused { proxy } => cluster.signal_proxy(proxy, Signal::SIGCONT),

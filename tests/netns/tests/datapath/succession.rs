@@ -88,7 +88,7 @@ fn a_proxy_that_cannot_be_heard_or_cannot_hear_is_replaced() {
         cluster.grid.block(cable, &[hook]).expect("it can be blocked");
         eventually(|| owner(&cluster, VNI_A) != before);
         reaches(&guest);
-        cluster.grid.unblock(cable).expect("it can be unblocked");
+        cluster.grid.unblock(cable, &[hook]).expect("it can be unblocked");
         reaches(&guest);
     }
 }
@@ -126,7 +126,7 @@ fn a_proxy_whose_vpc_falls_silent_loses_its_address_and_no_other() {
         eventually(|| owner(&cluster, VNI_B) != before);
         guests.iter().for_each(reaches);
         assert_eq!(owner(&cluster, VNI_A), others);
-        cluster.grid.unblock(cable).expect("it can be unblocked");
+        cluster.grid.unblock(cable, &[hook]).expect("it can be unblocked");
     }
 }
 
