@@ -190,6 +190,11 @@ impl Cluster {
 
     /// The same, to one proxy.
     pub fn apply_at(&self, index: usize, vni: u32, order: &[usize]) -> Result<()> {
+        self.send(index, self.request(vni, order)?)
+    }
+
+    /// What [`Cluster::apply`] tells a proxy of a VPC.
+    pub fn request(&self, vni: u32, order: &[usize]) -> Result<v1::ApplyVpcRequest> {
         let (place, shared_address) = place(vni)?;
         let addresses = self.addresses();
         let holders = self.grid.hosts.iter().enumerate().map(|(host, machine)| {
@@ -204,13 +209,17 @@ impl Cluster {
             proxies: order.iter().map(|index| addresses[*index].to_string()).collect(),
             ..v1::ProxyVpc::default()
         };
-        let request = v1::ApplyVpcRequest {
+        Ok(v1::ApplyVpcRequest {
             vpc: VPC_INTERFACES[place].to_owned(),
             vni,
             shared_address: shared_address.to_string(),
             role: Some(v1::apply_vpc_request::Role::Proxy(vpc)),
             ..v1::ApplyVpcRequest::default()
-        };
+        })
+    }
+
+    /// Tells a proxy of a VPC.
+    pub fn send(&self, index: usize, request: v1::ApplyVpcRequest) -> Result<()> {
         self.call(index, async |agent| agent.apply_vpc(request).await.map(drop))
     }
 

@@ -6,8 +6,9 @@ use warren_abi::claim::{self, Entry, Header, kind};
 use warren_abi::drop::Drop as DropReason;
 use warren_netns::cluster::{Cluster, VNIS};
 use warren_netns::guest::KernelGuest;
-use warren_netns::servers::{Server, udp_echo};
+use warren_netns::servers::{Server, udp_echo, udp_echo_at};
 use warren_netns::topology::{SERVER, UNDERLAY};
+use warren_proto::v1::apply_vpc_request::Role;
 
 use crate::bed::eventually;
 use crate::traffic::udp_round_trip;
@@ -15,6 +16,9 @@ use crate::traffic::udp_round_trip;
 const PORT: u16 = 7000;
 const VNI_A: u32 = VNIS[0];
 const VNI_B: u32 = VNIS[1];
+/// VNI of the public address of the first VPC, and a server that is reached from there.
+const PUBLIC: u32 = 300;
+const AWAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
 /// Three proxies, a host, and a server in each VPC that sends datagrams back.
 fn cluster() -> (Cluster, Vec<Server>) {
@@ -91,6 +95,54 @@ fn a_proxy_that_cannot_be_heard_or_cannot_hear_is_replaced() {
         cluster.grid.unblock(cable, &[hook]).expect("it can be unblocked");
         reaches(&guest);
     }
+}
+
+/// Has the first VPC leave by an address in the network of the second one, whatever proxies fail; a
+/// server there.
+fn leave(cluster: &Cluster) -> Server {
+    let gateway = &cluster.grid.vpcs[1];
+    for words in ["addr add 203.0.113.1/24 dev eth0", &format!("addr add {AWAY}/32 dev lo")] {
+        gateway.ip(words).expect("it can have an address");
+    }
+    let order = [0, 1, 2];
+    for index in order {
+        let request = |vni| cluster.request(vni, &order).expect("it is known");
+        let (mut public, mut vpc) = (request(VNI_B), request(VNI_A));
+        (public.vni, public.shared_address) = (PUBLIC, "203.0.113.7".into());
+        let Some(Role::Proxy(of_public)) = &mut public.role else { panic!("it is a proxy's") };
+        of_public.cidr = "203.0.113.0/24".into();
+        of_public.gateway = "203.0.113.1".into();
+        of_public.holders.clear();
+        let Some(Role::Proxy(of_vpc)) = &mut vpc.role else { panic!("it is a proxy's") };
+        of_vpc.public_vni = PUBLIC;
+        for request in [public, vpc] {
+            cluster.send(index, request).expect("the proxy takes it");
+        }
+    }
+    udp_echo_at(gateway, (AWAY, PORT + 1)).expect("the server starts")
+}
+
+#[test]
+fn what_leaves_by_a_public_address_does_so_whatever_proxy_fails() {
+    let (cluster, _echo) = cluster();
+    let guest = guest(&cluster, 1, VNI_A);
+    let _away = leave(&cluster);
+    let leaves = || eventually(|| udp_round_trip(&guest.namespace, (AWAY, PORT + 1)));
+    leaves();
+    for dead in [0, 1] {
+        let cables = &cluster.grid.proxies[dead].cables;
+        cluster.grid.cut(cables).expect("they can be cut");
+        eventually(|| owner(&cluster, VNI_A) != dead);
+        leaves();
+        reaches(&guest);
+        cluster.grid.mend(cables).expect("they can be mended");
+    }
+    // Who reaches the VPC and not the public network is of no use for it.
+    let before = owner(&cluster, VNI_A);
+    cluster.grid.cut(&cluster.grid.proxies[before].cables[2..]).expect("it can be cut");
+    eventually(|| owner(&cluster, VNI_A) != before);
+    leaves();
+    reaches(&guest);
 }
 
 #[test]
