@@ -18,7 +18,7 @@ use warren_netns::netns::Namespace;
 
 use self::load::{Idle, Load, Losses};
 use self::pair::Pair;
-use self::pulse::{Pulse, Pulses};
+use self::pulse::Pulse;
 
 /// Deaths of Warren's proxies.
 pub const ROUNDS: u32 = 50;
@@ -33,6 +33,8 @@ const DEAD: Duration = Duration::from_millis(1200);
 const QUIET: Duration = Duration::from_millis(800);
 /// How long a move that loses nothing is watched.
 const WATCHED: Duration = Duration::from_millis(400);
+/// What is under way so long is lost.
+const UNDER_WAY: Duration = Duration::from_millis(100);
 /// How long the pair may take.
 const PEER_PATIENCE: Duration = Duration::from_secs(8);
 
@@ -54,14 +56,13 @@ pub fn run(deaths: u32) -> Result<Figures> {
         }
     }
     let mut figures = Figures::new("failover");
-    let (losses, datagrams) = bed.finish()?;
+    figures.count("datagrams_sent", bed.pulse.sent());
+    let losses = bed.finish()?;
     figures.count("kills", u64::from(deaths));
     figures.count("connections", load::CONNECTIONS as u64);
     figures.count("connections_lost", losses.connections);
     figures.count("pgbench_errors", losses.database);
     figures.count("redis_errors", losses.redis);
-    figures.count("datagrams_sent", datagrams.sent);
-    figures.count("datagrams_lost", datagrams.lost());
     died.figures("", &mut figures);
     drained.figures("drain_", &mut figures);
     joined.figures("join_", &mut figures);
@@ -81,23 +82,52 @@ pub fn run(deaths: u32) -> Result<Figures> {
 struct Seen {
     gap_ms: Vec<f64>,
     stall_ms: Vec<f64>,
+    lost: u64,
+}
+
+/// An event that is watched.
+struct Watch<'a> {
+    pulse: &'a Pulse,
+    since: Instant,
+    /// The first datagram.
+    first: u64,
+}
+
+/// What was seen of one.
+struct Sight {
+    /// The longest times without a datagram and without anything by TCP.
+    gap: Duration,
+    stall: Duration,
+    /// Datagrams that were sent meanwhile and did not come back.
+    lost: u64,
+}
+
+impl<'a> Watch<'a> {
+    fn begin(pulse: &'a Pulse) -> Self {
+        Self { pulse, since: Instant::now(), first: pulse.sent() }
+    }
+
+    fn end(self) -> Sight {
+        let Self { pulse, since, first } = self;
+        let (gap, stall) = (pulse.datagrams.longest_gap(since), pulse.stream.longest_gap(since));
+        let last = pulse.sent();
+        std::thread::sleep(UNDER_WAY);
+        Sight { gap, stall, lost: pulse.lost(first..last) }
+    }
 }
 
 impl Seen {
-    fn add(&mut self, (gap, stall): (Duration, Duration)) {
+    fn add(&mut self, Sight { gap, stall, lost }: Sight) {
         self.gap_ms.push(gap.as_secs_f64() * 1e3);
         self.stall_ms.push(stall.as_secs_f64() * 1e3);
+        self.lost += lost;
     }
 
     fn figures(self, prefix: &str, figures: &mut Figures) {
         figures.distribution(&format!("{prefix}gap_ms"), self.gap_ms);
         figures.distribution(&format!("{prefix}tcp_stall_ms"), self.stall_ms);
+        figures.count(&format!("{prefix}datagrams_lost"), self.lost);
     }
-}
-
-/// The longest times without a datagram and without anything by TCP, from `since` until now.
-fn longest(pulse: &Pulse, since: Instant) -> (Duration, Duration) {
-    (pulse.datagrams.longest_gap(since), pulse.stream.longest_gap(since))
 }
 
 /// Warren's proxies, and the load.
@@ -123,13 +153,13 @@ impl Bed {
     }
 
     /// Cuts the owner off.
-    fn death(&mut self) -> Result<(Duration, Duration)> {
+    fn death(&mut self) -> Result<Sight> {
         let owner = self.cluster.owner(VNIS[0])?;
         let grid = &self.cluster.grid;
-        let start = Instant::now();
+        let watch = Watch::begin(&self.pulse);
         grid.cut(&grid.proxies[owner].cables)?;
         std::thread::sleep(DEAD);
-        let seen = longest(&self.pulse, start);
+        let seen = watch.end();
         ensure!(self.cluster.owner(VNIS[0])? != owner, "nobody took over from proxy {owner}");
         grid.mend(&grid.proxies[owner].cables)?;
         std::thread::sleep(QUIET);
@@ -137,14 +167,14 @@ impl Bed {
     }
 
     /// Takes the owner out of the order of succession.
-    fn drain(&mut self) -> Result<(Duration, Duration)> {
+    fn drain(&mut self) -> Result<Sight> {
         let owner = self.cluster.owner(VNIS[0])?;
         let all: Vec<usize> = (0..PROXIES.into()).collect();
         let others: Vec<_> = all.iter().copied().filter(|proxy| *proxy != owner).collect();
-        let start = Instant::now();
+        let watch = Watch::begin(&self.pulse);
         self.cluster.apply(VNIS[0], &others)?;
         std::thread::sleep(WATCHED);
-        let seen = longest(&self.pulse, start);
+        let seen = watch.end();
         ensure!(self.cluster.owner(VNIS[0])? != owner, "proxy {owner} was not drained");
         self.cluster.apply(VNIS[0], &all)?;
         std::thread::sleep(WATCHED);
@@ -152,29 +182,28 @@ impl Bed {
     }
 
     /// Has a proxy join that did not know of the VPC.
-    fn join(&mut self) -> Result<(Duration, Duration)> {
+    fn join(&mut self) -> Result<Sight> {
         let owner = self.cluster.owner(VNIS[0])?;
         let all: Vec<usize> = (0..PROXIES.into()).collect();
         let new = (owner + 1) % all.len();
         self.cluster.remove_at(new, VNIS[0])?;
         std::thread::sleep(WATCHED);
-        let start = Instant::now();
+        let watch = Watch::begin(&self.pulse);
         self.cluster.apply(VNIS[0], &all)?;
         std::thread::sleep(WATCHED);
-        Ok(longest(&self.pulse, start))
+        Ok(watch.end())
     }
 
     /// As long as a move, without one: what the machine itself does.
-    fn nothing(&self) -> (Duration, Duration) {
-        let start = Instant::now();
+    fn nothing(&self) -> Sight {
+        let watch = Watch::begin(&self.pulse);
         std::thread::sleep(WATCHED);
-        longest(&self.pulse, start)
+        watch.end()
     }
 
-    fn finish(self) -> Result<(Losses, Pulses)> {
+    fn finish(self) -> Result<Losses> {
         let (database, redis) = self.load.finish()?;
-        let losses = Losses { connections: self.idle.lost(), database, redis };
-        Ok((losses, self.pulse.finish()))
+        Ok(Losses { connections: self.idle.lost(), database, redis })
     }
 }
 
@@ -190,7 +219,7 @@ impl Peer {
         Ok(Self { pair: Pair::new()?, losses: Losses::default(), turn: 0 })
     }
 
-    fn death(&mut self) -> Result<(Duration, Duration)> {
+    fn death(&mut self) -> Result<Sight> {
         let Self { pair, losses, turn } = self;
         let (guests, vpc) = (&pair.guests, &pair.grid.vpcs[0]);
         let load = Load::start(&guests[0], vpc, pair.run.path())?;
@@ -199,13 +228,13 @@ impl Peer {
         let pulse = Pulse::start(&guests[0], vpc)?;
         std::thread::sleep(QUIET);
         let master = pair.master()?;
-        let start = Instant::now();
+        let watch = Watch::begin(&pulse);
         pair.grid.cut(&pair.grid.proxies[master].cables)?;
         std::thread::sleep(DEAD);
-        while !pulse.datagrams.is_alive() && start.elapsed() < PEER_PATIENCE {
+        while !pulse.datagrams.is_alive() && watch.since.elapsed() < PEER_PATIENCE {
             std::thread::sleep(Duration::from_millis(10));
         }
-        let seen = longest(&pulse, start);
+        let seen = watch.end();
         losses.connections += idle.lost();
         let (database, redis) = load.finish()?;
         losses.database += database;

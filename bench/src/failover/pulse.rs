@@ -1,7 +1,9 @@
 //! A datagram each millisecond, and as much by TCP, to servers that send it back: when it came back.
 
+use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -54,25 +56,13 @@ impl Arrivals {
     }
 }
 
-/// Datagrams, counted.
-#[derive(Clone, Copy, Debug)]
-pub struct Pulses {
-    pub sent: u64,
-    pub received: u64,
-}
-
-impl Pulses {
-    pub fn lost(self) -> u64 {
-        self.sent.saturating_sub(self.received)
-    }
-}
-
 /// The pulse of a guest's connection with its VPC.
 pub struct Pulse {
     pub datagrams: Arrivals,
     pub stream: Arrivals,
     sent: Arc<AtomicU64>,
-    received: Arc<AtomicU64>,
+    /// The numbers of those that came back.
+    received: Arc<Mutex<HashSet<u64>>>,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -114,16 +104,21 @@ impl Pulse {
             let mut next = Instant::now();
             move || {
                 tick(&mut next);
+                let mut bytes = [0; 64];
+                bytes[..8].copy_from_slice(&sent.load(Ordering::SeqCst).to_be_bytes());
+                sender.send(&bytes).ok();
                 sent.fetch_add(1, Ordering::SeqCst);
-                sender.send(&[0; 64]).ok();
             }
         });
         pulse.spawn({
             let (arrivals, received) = (pulse.datagrams.clone(), pulse.received.clone());
             move || {
-                if datagrams.recv(&mut [0; 64]).is_ok() {
-                    received.fetch_add(1, Ordering::SeqCst);
+                let mut bytes = [0; 64];
+                if datagrams.recv(&mut bytes).is_ok() {
                     arrivals.note();
+                    let [number, ..] = bytes.as_chunks().0 else { return };
+                    let mut received = received.lock().unwrap_or_else(PoisonError::into_inner);
+                    received.insert(u64::from_be_bytes(*number));
                 }
             }
         });
@@ -165,12 +160,15 @@ impl Pulse {
         }));
     }
 
-    /// How many datagrams went and came back.
-    pub fn finish(self) -> Pulses {
-        let received = self.received.clone();
-        let sent = self.sent.clone();
-        drop(self);
-        Pulses { sent: sent.load(Ordering::SeqCst), received: received.load(Ordering::SeqCst) }
+    /// How many datagrams were sent.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::SeqCst)
+    }
+
+    /// How many of these datagrams did not come back, or not yet.
+    pub fn lost(&self, numbers: Range<u64>) -> u64 {
+        let received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        numbers.filter(|number| !received.contains(number)).count() as u64
     }
 }
 
