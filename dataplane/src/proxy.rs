@@ -155,6 +155,10 @@ impl Proxy {
             }
         }
         state.proxies.retain(|vni, _| state.hosts.contains_key(vni));
+        for (vni, public) in state.ways.publics() {
+            state.succession.remove(public);
+            datapath.set_claim(public, state.succession.claim(vni))?;
+        }
         let proxy = Arc::new(Self {
             own: own.into(),
             datapath,
@@ -182,13 +186,20 @@ impl Proxy {
     pub fn apply_vpc(&self, vpc: &ProxyVpc, proxies: &[IpAddr]) -> Result<(), Error> {
         let vni = vpc.vni;
         let mut state = self.lock();
-        let claim = state.succession.claim(vni);
+        let (claim, public) = (state.claim(vni), state.ways.public_of(vni));
         self.datapath.apply_vpc(&ProxyVpc { claim, ..vpc.clone() })?;
         let alone = vec![IpAddr::from(self.own)];
         let proxies = if proxies.is_empty() { alone } else { proxies.to_vec() };
         state.know(vpc, None, proxies, Instant::now());
         self.save(&state.proxies)?;
         state.ways.find(&self.datapath, vpc, Instant::now())?;
+        if vpc.public != public {
+            let claim = state.succession.claim(vni);
+            if let Some(public) = public {
+                state.release(public, claim);
+            }
+            vpc.public.map_or(Ok(()), |public| self.bind(&mut state, public, claim))?;
+        }
         state.will(&[vni]);
         (state.burst, state.is_new) = (BURST, true);
         self.decide(&mut state);
@@ -199,13 +210,26 @@ impl Proxy {
     pub fn remove_vpc(&self, vni: u32) -> Result<(), Error> {
         let mut state = self.lock();
         self.datapath.remove_vpc(vni)?;
+        let (claim, public) = (state.succession.claim(vni), state.ways.public_of(vni));
         state.succession.remove(vni);
         self.providers.iter().for_each(|provider| provider.leave(vni));
         state.told.forget(vni);
         state.hosts.remove(&vni);
         state.ways.lose(vni);
         state.proxies.remove(&vni);
+        if let Some(public) = public {
+            state.release(public, claim);
+        }
         self.save(&state.proxies)
+    }
+
+    /// Makes the owner of a VPC, by this claim, that of its public address: a cloud's network card drops
+    /// what comes from an address that is another's.
+    fn bind(&self, state: &mut Inner, public: u32, claim: Option<u32>) -> Result<(), Error> {
+        state.succession.remove(public);
+        self.datapath.set_claim(public, claim)?;
+        state.announce_soon(public, Instant::now());
+        Ok(())
     }
 
     /// Of how many VPCs this proxy owns the addresses.
@@ -330,7 +354,7 @@ impl Proxy {
                 tracing::info!(node = %from.ip(), "forwards again");
                 state.burst = BURST;
                 // It may have told VPCs that it owns what this one does.
-                let held = state.succession.held();
+                let held = state.succession.held().flat_map(|vni| state.ways.with_public(vni));
                 state.announcements.extend(held.map(|vni| (Instant::now() + SETTLING, vni)));
             }
         }
@@ -436,27 +460,30 @@ impl Proxy {
             Move::Take { vni, sequence } => (vni, Some(sequence)),
             Move::Leave { vni } => (vni, None),
         };
-        if let Err(error) = self.datapath.set_claim(vni, claim) {
-            tracing::error!(vni, %error, "a VPC's addresses are left to other proxies");
-            state.succession.set_willing(vni, false);
-            return;
+        for of in state.ways.with_public(vni) {
+            if let Err(error) = self.datapath.set_claim(of, claim) {
+                tracing::error!(vni, %error, "a VPC's addresses are left to other proxies");
+                state.succession.set_willing(vni, false);
+                return;
+            }
+            match claim {
+                Some(_) => state.announce_soon(of, now),
+                None => self.providers.iter().for_each(|provider| provider.leave(of)),
+            }
         }
         let Some(sequence) = claim else {
             tracing::info!(vni, "does not own the VPC's addresses any more");
-            self.providers.iter().for_each(|provider| provider.leave(vni));
             return state.told.forget(vni);
         };
         tracing::info!(vni, sequence, "owns the VPC's addresses");
         if let Some(hosts) = state.hosts.get(&vni) {
             state.told.tell(vni, sequence, hosts, now);
         }
-        let all = [Duration::ZERO].into_iter().chain(AGAIN);
-        state.announcements.extend(all.map(|pause| (now + pause, vni)));
     }
 
     /// Has the VPC's addresses come here, if they are this proxy's.
     fn announce(&self, state: &Inner, vni: u32) {
-        let Some(claim) = state.succession.claim(vni) else { return };
+        let Some(claim) = state.claim(vni) else { return };
         let announcement = match self.datapath.announcement(vni) {
             Ok(Some(announcement)) => announcement,
             Ok(None) => return,
@@ -529,12 +556,33 @@ impl Proxy {
 }
 
 impl Inner {
+    /// The claim by which this proxy owns an address now.
+    fn claim(&self, vni: u32) -> Option<u32> {
+        self.succession.claim(self.ways.private_of(vni).unwrap_or(vni))
+    }
+
+    /// Has an address announced now, and a few times more.
+    fn announce_soon(&mut self, vni: u32, now: Instant) {
+        let all = [Duration::ZERO].into_iter().chain(AGAIN);
+        self.announcements.extend(all.map(|pause| (now + pause, vni)));
+    }
+
+    /// Has a public address be one for itself again, which this proxy owns by this claim.
+    fn release(&mut self, public: u32, claim: Option<u32>) {
+        if let Some(proxies) = self.proxies.get(&public) {
+            let order = proxies.iter().copied().map(Ip::from).collect();
+            self.succession.apply(public, order, claim, Instant::now());
+        }
+    }
+
     /// Settles whether this proxy wants these VPCs' addresses, and those of VPCs to which they are the
     /// way out: if it can reach the VPC, and its way out.
     fn will(&mut self, vnis: &[u32]) {
-        for vni in vnis.iter().chain(&self.ways.leaving_by(vnis)) {
-            let is_open = self.ways.is_open(*vni);
-            if self.succession.set_willing(*vni, is_open) {
+        let leaving = vnis.iter().filter_map(|vni| self.ways.private_of(*vni));
+        let all: Vec<_> = vnis.iter().copied().chain(leaving).collect();
+        for vni in all {
+            let is_open = self.ways.is_open(vni);
+            if self.succession.set_willing(vni, is_open) {
                 (self.burst, self.is_new) = (BURST, true);
             }
         }
@@ -543,7 +591,10 @@ impl Inner {
     fn know(&mut self, vpc: &ProxyVpc, claim: Option<u32>, proxies: Vec<IpAddr>, now: Instant) {
         let vni = vpc.vni;
         let order = proxies.iter().copied().map(Ip::from).collect();
-        self.succession.apply(vni, order, claim, now);
+        // Who owns a public address is settled by who owns the VPC that leaves by it.
+        if self.ways.private_of(vni).is_none() {
+            self.succession.apply(vni, order, claim, now);
+        }
         self.proxies.insert(vni, proxies);
         let hosts = vpc.holders.iter().map(|(_, host)| Ip::from(*host)).collect();
         if let Some(sequence) = self.succession.claim(vni) {

@@ -64,10 +64,24 @@ impl Ways {
         self.ways.retain(|_, way| way.places.remove(&vni).is_none() || !way.places.is_empty());
     }
 
-    /// The VPCs that leave by these.
-    pub fn leaving_by(&self, publics: &[u32]) -> Vec<u32> {
-        let of = self.publics.iter().filter(|(_, public)| publics.contains(public));
-        of.map(|(vni, _)| *vni).collect()
+    /// The VNI by which leaves what has no route in a VPC.
+    pub fn public_of(&self, vni: u32) -> Option<u32> {
+        self.publics.get(&vni).copied()
+    }
+
+    /// The VPC that leaves by this VNI.
+    pub fn private_of(&self, public: u32) -> Option<u32> {
+        self.publics().find(|(_, other)| *other == public).map(|(vni, _)| vni)
+    }
+
+    /// A VPC, and its public address.
+    pub fn with_public(&self, vni: u32) -> Vec<u32> {
+        [vni].into_iter().chain(self.public_of(vni)).collect()
+    }
+
+    /// The VPCs that leave, and the VNIs by which they do.
+    pub fn publics(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.publics.iter().map(|(vni, public)| (*vni, *public))
     }
 
     /// Whether a VPC is reached, and where it leaves, as far as is known.

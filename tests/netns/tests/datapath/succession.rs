@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use warren_abi::claim::{self, Entry, Header, kind};
 use warren_abi::drop::Drop as DropReason;
 use warren_netns::cluster::{Cluster, VNIS};
+use warren_netns::grid::Machine;
 use warren_netns::guest::KernelGuest;
 use warren_netns::servers::{Server, udp_echo, udp_echo_at};
 use warren_netns::topology::{SERVER, UNDERLAY};
@@ -106,8 +107,9 @@ fn leave(cluster: &Cluster) -> Server {
     }
     let order = [0, 1, 2];
     for index in order {
-        let request = |vni| cluster.request(vni, &order).expect("it is known");
-        let (mut public, mut vpc) = (request(VNI_B), request(VNI_A));
+        let request = |vni, order| cluster.request(vni, order).expect("it is known");
+        // By itself, it would be another proxy's.
+        let (mut public, mut vpc) = (request(VNI_B, &[2, 1, 0]), request(VNI_A, &order));
         (public.vni, public.shared_address) = (PUBLIC, "203.0.113.7".into());
         let Some(Role::Proxy(of_public)) = &mut public.role else { panic!("it is a proxy's") };
         of_public.cidr = "203.0.113.0/24".into();
@@ -122,12 +124,28 @@ fn leave(cluster: &Cluster) -> Server {
     udp_echo_at(gateway, (AWAY, PORT + 1)).expect("the server starts")
 }
 
+/// The proxy that has the public address, as its network knows.
+fn holder_of_public(cluster: &Cluster) -> Option<usize> {
+    let known = cluster.grid.vpcs[1].ip_lines("neigh show 203.0.113.7").expect("it is shown");
+    let mac_of = |proxy: &Machine| {
+        let shown = proxy.namespace.ip_lines("link show vpc-b").expect("it is shown");
+        let mac = shown[0].split("link/ether ").nth(1).expect("it is Ethernet");
+        mac.split(' ').next().expect("it has a MAC address").to_owned()
+    };
+    let macs: Vec<_> = cluster.grid.proxies.iter().map(mac_of).collect();
+    macs.iter().position(|mac| known.iter().any(|line| line.contains(mac)))
+}
+
 #[test]
 fn what_leaves_by_a_public_address_does_so_whatever_proxy_fails() {
     let (cluster, _echo) = cluster();
     let guest = guest(&cluster, 1, VNI_A);
     let _away = leave(&cluster);
-    let leaves = || eventually(|| udp_round_trip(&guest.namespace, (AWAY, PORT + 1)));
+    let leaves = || {
+        eventually(|| udp_round_trip(&guest.namespace, (AWAY, PORT + 1)));
+        // A cloud's network card drops what comes from an address that is another's.
+        eventually(|| holder_of_public(&cluster) == Some(owner(&cluster, VNI_A)));
+    };
     leaves();
     for dead in [0, 1] {
         let cables = &cluster.grid.proxies[dead].cables;
