@@ -193,12 +193,14 @@ impl Proxy {
         state.know(vpc, None, proxies, Instant::now());
         self.save(&state.proxies)?;
         state.ways.find(&self.datapath, vpc, Instant::now())?;
-        if vpc.public != public {
-            let claim = state.succession.claim(vni);
-            if let Some(public) = public {
-                state.release(public, claim);
-            }
-            vpc.public.map_or(Ok(()), |public| self.bind(&mut state, public, claim))?;
+        if let Some(former) = public.filter(|_| vpc.public != public) {
+            state.release(former, claim);
+        }
+        if let Some(public) = vpc.public {
+            self.bind(&mut state, public, claim)?;
+        }
+        if state.ways.private_of(vni).is_some() {
+            state.announce_soon(vni, Instant::now());
         }
         state.will(&[vni]);
         (state.burst, state.is_new) = (BURST, true);
@@ -226,10 +228,10 @@ impl Proxy {
     /// Makes the owner of a VPC, by this claim, that of its public address: a cloud's network card drops
     /// what comes from an address that is another's.
     fn bind(&self, state: &mut Inner, public: u32, claim: Option<u32>) -> Result<(), Error> {
-        state.succession.remove(public);
-        self.datapath.set_claim(public, claim)?;
-        state.announce_soon(public, Instant::now());
-        Ok(())
+        if state.succession.remove(public) {
+            state.announce_soon(public, Instant::now());
+        }
+        self.datapath.set_claim(public, claim)
     }
 
     /// Of how many VPCs this proxy owns the addresses.

@@ -236,9 +236,9 @@ impl Succession {
         }
     }
 
-    /// Forgets a VPC.
-    pub fn remove(&mut self, vni: u32) {
-        self.networks.remove(&vni);
+    /// Forgets a VPC. Whether it was known.
+    pub fn remove(&mut self, vni: u32) -> bool {
+        self.networks.remove(&vni).is_some()
     }
 
     /// Whether this proxy wants a VPC's addresses. Whether that is something new.
