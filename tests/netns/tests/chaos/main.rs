@@ -80,8 +80,6 @@ fn what_is_doubled_or_overtaken_is_not_lost() {
     }
     assert!(told.iter().any(|told| told.twice > 0), "nothing was doubled");
     assert!(told.iter().any(|told| told.overtaken > 0), "nothing was overtaken");
-    let owners = |vnis: [u32; 2]| vnis.map(|vni| cluster.owner(vni).expect("it is known"));
-    assert_eq!((owners(VNIS), owners(MORE_VNIS)), ([0, 0], [1, 2]), "nobody took it for a failure");
 }
 
 #[test]
