@@ -185,10 +185,10 @@ mod tests {
         assert!(matches!(error, ConnectError::NothingListens(_)), "{error:?}");
         assert!(error.to_string().contains(&endpoint.to_string()), "{error}");
 
-        // A port that was just closed.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let endpoint = Endpoint::Tcp(listener.local_addr().unwrap());
-        drop(listener);
+        // A port that nobody else can get meanwhile.
+        let silent = tokio::net::TcpSocket::new_v4().unwrap();
+        silent.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let endpoint = Endpoint::Tcp(silent.local_addr().unwrap());
         let error = connect(&endpoint).await.unwrap_err();
         assert!(matches!(error, ConnectError::NothingListens(_)), "{error:?}");
     }

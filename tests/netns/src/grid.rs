@@ -7,11 +7,17 @@
 //!                                  └── proxy 3 .103 ──┴── vpc-b ── server 10.0.0.10
 //! ```
 
+use std::collections::VecDeque;
 use std::net::Ipv4Addr;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
+use tokio::time::{Instant, timeout_at};
+use tokio_tun::Tun;
 
 use crate::netns::{Namespace, veth};
+use crate::servers::{Server, TICK};
 use crate::topology::{SERVER, UNDERLAY, VPC_INTERFACES};
 
 /// The underlay, and the VPCs.
@@ -42,6 +48,8 @@ pub struct Grid {
 
 /// Counts what blocked cables lose.
 const LOST: &str = "lost";
+/// How long a detour takes.
+const DELAY: Duration = Duration::from_millis(3);
 /// What every so many packets of a disturbed cable are, at random: doubled, and late.
 const DISTURBED: u32 = 20;
 
@@ -127,38 +135,32 @@ impl Grid {
     }
 
     /// Lays a slow detour on each bridge, for [`Grid::disturb`]: what goes there comes out behind what
-    /// came later.
-    pub fn lay_detours(&self) -> Result<()> {
-        for bridge in BRIDGES {
-            let (inlet, outlet) = (format!("in-{bridge}"), format!("out-{bridge}"));
+    /// came later. They are there until what is returned is dropped.
+    pub fn lay_detours(&self) -> Result<Vec<Server>> {
+        let lay = |bridge| {
+            let detour = detour(bridge);
+            let server = delay(&self.fabric, detour.clone())?;
             let slave = "type bridge_slave learning off flood off mcast_flood off bcast_flood off";
-            self.fabric.ip_batch(
-                [
-                    format!("link add {inlet} type veth peer name {outlet}"),
-                    format!("link set {outlet} master {bridge}"),
-                    format!("link set {outlet} {slave}"),
-                    format!("link set {inlet} up"),
-                    format!("link set {outlet} up"),
-                ]
-                .into_iter(),
-            )?;
-            let words = format!("qdisc add dev {inlet} root tbf rate 50mbit burst 2k limit 1m");
-            let status = self.fabric.command("tc").args(words.split_whitespace()).status();
-            let status = status.context("cannot run `tc` (package iproute2)")?;
-            ensure!(status.success(), "`tc {words}`: {status}");
-        }
-        Ok(())
+            let lines = [
+                format!("link set {detour} master {bridge}"),
+                format!("link set {detour} {slave}"),
+                format!("link set {detour} up"),
+            ];
+            self.fabric.ip_batch(lines.into_iter())?;
+            Ok(server)
+        };
+        BRIDGES.into_iter().map(lay).collect()
     }
 
     /// Doubles some of the packets that come out of a machine's end of a cable, and has others overtaken
     /// by later ones.
     pub fn disturb(&self, cable: &str) -> Result<()> {
-        let inlet = format!("in-{}", bridge_of(cable));
+        let detour = detour(bridge_of(cable));
         // What is for all would come back to who sent it.
         let some = format!(
             "ether daddr & 01:00:00:00:00:00 != 01:00:00:00:00:00 numgen random mod {DISTURBED} 0"
         );
-        let rules = format!("{some} dup to \"{inlet}\"; {some} fwd to \"{inlet}\";");
+        let rules = format!("{some} dup to \"{detour}\"; {some} fwd to \"{detour}\";");
         self.fabric.nft(&format!(
             "table netdev disturb-{cable} {{ chain ingress {{ type filter hook ingress \
              device \"{cable}\" priority 10; {rules} }}; }}"
@@ -176,4 +178,49 @@ fn bridge_of(cable: &str) -> &'static str {
     let [underlay, vpcs @ ..] = BRIDGES;
     let of_vpc = VPC_INTERFACES.iter().position(|interface| cable.starts_with(interface));
     of_vpc.map_or(underlay, |index| vpcs[index])
+}
+
+/// A bridge's detour.
+fn detour(bridge: &str) -> String {
+    format!("tap-{bridge}")
+}
+
+/// A TAP from which frames come back after [`DELAY`]. It is without offloads: the kernel divides what is
+/// larger than a frame.
+fn delay(namespace: &Namespace, name: String) -> Result<Server> {
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let server = Server::start(namespace, move |stop, _| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime can be made").block_on(async {
+            let opened = Tun::builder().name(&name).tap().up().build();
+            let tap = opened.map(|mut taps| taps.remove(0));
+            let failed = tap.as_ref().err().map(ToString::to_string);
+            ready.send(failed).ok();
+            let Ok(tap) = tap else { return };
+            let mut frame = [0; 2048];
+            let mut held = VecDeque::new();
+            while !stop.load(Ordering::SeqCst) {
+                let due = held.front().map_or(Instant::now() + TICK, |(due, _)| *due);
+                match timeout_at(due, tap.recv(&mut frame)).await {
+                    Ok(Ok(length)) => {
+                        held.push_back((Instant::now() + DELAY, frame[..length].to_vec()));
+                    }
+                    // The device is gone.
+                    Ok(Err(_)) => return,
+                    Err(_) => {}
+                }
+                while let Some((due, frame)) = held.pop_front() {
+                    if due > Instant::now() {
+                        held.push_front((due, frame));
+                        break;
+                    }
+                    tap.send(&frame).await.ok();
+                }
+            }
+        });
+    });
+    match is_ready.recv()? {
+        None => Ok(server),
+        Some(error) => bail!("a TAP for the detour: {error}"),
+    }
 }

@@ -62,7 +62,7 @@ fn plug(cluster: &Cluster) -> (Vec<Tenant>, Vec<KernelGuest>) {
 #[test]
 fn what_is_doubled_or_overtaken_is_not_lost() {
     let cluster = Cluster::new(2, 3).expect("it starts");
-    prepare(&cluster).expect("it can be prepared");
+    let _detours = prepare(&cluster).expect("it can be prepared");
     let (tenants, guests) = plug(&cluster);
     let vpcs = cluster.grid.vpcs.clone();
     let _servers: Vec<_> =
@@ -89,7 +89,7 @@ fn nothing_that_fails_breaks_a_connection_or_mixes_up_tenants() {
     // Also seen when the test passes.
     talk::say(&format!("chaos: seed {seed}, {seconds} s"));
     let mut cluster = Cluster::new(2, 3).expect("it starts");
-    prepare(&cluster).expect("it can be prepared");
+    let _detours = prepare(&cluster).expect("it can be prepared");
     let dir = cluster.run().path().to_owned();
     let (tenants, guests) = plug(&cluster);
     let vpcs = cluster.grid.vpcs.clone();

@@ -8,6 +8,7 @@ use rand::RngExt;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use warren_netns::cluster::{Cluster, MORE_VNIS, VNIS};
+use warren_netns::servers::Server;
 
 const PROXIES: usize = 3;
 const HOSTS: usize = 2;
@@ -26,7 +27,7 @@ fn order_from(first: usize) -> Vec<usize> {
 }
 
 /// Prepares what the schedule needs: the VPCs' second addresses, and detours.
-pub fn prepare(cluster: &Cluster) -> anyhow::Result<()> {
+pub fn prepare(cluster: &Cluster) -> anyhow::Result<Vec<Server>> {
     for (first, vni) in ORDERS.into_iter().filter(|(_, vni)| MORE_VNIS.contains(vni)) {
         cluster.add(vni, &order_from(first))?;
     }
