@@ -469,7 +469,10 @@ impl Proxy {
                 return;
             }
             match claim {
-                Some(_) => state.announce_soon(of, now),
+                Some(_) => {
+                    state.ways.expect(of, now);
+                    state.announce_soon(of, now);
+                }
                 None => self.providers.iter().for_each(|provider| provider.leave(of)),
             }
         }

@@ -54,6 +54,11 @@ impl Reach {
         is_due && is_anybody
     }
 
+    /// Something is to be going on from now on.
+    pub fn expect(&mut self, now: Instant) {
+        self.busy_until = Some(now + BUSY);
+    }
+
     /// How often somebody was asked since something came.
     pub fn asked(&self) -> u32 {
         self.asked
@@ -96,6 +101,17 @@ mod tests {
         assert!(!reach.is_reached() && asked.len() == 10, "{asked:?}");
         turns(&mut reach, &mut now, 8, STEP);
         assert!(reach.is_reached(), "one answer is enough");
+    }
+
+    #[test]
+    fn an_idle_vpc_that_fell_silent_is_lost_as_fast_when_something_is_expected() {
+        let mut now = Instant::now();
+        let mut reach = Reach::new(7, now);
+        turns(&mut reach, &mut now, 7, Duration::from_millis(500));
+        assert!(reach.is_reached() && reach.asked() == 0);
+        reach.expect(now);
+        turns(&mut reach, &mut now, 7, Duration::from_millis(90));
+        assert!(!reach.is_reached());
     }
 
     #[test]

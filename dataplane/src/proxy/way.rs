@@ -91,6 +91,12 @@ impl Ways {
         is_open(&vni) && self.publics.get(&vni).is_none_or(is_open)
     }
 
+    /// This proxy begins to own a VPC's addresses: it is to find out soon whether it should.
+    pub fn expect(&mut self, vni: u32, now: Instant) {
+        let ways = self.ways.values_mut();
+        ways.filter(|way| way.places.contains_key(&vni)).for_each(|way| way.reach.expect(now));
+    }
+
     /// Notes whether a VPC's interface has a carrier. Whether that is something new.
     pub fn set_carrier(&mut self, vni: u32, is_there: bool) -> bool {
         let way = self.ways.values_mut().find(|way| way.places.contains_key(&vni));
