@@ -175,6 +175,24 @@ impl Fleet {
         endpoint(&self.run, Daemon::Control)
     }
 
+    /// The command line, which asks this control plane.
+    pub fn cli(&self) -> Result<Command> {
+        let mut command = Command::new(built("warren")?);
+        command.env("WARREN_ENDPOINT", self.control_endpoint().to_string());
+        Ok(command)
+    }
+
+    /// Runs the command line with these words, and returns what it prints.
+    ///
+    /// # Errors
+    /// What it complains of.
+    pub fn warren(&self, line: &str) -> Result<String> {
+        let output = self.cli()?.args(line.split_whitespace()).output()?;
+        let error = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "`warren {line}`: {}", error.trim());
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
     /// A client of the control plane.
     pub async fn control(&self) -> Result<ControlServiceClient<Channel>> {
         Ok(ControlServiceClient::new(connect(&endpoint(&self.run, Daemon::Control)).await?))

@@ -8,7 +8,7 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
 use serde_json::Value;
-use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers;
 use warren_netns::topology::{SERVER, SHARED};
 
@@ -16,8 +16,8 @@ const ECHO: u16 = 7071;
 const TCP: u16 = 7072;
 
 fn command(fleet: &Fleet, words: &[&str]) -> Command {
-    let mut command = Command::new(built("warren").unwrap());
-    command.args(words).env("WARREN_ENDPOINT", fleet.control_endpoint().to_string());
+    let mut command = fleet.cli().unwrap();
+    command.args(words);
     command
 }
 

@@ -3,15 +3,11 @@
 use std::process::Output;
 
 use serde_json::Value;
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers;
 
 fn warren(fleet: &Fleet, words: &[&str]) -> Output {
-    std::process::Command::new(built("warren").unwrap())
-        .args(words)
-        .env("WARREN_ENDPOINT", fleet.control_endpoint().to_string())
-        .output()
-        .unwrap()
+    fleet.cli().unwrap().args(words).output().unwrap()
 }
 
 fn json(fleet: &Fleet, words: &[&str]) -> Value {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use warren_abi::probe::{Endpoint, Operation, Outcome};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers::udp_echo;
 use warren_netns::topology::SERVER;
 
@@ -13,12 +13,7 @@ const ECHO: u16 = 7;
 const VPC: &str = VPCS[0];
 
 fn warren(fleet: &Fleet, words: &[&str]) -> Output {
-    std::process::Command::new(built("warren").unwrap())
-        .args(words)
-        .args(["--output", "json"])
-        .env("WARREN_ENDPOINT", fleet.control_endpoint().to_string())
-        .output()
-        .unwrap()
+    fleet.cli().unwrap().args(words).args(["--output", "json"]).output().unwrap()
 }
 
 fn json(fleet: &Fleet, words: &[&str]) -> Value {

@@ -4,27 +4,13 @@ use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use warren_abi::probe::{Endpoint, Operation, Outcome};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, built, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, kvm_or_skip};
 use warren_netns::servers::{udp_at, udp_echo, udp_echo_at};
 use warren_netns::topology::{SERVER, VPC_INTERFACES};
 
 const ECHO: u16 = 7;
 /// A server behind the gateway of the public network.
 const AWAY: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-
-fn try_warren(fleet: &Fleet, line: &str) -> Result<String, String> {
-    let output = std::process::Command::new(built("warren").unwrap())
-        .args(line.split_whitespace())
-        .env("WARREN_ENDPOINT", fleet.control_endpoint().to_string())
-        .output()
-        .unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
-}
-
-fn warren(fleet: &Fleet, line: &str) -> String {
-    try_warren(fleet, line).unwrap_or_else(|error| panic!("{line}: {error}"))
-}
 
 /// Whether datagrams come back from there, in a moment: what is applied is deployed just after it is
 /// stored.
@@ -58,10 +44,10 @@ async fn each_tenant_leaves_by_its_own_address_with_a_vpc_or_without() {
     witness.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let [interface, outside] = VPC_INTERFACES;
     let network = format!("--cidr 203.0.113.0/24 --interface {outside} --gateway 203.0.113.1");
-    warren(&fleet, &format!("vpc create blue-out {network} --shared-address 203.0.113.7"));
-    warren(&fleet, &format!("vpc create red {network} --shared-address 203.0.113.8"));
+    fleet.warren(&format!("vpc create blue-out {network} --shared-address 203.0.113.7")).unwrap();
+    fleet.warren(&format!("vpc create red {network} --shared-address 203.0.113.8")).unwrap();
     let blue = "--cidr 10.0.0.0/24 --shared-address 10.0.0.100 --public blue-out";
-    warren(&fleet, &format!("vpc create blue {blue} --interface {interface}"));
+    fleet.warren(&format!("vpc create blue {blue} --interface {interface}")).unwrap();
 
     let mut ids = Vec::new();
     for (vpc, public) in [("blue", "203.0.113.7"), ("red", "203.0.113.8")] {
@@ -83,6 +69,6 @@ async fn each_tenant_leaves_by_its_own_address_with_a_vpc_or_without() {
     let error = fleet.run("blue-out", None).await.expect_err("its ports are blue's").to_string();
     assert!(error.contains("VPC blue leaves by the addresses of VPC blue-out"), "{error}");
     let taken = "--cidr 10.0.0.0/24 --shared-address 10.0.0.101 --public red";
-    let error = try_warren(&fleet, &format!("vpc create green {taken} --interface {interface}"));
-    assert!(error.unwrap_err().contains("red has microVMs of its own"));
+    let error = fleet.warren(&format!("vpc create green {taken} --interface {interface}"));
+    assert!(error.unwrap_err().to_string().contains("red has microVMs of its own"));
 }

@@ -3,22 +3,12 @@
 use std::time::{Duration, Instant};
 
 use warren_abi::probe::{Endpoint, Operation};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers;
 
 const ECHO: u16 = 7;
 /// Behind the server of the VPC.
 const BEHIND: [u8; 4] = [198, 51, 100, 1];
-
-fn warren(fleet: &Fleet, line: &str) -> String {
-    let output = std::process::Command::new(built("warren").unwrap())
-        .args(line.split_whitespace())
-        .env("WARREN_ENDPOINT", fleet.control_endpoint().to_string())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// Whether datagrams come back from there.
 async fn reaches(fleet: &Fleet, id: &str) -> bool {
@@ -56,7 +46,7 @@ async fn routes_of_the_command_line_lead_a_microvm_and_outlive_the_daemons() {
 
     assert!(!reaches(&fleet, &id).await, "there is no route");
     let vpc = VPCS[0];
-    warren(&fleet, &format!("route add {vpc} 198.51.100.0/24 --via 10.0.0.10"));
+    fleet.warren(&format!("route add {vpc} 198.51.100.0/24 --via 10.0.0.10")).unwrap();
     assert!(becomes(&fleet, &id, true).await);
     for daemon in [Daemon::Control, Daemon::Proxy] {
         fleet.kill_and_restart(daemon).await.unwrap();
@@ -68,11 +58,11 @@ async fn routes_of_the_command_line_lead_a_microvm_and_outlive_the_daemons() {
         .collect();
     routes.push("198.51.100.0/25 blackhole\n".to_owned());
     std::fs::write(&file, routes.concat()).unwrap();
-    let listed = warren(&fleet, &format!("route replace {vpc} --file {}", file.display()));
+    let listed = fleet.warren(&format!("route replace {vpc} --file {}", file.display())).unwrap();
     assert_eq!(listed.lines().count(), 1 + 1 + 10_000, "a header, the CIDR, the table");
     assert!(becomes(&fleet, &id, false).await);
     assert!(fleet.drops(Daemon::Proxy, "blackhole").await.unwrap() > 0);
-    warren(&fleet, &format!("route delete {vpc} 198.51.100.0/25"));
-    warren(&fleet, &format!("route add {vpc} 198.51.100.1/32 --via 10.0.0.10"));
+    fleet.warren(&format!("route delete {vpc} 198.51.100.0/25")).unwrap();
+    fleet.warren(&format!("route add {vpc} 198.51.100.1/32 --via 10.0.0.10")).unwrap();
     assert!(becomes(&fleet, &id, true).await);
 }

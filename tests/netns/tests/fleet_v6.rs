@@ -6,22 +6,12 @@ use std::time::Duration;
 use etherparse::PacketBuilder;
 use warren_abi::probe::{Operation, Outcome};
 use warren_abi::wire::{GATEWAY_MAC, Ip, slot_address_v6};
-use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, built, kvm_or_skip};
+use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::servers;
 use warren_netns::topology::{CIDR, CIDR_V6, SERVER_V6, SHARED, SHARED_V6, VPC_INTERFACES};
 use warren_proto::v1::Instance;
 
 const PORT: u16 = 7000;
-
-fn warren(fleet: &Fleet, line: &str) -> String {
-    let output = std::process::Command::new(built("warren").unwrap())
-        .args(line.split_whitespace())
-        .env("WARREN_ENDPOINT", fleet.control_endpoint().to_string())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{line}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
 
 /// A datagram over IPv6 from an instance to the server.
 fn datagram(from: &Instance, payload: &[u8]) -> Operation {
@@ -49,7 +39,7 @@ async fn tenants_with_one_ipv6_cidr_reach_their_own_server_from_their_shared_add
             "vpc create {vpc} --cidr {CIDR} --shared-address {SHARED} --interface {interface} \
              --cidr-v6 {CIDR_V6} --shared-address-v6 {SHARED_V6}"
         );
-        warren(&fleet, &line);
+        fleet.warren(&line).unwrap();
     }
     for (vpc, namespace) in VPCS.iter().zip(&fleet.topology.vpcs) {
         let server = servers::udp_at(namespace, (SERVER_V6, PORT)).unwrap();
