@@ -581,6 +581,13 @@ impl ProxyVpc {
     pub const SIBLINGS: u8 = 1;
     /// There is a public address.
     pub const PUBLIC: u8 = 2;
+
+    /// Whether this is one of its shared addresses.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_at(&self, address: Ip) -> bool {
+        address.is(Ip::v4(self.shared_address)) || address.is(self.v6.shared_address)
+    }
 }
 
 /// What came from a VPC, to a proxy's MAC address.

@@ -20,10 +20,7 @@ pub fn translate<F: Family>(
     address: F::Address,
     port: Be16,
 ) -> Result<(), Drop> {
-    let old = match direction {
-        Direction::Out => packet.source,
-        Direction::In => packet.destination,
-    };
+    let old = guest_side(packet, direction);
     if !packet.unchecked {
         let is_done = match direction {
             Direction::Out => update::<F>(ctx, packet, address, port)?,
@@ -45,6 +42,15 @@ pub fn translate<F: Family>(
     Ok(())
 }
 
+/// The address on the guest's side.
+#[inline(always)]
+fn guest_side<F: Family>(packet: &Packet<F>, direction: Direction) -> F::Address {
+    match direction {
+        Direction::Out => packet.source,
+        Direction::In => packet.destination,
+    }
+}
+
 /// [`translate`], of the address alone, and of what comes from anywhere.
 #[inline(always)]
 pub fn translate_address<F: Family>(
@@ -53,10 +59,7 @@ pub fn translate_address<F: Family>(
     direction: Direction,
     address: F::Address,
 ) -> Result<(), Drop> {
-    let old = match direction {
-        Direction::Out => packet.source,
-        Direction::In => packet.destination,
-    };
+    let old = guest_side(packet, direction);
     if !packet.unchecked {
         replace(ctx, packet, (old, address), packet.local_port)?;
     }

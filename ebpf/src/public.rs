@@ -82,8 +82,7 @@ fn public_of(vni: u32) -> Option<&'static ProxyVpc> {
 /// Whose address this is, of those on the interface of a public one.
 #[inline(always)]
 fn addressee(public: &ProxyVpc, address: Ip) -> Option<u32> {
-    let is_own = address.is(Ip::v4(public.shared_address)) || address.is(public.v6.shared_address);
-    if is_own {
+    if public.is_at(address) {
         return Some(public.vni);
     }
     tunnel::sibling_of(public, address).map(|sibling| sibling.vni)

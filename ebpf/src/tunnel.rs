@@ -231,9 +231,7 @@ pub fn sibling_of(vpc: &ProxyVpc, address: Ip) -> Option<&'static ProxyVpc> {
         return None;
     }
     let sibling = cache::vpc_at(vpc.ifindex, address)?;
-    let is_its =
-        address.is(Ip::v4(sibling.shared_address)) || address.is(sibling.v6.shared_address);
-    if is_its { Some(sibling) } else { None }
+    if sibling.is_at(address) { Some(sibling) } else { None }
 }
 
 /// Whether what is in this VNI for this destination goes back into the tunnel, if it is not for the
