@@ -155,30 +155,31 @@ fn two_guests_open_one_tcp_connection_at_the_same_time() {
     let ports = PortRange { base: 8192, count: 64 };
     bed.apply_host(VNI_A, ports);
     bed.apply_proxy(VNI_A, vec![(ports, HOST)]);
-    let [a, b] = [1, 2].map(|slot| {
+    let underlay = Capture::start(&bed.topology.proxy, UNDERLAY).expect("captures can be made");
+    let (from, of_b) = (1000, ports.base + 5);
+    let dropped = || bed.host_drops(0, DropReason::NoFlow);
+    let opened = |slot| {
         bed.host().attach(slot, VNI_A).expect("the slot is free");
         RawGuest::open(&bed, slot)
-    });
-    let underlay = Capture::start(&bed.topology.proxy, UNDERLAY).expect("captures can be made");
-    let of_b = ports.base + 5;
-    let dropped = || bed.host_drops(0, DropReason::NoFlow);
-    let syn = |from: u16| {
-        let before = dropped();
+    };
+    let b = opened(2);
+    // Not by the very port that it is to reach, which then would be taken towards itself.
+    let (a, of_a) = loop {
+        let a = opened(1);
         a.send(&segment(&a, from, of_b, tcp::SYN, 7, 0));
-        eventually(|| dropped() == before + 1);
-        loop {
+        let port = loop {
             let seen = underlay.next(PATIENCE).expect("it can be read").expect("it comes").bytes;
             let is_it = vni(&seen) == Some(VNI_A) && seen[86..88] == of_b.to_be_bytes();
             if is_it && seen[80..84] == SHARED.octets() {
                 break u16::from_be_bytes([seen[84], seen[85]]);
             }
+        };
+        if port != of_b {
+            break (a, port);
         }
+        bed.host().detach(1).expect("it is attached");
     };
-    // Not the very port that it is to reach, which then would be taken towards itself.
-    let (from, of_a) = (1000..1100)
-        .map(|from| (from, syn(from)))
-        .find(|(_, port)| *port != of_b)
-        .expect("some are");
+    eventually(|| dropped() == 1);
     // TCP's ports are chosen at random for each destination. With all of them in use towards this
     // one, one is the port that a wrote to, and one its own.
     let before = dropped();
