@@ -177,6 +177,7 @@ fn two_guests_open_one_tcp_connection_at_the_same_time() {
         if port != of_b {
             break (a, port);
         }
+        assert!(a.receive(PATIENCE).is_some(), "what it sent to its own port");
         bed.host().detach(1).expect("it is attached");
     };
     eventually(|| dropped() == 1);
