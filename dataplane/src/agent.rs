@@ -55,7 +55,7 @@ impl Agent {
             Self::Host(host) => Report {
                 role: v1::Role::Host,
                 slots: host.slots(),
-                parked: host.parked(),
+                parked: host.pooled().parked,
                 instances: host.instances(),
                 port_use: host.port_use(),
                 owned: 0,

@@ -3,11 +3,12 @@
 mod nat;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
 use warren_proto::hook::Hook;
+use warren_vmm::jail::FIRST_UID;
 
 pub use self::nat::{Nat, Timeouts};
 use crate::datapath::MAX_SLOTS;
@@ -78,6 +79,16 @@ pub struct HostConfig {
     /// MicroVMs held ready at their barrier; at most `slots`.
     #[serde(default = "default_parked")]
     pub parked: u32,
+    /// MicroVMs held ready beside them that have the template's memory and state and did not run.
+    #[serde(default)]
+    pub loaded: u32,
+    /// Jailed processes with KVM's objects held ready beside them. All three together: at most
+    /// `slots`.
+    #[serde(default)]
+    pub shells: u32,
+    /// How microVMs are confined.
+    #[serde(default)]
+    pub jail: Jail,
     /// The microVM program.
     #[serde(default = "default_vmm")]
     pub vmm: PathBuf,
@@ -85,6 +96,25 @@ pub struct HostConfig {
     pub template: PathBuf,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
+}
+
+/// How microVMs are confined.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Jail {
+    /// User and group of the first slot's microVM, at least 1; each slot has one of its own after it.
+    pub first_uid: u32,
+    /// Control group of this host's microVMs, below the root of each hierarchy; without it `warren/`
+    /// and the host's name.
+    pub cgroup: Option<PathBuf>,
+    /// Share of one processor that a microVM may use, in percent, 1 to 100.
+    pub cpu_percent: u32,
+}
+
+impl Default for Jail {
+    fn default() -> Self {
+        Self { first_uid: FIRST_UID, cgroup: None, cpu_percent: 100 }
+    }
 }
 
 /// The log of flows.
@@ -203,8 +233,25 @@ impl Config {
             if !(1..=MAX_SLOTS).contains(&host.slots) {
                 return wrong("host.slots", &format!("must be between 1 and {MAX_SLOTS}"));
             }
-            if host.parked > host.slots {
-                return wrong("host.parked", "must not be larger than host.slots");
+            let pool = [host.parked, host.loaded, host.shells].map(u64::from).iter().sum::<u64>();
+            if pool > u64::from(host.slots) {
+                return wrong(
+                    "host.parked",
+                    "must not, with host.loaded and host.shells, be larger than host.slots",
+                );
+            }
+            let Jail { first_uid, cgroup, cpu_percent } = &host.jail;
+            if *first_uid == 0 || first_uid.checked_add(MAX_SLOTS).is_none() {
+                return wrong("host.jail.first_uid", "must leave room for all slots, without root");
+            }
+            if !(1..=100).contains(cpu_percent) {
+                return wrong("host.jail.cpu_percent", "must be between 1 and 100");
+            }
+            let normal = |part| matches!(part, Component::Normal(_));
+            if let Some(group) = cgroup
+                && (group.as_os_str().is_empty() || !group.components().all(normal))
+            {
+                return wrong("host.jail.cgroup", "must be a path below the hierarchy's root");
             }
             if let Some(log) = &host.flow_log {
                 if log.max_bytes < 4096 {
@@ -256,6 +303,12 @@ mod tests {
             (format!("{SMALL}{template}slots = 0"), "host.slots"),
             (format!("{SMALL}{template}slots = 65278"), "host.slots"),
             (format!("{SMALL}{template}slots = 2\nparked = 3"), "host.parked"),
+            (format!("{SMALL}{template}slots = 5\nparked = 3\nshells = 3"), "host.parked"),
+            (format!("{SMALL}{template}[host.jail]\nfirst_uid = 0"), "first_uid"),
+            (format!("{SMALL}{template}[host.jail]\nfirst_uid = 4294967295"), "first_uid"),
+            (format!("{SMALL}{template}[host.jail]\ncpu_percent = 0"), "cpu_percent"),
+            (format!("{SMALL}{template}[host.jail]\ncgroup = '/a'"), "jail.cgroup"),
+            (format!("{SMALL}{template}[host.jail]\ncgroup = 'a/../..'"), "jail.cgroup"),
             (format!("{SMALL}{template}[host.flow_log]\nmax_bytes = 1"), "max_bytes"),
             (format!("{SMALL}{template}[host.flow_log]\nkeep = 0"), "flow_log.keep"),
             (format!("control = 'http://192.0.2.3:7700'\n{SMALL}"), "advertise"),

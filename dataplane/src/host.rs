@@ -22,7 +22,8 @@ use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
 use warren_vmm::control::{
-    EndReason, PublicIdentity, Ready, ReleaseRequest, State as VmState, Status, socket_path,
+    EndReason, PublicIdentity, ReleaseRequest, State as VmState, Status, Tier, Timeline,
+    socket_path,
 };
 
 use crate::capture::CaptureError;
@@ -32,7 +33,7 @@ use crate::flowlog::FlowLog;
 use crate::flowlog::owners::{NamedVpc, Owners};
 use crate::metrics::{Levels, Starts};
 use crate::pool::{self, Pool, PoolError, Taken};
-use crate::refill::Policy;
+use crate::refill::{Policy, Tiers};
 use crate::services::{self, Naming};
 
 pub use guards::Own;
@@ -159,7 +160,7 @@ pub struct HostOptions {
     pub name: String,
     /// How microVMs are made; its directory of sockets also holds what a restart needs.
     pub zygote: ZygoteConfig,
-    /// Parked microVMs wanted.
+    /// How the pool of microVMs is filled.
     pub policy: Policy,
 }
 
@@ -229,9 +230,9 @@ impl Host {
         self.datapath.slots().len() as u32
     }
 
-    /// MicroVMs parked at their barrier.
-    pub fn parked(&self) -> u32 {
-        self.pool.parked()
+    /// MicroVMs that wait for an instance, in each tier.
+    pub fn pooled(&self) -> Tiers {
+        self.pool.tiers()
     }
 
     /// The instances, those that ended by themselves among them.
@@ -297,7 +298,7 @@ impl Host {
         Levels {
             slots: self.slots(),
             free: self.pool.free_slots(),
-            parked: self.parked(),
+            pooled: self.pooled(),
             instances: instances as u32,
             flows: self.flows.load(Ordering::Relaxed),
         }
@@ -342,10 +343,20 @@ impl Host {
             v1::StartTimings { requested_unix_ns: clock.unix_ns, ..v1::StartTimings::default() };
         let ready = self.make_ready(clock, &mut timings, &record).await;
         match &ready {
-            Ok(_) => self.starts.ready(&timings),
+            Ok((_, _, timeline)) => self.starts.ready(&timings, timeline),
             Err(_) => self.starts.failed(),
         }
-        let (microvm, slot) = ready?;
+        let (microvm, slot, timeline) = ready?;
+        timings.prepared = stages(&timeline);
+        tracing::info!(
+            id = %record.id,
+            slot = slot.number,
+            tier = timings.tier,
+            ready_ns = timings.ready_ns,
+            attach_ns = timings.attach_end_ns - timings.attach_start_ns,
+            ?timeline,
+            "instance started"
+        );
         let path = microvm.path().to_owned();
         let described = self.enlist(record, slot, microvm);
 
@@ -366,21 +377,22 @@ impl Host {
         clock: Clock,
         timings: &mut v1::StartTimings,
         record: &Record,
-    ) -> Result<(MicroVm, Slot), HostError> {
+    ) -> Result<(MicroVm, Slot, Timeline), HostError> {
         loop {
-            let Taken { microvm, cold } = self.pool.take().await?;
-            timings.cold = cold;
+            let Taken { microvm, from } = self.pool.take().await?;
+            timings.cold = from.is_none();
+            from.map_or("", Tier::name).clone_into(&mut timings.tier);
             timings.cloned_ns = clock.elapsed();
             let slot = self.slot(microvm.slot());
             match self.connect_and_release(clock, timings, record, &slot, microvm).await {
-                Ok((microvm, ready)) => {
-                    timings.released_ns = clock.since(ready.released_ns);
-                    timings.ready_ns = clock.since(ready.ready_ns);
-                    return Ok((microvm, slot));
+                Ok((microvm, timeline)) => {
+                    timings.released_ns = clock.since(timeline.released_ns);
+                    timings.ready_ns = clock.since(timeline.ready_ns);
+                    return Ok((microvm, slot, timeline));
                 }
-                // One that died while it was parked says nothing about the next one.
-                Err(HostError::Vmm(ClientError::Ended(reason))) if !cold => {
-                    tracing::warn!(slot = slot.number, "a parked microVM was dead: {reason}");
+                // One that died while it waited says nothing about the next one.
+                Err(HostError::Vmm(ClientError::Ended(reason))) if from.is_some() => {
+                    tracing::warn!(slot = slot.number, "a pooled microVM was dead: {reason}");
                 }
                 Err(error) => return Err(error),
             }
@@ -395,7 +407,7 @@ impl Host {
         record: &Record,
         slot: &Slot,
         mut microvm: MicroVm,
-    ) -> Result<(MicroVm, Ready), HostError> {
+    ) -> Result<(MicroVm, Timeline), HostError> {
         let released = async {
             timings.attach_start_ns = clock.elapsed();
             // Connected first: the guest may send as soon as it is released.
@@ -578,7 +590,7 @@ impl Host {
             return;
         }
         match (status.state, serde_json::from_slice::<Record>(&status.tag)) {
-            (VmState::Parked, _) => self.pool.keep(microvm),
+            (VmState::Pooled(tier), _) => self.pool.keep(microvm, tier),
             (VmState::Running, Ok(record)) => {
                 tracing::info!(id = %record.id, slot = number, "instance found again");
                 self.enlist(record, self.slot(number), microvm);
@@ -589,6 +601,12 @@ impl Host {
             }
         }
     }
+}
+
+/// The stages of a microVM's preparation, with the time that each took.
+fn stages(timeline: &Timeline) -> Vec<v1::Stage> {
+    let stage = |(name, duration_ns): (&str, u64)| v1::Stage { name: name.to_owned(), duration_ns };
+    timeline.stages().map(stage).collect()
 }
 
 fn named(name: &str, vpc: &vpcs::Vpc, shared_address_v6: Option<Ipv6Addr>) -> NamedVpc {

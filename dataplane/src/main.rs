@@ -21,13 +21,14 @@ use warren_dataplane::fragments::Fragments;
 use warren_dataplane::host::{Host, HostOptions as RoleOptions};
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
-use warren_dataplane::refill::Policy;
+use warren_dataplane::refill::{Policy, Tiers};
 use warren_dataplane::services::Services as LinkLocal;
 use warren_dataplane::{flowlog, heartbeat};
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
 use warren_vmm::client::ZygoteConfig;
+use warren_vmm::jail::JailConfig;
 
 /// The largest gRPC message: 10,000 routes take up to 1 MB, an invocation 1 MiB.
 const MESSAGE_MAX: usize = 4 << 20;
@@ -166,8 +167,14 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         binary: section.vmm.clone(),
         template: section.template.clone(),
         run_dir: config.run_dir.clone(),
+        jail: JailConfig {
+            first_uid: section.jail.first_uid,
+            cpu_percent: section.jail.cpu_percent,
+            cgroup: section.jail.cgroup.clone().unwrap_or(JailConfig::named(&config.name).cgroup),
+        },
     };
-    let policy = Policy { target: section.parked };
+    let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
+    let policy = Policy { target: Tiers { shells, loaded, parked } };
     let host =
         Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {

@@ -20,8 +20,10 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use warren_abi::drop::Drop as DropReason;
 use warren_proto::v1;
+use warren_vmm::control::Timeline;
 
 use crate::datapath::DropCount;
+use crate::refill::Tiers;
 
 /// In front of every name.
 const PREFIX: &str = "warren";
@@ -50,6 +52,7 @@ const FAILED: Outcome = Outcome { outcome: "failed" };
 #[derive(Clone, Debug)]
 pub struct Starts {
     stages: Family<Stage, Histogram, fn() -> Histogram>,
+    prepared: Family<Stage, Histogram, fn() -> Histogram>,
     whole: Histogram,
     outcomes: Family<Outcome, Counter>,
 }
@@ -61,8 +64,9 @@ impl Default for Starts {
         for outcome in [POOL, COLD, FAILED] {
             drop(outcomes.get_or_create(&outcome));
         }
-        let stages = Family::new_with_constructor(histogram as fn() -> Histogram);
-        Self { stages, whole: histogram(), outcomes }
+        let [stages, prepared] =
+            [(); 2].map(|()| Family::new_with_constructor(histogram as fn() -> Histogram));
+        Self { stages, prepared, whole: histogram(), outcomes }
     }
 }
 
@@ -71,8 +75,11 @@ fn histogram() -> Histogram {
 }
 
 impl Starts {
-    /// An instance is ready.
-    pub fn ready(&self, timings: &v1::StartTimings) {
+    /// An instance is ready, whose microVM came about so.
+    pub fn ready(&self, timings: &v1::StartTimings, timeline: &Timeline) {
+        for (stage, duration_ns) in timeline.stages() {
+            self.prepared.get_or_create(&Stage { stage }).observe(seconds(duration_ns));
+        }
         for (stage, from_ns, to_ns) in [
             ("clone", 0, timings.cloned_ns),
             ("attach", timings.attach_start_ns, timings.attach_end_ns),
@@ -101,6 +108,14 @@ impl Starts {
             self.stages.clone(),
         );
         registry.register_with_unit(
+            "prepare_stage",
+            "How long the stages took in which the microVM of an instance was prepared, before or \
+             in its start: process made (fork), walls around it (jail), KVM's objects (shell), \
+             memory and state (load), run up to its barrier (park)",
+            Unit::Seconds,
+            self.prepared.clone(),
+        );
+        registry.register_with_unit(
             "start",
             "Time from the request to the guest's answer that it is ready",
             Unit::Seconds,
@@ -108,7 +123,7 @@ impl Starts {
         );
         registry.register(
             "starts",
-            "Starts by outcome: of a parked microVM (pool), of one made for it (cold), or failed",
+            "Starts by outcome: of a pooled microVM (pool), of one made for it (cold), or failed",
             self.outcomes.clone(),
         );
     }
@@ -123,10 +138,10 @@ fn seconds(nanoseconds: u64) -> f64 {
 pub struct Levels {
     /// Slots in all.
     pub slots: u32,
-    /// Slots with neither an instance nor a parked microVM.
+    /// Slots without a microVM.
     pub free: u32,
-    /// MicroVMs parked at their barrier.
-    pub parked: u32,
+    /// MicroVMs that wait for an instance.
+    pub pooled: Tiers,
     /// Instances that run.
     pub instances: u32,
     /// Flows that the last sweep of the table left in it.
@@ -175,11 +190,13 @@ impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Scraped<F> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let Snapshot { levels, drops } = (self.0)();
         if let Some(levels) = levels {
-            let Levels { slots, free, parked, instances, flows } = levels;
+            let Levels { slots, free, pooled, instances, flows } = levels;
             for (name, help, level) in [
                 ("slots", "TAP slots in all", slots),
-                ("free_slots", "Slots with neither an instance nor a parked microVM", free),
-                ("parked_microvms", "MicroVMs ready at their barrier", parked),
+                ("free_slots", "Slots without a microVM", free),
+                ("shell_microvms", "MicroVMs with KVM's objects, not loaded", pooled.shells),
+                ("loaded_microvms", "MicroVMs that are loaded and did not run", pooled.loaded),
+                ("parked_microvms", "MicroVMs ready at their barrier", pooled.parked),
                 ("instances", "Instances that run", instances),
                 ("flows", "Flows that the last sweep left in the table", flows),
             ] {
@@ -284,7 +301,8 @@ mod tests {
 
     #[test]
     fn a_host_tells_its_levels_and_adds_up_its_slots() {
-        let levels = Levels { slots: 128, free: 60, parked: 64, instances: 4, flows: 9 };
+        let pooled = Tiers { shells: 2, loaded: 3, parked: 55 };
+        let levels = Levels { slots: 128, free: 60, pooled, instances: 8, flows: 9 };
         let registry =
             registry("host", move || Snapshot { levels: Some(levels), drops: Some(drops()) });
         assert_lines(
@@ -298,8 +316,10 @@ mod tests {
                 "# TYPE warren_slots gauge",
                 "warren_slots 128",
                 "warren_free_slots 60",
-                "warren_parked_microvms 64",
-                "warren_instances 4",
+                "warren_shell_microvms 2",
+                "warren_loaded_microvms 3",
+                "warren_parked_microvms 55",
+                "warren_instances 8",
                 "warren_flows 9",
                 "# TYPE warren_dropped_packets counter",
                 r#"warren_dropped_packets_total{reason="no-flow",vni=""} 7"#,

@@ -1,4 +1,4 @@
-//! The pool of microVMs that are parked at their barrier, and the slots they stand on.
+//! The pool of microVMs that wait for an instance, in three tiers, and the slots they stand on.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,15 +8,16 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::{Notify, RwLock};
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
+use warren_vmm::control::Tier;
 
 use crate::datapath::{self, HostDatapath};
-use crate::refill::{Policy, Refill};
+use crate::refill::{Policy, Refill, Tiers};
 
 /// A microVM that was told to stop is killed after this time.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// The TAP of a microVM that ended is its own until the kernel has closed it.
 const TAP_PATIENCE: Duration = Duration::from_secs(2);
-/// What could not be parked is tried again after this time.
+/// What could not be prepared is tried again after this time.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Why there is no microVM to be had.
@@ -33,20 +34,38 @@ pub enum PoolError {
     Vmm(#[from] ClientError),
 }
 
-/// A microVM at its barrier, taken out of the pool.
+/// A microVM that was taken out of the pool, to be released.
 pub struct Taken {
     /// The microVM.
     pub microvm: MicroVm,
-    /// The pool was empty: it was made for the one who took it.
-    pub cold: bool,
+    /// Where it stood; none: the pool was empty, and it was forked for the one who took it.
+    pub from: Option<Tier>,
 }
 
 #[derive(Default)]
 struct State {
     /// Slots without a microVM; the one that rested longest first.
     free: VecDeque<u32>,
+    shells: VecDeque<MicroVm>,
+    loaded: VecDeque<MicroVm>,
     parked: VecDeque<MicroVm>,
     last_taken: Option<Instant>,
+}
+
+impl State {
+    fn tier(&mut self, tier: Tier) -> &mut VecDeque<MicroVm> {
+        match tier {
+            Tier::Shell => &mut self.shells,
+            Tier::Loaded => &mut self.loaded,
+            Tier::Parked => &mut self.parked,
+        }
+    }
+
+    fn count(&self) -> Tiers {
+        let [shells, loaded, parked] =
+            [&self.shells, &self.loaded, &self.parked].map(|tier| tier.len() as u32);
+        Tiers { shells, loaded, parked }
+    }
 }
 
 /// The pool.
@@ -72,9 +91,9 @@ impl Pool {
         Ok(Self { datapath, config, zygote, policy, state, changed })
     }
 
-    /// MicroVMs that are parked now.
-    pub fn parked(&self) -> u32 {
-        self.state().parked.len() as u32
+    /// MicroVMs in each tier now.
+    pub fn tiers(&self) -> Tiers {
+        self.state().count()
     }
 
     /// Slots without a microVM.
@@ -82,23 +101,24 @@ impl Pool {
         self.state().free.len() as u32
     }
 
-    /// Takes a parked microVM; if there is none, makes one at once.
+    /// Takes the microVM that is furthest; if there is none, forks one at once.
     pub async fn take(&self) -> Result<Taken, PoolError> {
-        let parked = {
+        let ready = {
             let mut state = self.state();
             state.last_taken = Some(Instant::now());
-            state.parked.pop_front()
+            let tiers = [Tier::Parked, Tier::Loaded, Tier::Shell];
+            tiers.into_iter().find_map(|tier| Some((state.tier(tier).pop_front()?, tier)))
         };
         self.changed.notify_one();
-        match parked {
-            Some(microvm) => Ok(Taken { microvm, cold: false }),
-            None => Ok(Taken { microvm: self.park().await?, cold: true }),
+        match ready {
+            Some((microvm, tier)) => Ok(Taken { microvm, from: Some(tier) }),
+            None => Ok(Taken { microvm: self.fork(Tier::Shell).await?, from: None }),
         }
     }
 
-    /// Adds a microVM that is parked.
-    pub fn keep(&self, microvm: MicroVm) {
-        self.state().parked.push_back(microvm);
+    /// Adds a microVM that is prepared up to this tier.
+    pub fn keep(&self, microvm: MicroVm, tier: Tier) {
+        self.state().tier(tier).push_back(microvm);
     }
 
     /// Detaches a slot that has no microVM any more, and makes it available.
@@ -120,16 +140,16 @@ impl Pool {
     /// Keeps the pool full, for ever.
     pub async fn fill(self: Arc<Self>) {
         loop {
-            let (parked, quiet) = {
+            let (now, quiet) = {
                 let state = self.state();
                 let quiet = state.last_taken.map_or(Duration::MAX, |taken| taken.elapsed());
-                (state.parked.len() as u32, quiet)
+                (state.count(), quiet)
             };
-            match self.policy.refill(parked, quiet) {
+            match self.policy.refill(now, quiet) {
                 Refill::Full => self.changed.notified().await,
                 Refill::After(pause) => tokio::time::sleep(pause).await,
-                Refill::Now => match self.park().await {
-                    Ok(microvm) => self.keep(microvm),
+                Refill::Now(from, to) => match self.prepare(from, to).await {
+                    Ok(()) => {}
                     Err(PoolError::NoSlot) => self.changed.notified().await,
                     Err(error) => {
                         tracing::error!("cannot fill the pool: {error}");
@@ -140,32 +160,51 @@ impl Pool {
         }
     }
 
+    /// Brings a microVM to a tier: the oldest of another one, or a new process.
+    async fn prepare(&self, from: Option<Tier>, to: Tier) -> Result<(), PoolError> {
+        let waiting = from.and_then(|from| self.state().tier(from).pop_front());
+        let mut microvm = match waiting {
+            Some(microvm) => microvm,
+            None => self.fork(to).await?,
+        };
+        match microvm.advance(to).await {
+            Ok(_) => {
+                self.keep(microvm, to);
+                Ok(())
+            }
+            Err(error) => {
+                self.discard(microvm).await;
+                Err(error.into())
+            }
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // No code panics while it holds the lock; if some did, the state is still whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a free slot and forks a microVM that parks on it.
-    async fn park(&self) -> Result<MicroVm, PoolError> {
+    /// Takes a free slot and forks a microVM into it.
+    async fn fork(&self, tier: Tier) -> Result<MicroVm, PoolError> {
         let slot = self.state().free.pop_front().ok_or(PoolError::NoSlot)?;
-        let parked = self.park_on(slot).await;
-        if parked.is_err() {
+        let forked = self.fork_into(slot, tier).await;
+        if forked.is_err() {
             self.state().free.push_back(slot);
         }
-        parked
+        forked
     }
 
-    async fn park_on(&self, slot: u32) -> Result<MicroVm, PoolError> {
-        match self.fork(slot).await {
+    async fn fork_into(&self, slot: u32, tier: Tier) -> Result<MicroVm, PoolError> {
+        match self.fork_once(slot, tier).await {
             Err(PoolError::Vmm(ClientError::ZygoteEnded)) => {
                 self.replace_zygote().await?;
-                self.fork(slot).await
+                self.fork_once(slot, tier).await
             }
             result => result,
         }
     }
 
-    async fn fork(&self, slot: u32) -> Result<MicroVm, PoolError> {
+    async fn fork_once(&self, slot: u32, tier: Tier) -> Result<MicroVm, PoolError> {
         let deadline = Instant::now() + TAP_PATIENCE;
         let tap = loop {
             match self.datapath.open_tap(slot) {
@@ -176,8 +215,7 @@ impl Pool {
                 Err(error) => return Err(error.into()),
             }
         };
-        self.zygote.read().await.fork(slot, tap).await?;
-        Ok(MicroVm::connect(&self.config.run_dir, slot).await?)
+        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
     }
 
     /// Starts another zygote, unless somebody else has by now. MicroVMs do not notice.

@@ -43,9 +43,34 @@ pub enum ZygoteRequest {
     /// Fork a microVM into this slot. Its TAP is attached: `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`,
     /// header of 12 bytes (`TUNSETVNETHDRSZ`), non-blocking, no offloads.
     Fork {
-        /// Slot number; names the socket.
+        /// Slot number; names the socket, the control group and the user.
         slot: u32,
+        /// How far it is to go by itself.
+        tier: Tier,
     },
+}
+
+/// How far a microVM is prepared. Each tier is quicker to start from than the one before, and costs
+/// more to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Tier {
+    /// A jailed process with KVM's objects.
+    Shell,
+    /// The template's memory and state are loaded, and the pages that it will write are its own.
+    Loaded,
+    /// It ran up to its release barrier.
+    Parked,
+}
+
+impl Tier {
+    /// Its name, in metrics and answers.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shell => "shell",
+            Self::Loaded => "loaded",
+            Self::Parked => "parked",
+        }
+    }
 }
 
 /// What the zygote answers.
@@ -75,7 +100,9 @@ pub enum ZygoteReply {
 pub enum Request {
     /// Who are you? Answered by [`Reply::Status`].
     Status,
-    /// Take this identity and run. Answered by [`Reply::Ready`] or [`Reply::Refused`].
+    /// Prepare yourself at least so far. Answered by [`Reply::Status`] when that is done.
+    Advance(Tier),
+    /// Take this identity and run, from whatever tier. Answered by [`Reply::Ready`] or [`Reply::Refused`].
     Release(ReleaseRequest),
     /// End. Answered by [`Reply::Ended`].
     Stop,
@@ -84,10 +111,10 @@ pub enum Request {
 /// What a microVM answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// To [`Request::Status`].
+    /// To [`Request::Status`] and [`Request::Advance`].
     Status(Status),
     /// To [`Request::Release`]: the guest acknowledged its identity.
-    Ready(Ready),
+    Ready(Timeline),
     /// To a request that cannot be granted; nothing changed.
     Refused(Refusal),
     /// The microVM has ended. Sent unasked to every control connection; the last message.
@@ -123,8 +150,8 @@ pub struct PublicIdentity {
 /// How far a microVM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum State {
-    /// At the release barrier.
-    Parked,
+    /// Nothing of its guest's ran but what the template did.
+    Pooled(Tier),
     /// Released: it has an identity.
     Running,
 }
@@ -144,15 +171,49 @@ pub struct Status {
     pub tag: Vec<u8>,
 }
 
-/// When a release happened, in nanoseconds on `CLOCK_MONOTONIC`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ready {
-    /// The VMM read the request.
+/// When a microVM came how far, in nanoseconds on `CLOCK_MONOTONIC`; 0 for what it has not done, or
+/// has passed over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timeline {
+    /// The zygote had the request.
+    pub asked_ns: u64,
+    /// The process ran.
+    pub forked_ns: u64,
+    /// All walls of its jail stood.
+    pub jailed_ns: u64,
+    /// [`Tier::Shell`].
+    pub shell_ns: u64,
+    /// It began to go on from [`Tier::Shell`].
+    pub loading_ns: u64,
+    /// [`Tier::Loaded`].
+    pub loaded_ns: u64,
+    /// It began to go on from [`Tier::Loaded`] to the barrier.
+    pub parking_ns: u64,
+    /// [`Tier::Parked`].
+    pub parked_ns: u64,
+    /// It read the request for its release.
     pub received_ns: u64,
     /// The guest was let go: [0 on its own clock](warren_abi::microvm::Identity::tsc).
     pub released_ns: u64,
     /// The guest's acknowledgement arrived.
     pub ready_ns: u64,
+}
+
+impl Timeline {
+    /// The stages of its preparation that it went through, each with the time that it took, in
+    /// nanoseconds.
+    pub fn stages(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let stage = |name, from: u64, to: u64| (to > 0).then(|| (name, to.saturating_sub(from)));
+        [
+            stage("fork", self.asked_ns, self.forked_ns),
+            stage("jail", self.forked_ns, self.jailed_ns),
+            stage("shell", self.jailed_ns, self.shell_ns),
+            stage("load", self.loading_ns, self.loaded_ns),
+            stage("park", self.parking_ns, self.parked_ns),
+        ]
+        .into_iter()
+        .flatten()
+    }
 }
 
 /// Why a request changed nothing.

@@ -116,10 +116,9 @@ pub fn save(vcpu: &VcpuFd) -> Result<CpuState, kvm_ioctls::Error> {
     })
 }
 
-/// Loads a state into a fresh processor. The order matters: modes, then what they enable, then the
+/// Loads a state into a processor that was described (`KVM_SET_CPUID2`). The order matters: modes, then what they enable, then the
 /// registers.
-pub fn load(vcpu: &VcpuFd, cpuid: &CpuId, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
-    vcpu.set_cpuid2(cpuid)?;
+pub fn load(vcpu: &VcpuFd, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_sregs(&state.sregs)?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
     xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: state.xcr0, ..kvm_xcr::default() };

@@ -1,80 +1,97 @@
 //! A microVM's life: parked at its barrier, released with an identity, running until it ends.
 
-use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::signal::SigSet;
 use nix::sys::time::TimeSpec;
-use nix::time::{ClockId, clock_gettime};
-use warren_abi::microvm::{COMMAND_PARK, COMMAND_PREFAULT, COMMAND_RELEASE, Identity};
 
+use crate::clock::monotonic_ns;
 use crate::control::{
-    EndReason, PublicIdentity, Ready, Refusal, ReleaseRequest, Reply, Request, State, Status,
-    TAG_MAX,
+    EndReason, PublicIdentity, Refusal, ReleaseRequest, Reply, Request, State, Status, TAG_MAX,
+    Tier, Timeline,
 };
-use crate::machine::{Exit, Machine, host};
+use crate::machine::{Exit, Machine, MachineState, Shell, host};
+use crate::memory::{GuestRam, Pages};
 use crate::server::{Event, Server};
 
 /// How often sockets are looked at while the guest is kept busy by its network.
 const SOCKET_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What is in the identity page of a parked clone.
-const NOBODY: Identity = Identity {
-    wall_clock_ns: 0,
-    tsc: 0,
-    tsc_hz: 0,
-    entropy: [0; 64],
-    instance_id: [0; 16],
-    hostname: [0; 64],
-    ipv4: [0; 4],
-    gateway: [0; 4],
-    mac: [0; 6],
-    mtu: 0,
-};
+/// What a machine is made from, in a process of its own.
+pub struct Origin {
+    /// KVM.
+    pub kvm: Kvm,
+    /// The processor to offer.
+    pub cpuid: CpuId,
+    /// The template's memory, mapped privately and not touched yet.
+    pub ram: GuestRam,
+    /// What a clone will write to.
+    pub working_set: Vec<Pages>,
+    /// The template's processor and devices.
+    pub state: MachineState,
+    /// The slot's TAP.
+    pub tap: OwnedFd,
+    /// How long the guest may run without an exit.
+    pub watchdog: Duration,
+}
 
 /// One microVM with its socket.
-pub struct Instance {
+struct Instance {
     slot: u32,
-    machine: Machine,
     server: Server,
-    tsc_hz: u64,
-    released: Option<ReleaseRequest>,
+    timeline: Timeline,
+    state: State,
+    /// How far it is to go before it is released.
+    wanted: Tier,
+    /// Who asked for it to go on, and how far.
+    advancing: Vec<(u64, Tier)>,
+    /// Who released it, and as whom.
+    release: Option<(u64, ReleaseRequest)>,
+    /// Streams that came before there was a device.
+    streams: Vec<(UnixStream, u32)>,
     polled_at: Instant,
 }
 
 /// Runs a microVM until it ends, and tells its clients why.
 ///
-/// `make` makes the machine; if it cannot, clients hear of that as well. When they hear that it
-/// ended its slot is free: the TAP is closed and the socket at `path` removed. What takes long,
-/// giving memory and machine back to the kernel, comes after.
+/// `enter` makes the process what it is to be; if that or anything later fails, clients hear of it
+/// as well. When they hear that it ended its slot is free: the TAP is closed, and nobody listens at
+/// its socket. What takes long, giving memory and machine back to the kernel, comes after.
 pub fn run(
     slot: u32,
+    tier: Tier,
+    timeline: Timeline,
     listener: UnixListener,
-    path: &Path,
-    make: impl FnOnce() -> Result<Machine, EndReason>,
+    enter: impl FnOnce() -> Result<Origin, EndReason>,
 ) -> EndReason {
-    let mut server = match Server::new(listener) {
+    let server = match Server::new(listener) {
         Ok(server) => server,
         Err(error) => return EndReason::Setup { error: error.to_string() },
     };
-    let machine = match make() {
-        Ok(machine) => machine,
-        Err(reason) => {
-            let _ = std::fs::remove_file(path);
-            server.ended(&reason);
-            return reason;
-        }
+    let mut instance = Instance {
+        slot,
+        server,
+        timeline,
+        state: State::Pooled(Tier::Shell),
+        wanted: tier,
+        advancing: Vec::new(),
+        release: None,
+        streams: Vec::new(),
+        polled_at: Instant::now(),
     };
-    let polled_at = Instant::now();
-    let mut instance = Instance { slot, machine, server, tsc_hz: 0, released: None, polled_at };
-    let reason = match instance.live() {
+    let mut machine = None;
+    let reason = match enter().and_then(|origin| instance.live(origin, &mut machine)) {
         Ok(never) => match never {},
         Err(reason) => reason,
     };
-    instance.machine.net.close_tap();
-    let _ = std::fs::remove_file(path);
+    if let Some(machine) = &mut machine {
+        machine.net.close_tap();
+    }
     instance.server.ended(&reason);
     reason
 }
@@ -83,20 +100,127 @@ pub fn run(
 enum Never {}
 
 impl Instance {
-    fn live(&mut self) -> Result<Never, EndReason> {
-        self.park()?;
-        let (client, request, received_ns) = self.wait_for_release()?;
-        let ready = self.release(&request, received_ns)?;
-        self.released = Some(request);
-        self.server.reply(client, &Reply::Ready(ready));
+    /// The tiers one after the other, as far as somebody wants them; then the guest's life. The
+    /// machine is the caller's to keep, until the end was told.
+    fn live(&mut self, origin: Origin, machine: &mut Option<Machine>) -> Result<Never, EndReason> {
+        let Origin { kvm, cpuid, ram, working_set, state, tap, watchdog } = origin;
+        self.timeline.jailed_ns = monotonic_ns()?;
+        let shell = Shell::new(&kvm, &cpuid)?;
+        drop(kvm);
+        self.reached(Tier::Shell)?;
+
+        self.wait_until_wanted(Tier::Loaded)?;
+        self.timeline.loading_ns = monotonic_ns()?;
+        if self.release.is_none() {
+            ram.populate(&working_set).map_err(|error| host(&error))?;
+        }
+        let machine = machine.insert(shell.load(ram, &state, Some(tap))?);
+        machine.set_watchdog(watchdog);
+        self.reached(Tier::Loaded)?;
+
+        self.wait_until_wanted(Tier::Parked)?;
+        if self.release.is_none() {
+            self.timeline.parking_ns = monotonic_ns()?;
+            machine.park()?;
+            self.reached(Tier::Parked)?;
+        }
+        let (client, request) = self.wait_for_release()?;
+        for (stream, port) in self.streams.drain(..) {
+            machine.vsock.connect(stream, port);
+        }
+        self.release(machine, &request)?;
+        self.state = State::Running;
+        self.server.reply(client, &Reply::Ready(self.timeline));
+        self.release = Some((client, request));
+        self.serve_guest(machine)
+    }
+
+    /// Notes that it came so far, and tells who waits for it.
+    fn reached(&mut self, tier: Tier) -> Result<(), EndReason> {
+        let now = monotonic_ns()?;
+        match tier {
+            Tier::Shell => self.timeline.shell_ns = now,
+            Tier::Loaded => self.timeline.loaded_ns = now,
+            Tier::Parked => self.timeline.parked_ns = now,
+        }
+        self.state = State::Pooled(tier);
+        for (client, wanted) in std::mem::take(&mut self.advancing) {
+            if wanted <= tier {
+                self.status(client);
+            } else {
+                self.advancing.push((client, wanted));
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves clients until one of them wants it to go on to this tier, or releases it.
+    fn wait_until_wanted(&mut self, tier: Tier) -> Result<(), EndReason> {
+        while self.wanted < tier && self.release.is_none() {
+            self.wait_for_clients()?;
+        }
+        Ok(())
+    }
+
+    /// Serves clients until one releases.
+    fn wait_for_release(&mut self) -> Result<(u64, ReleaseRequest), EndReason> {
         loop {
-            match self.machine.run()? {
+            if let Some(release) = self.release.take() {
+                return Ok(release);
+            }
+            self.wait_for_clients()?;
+        }
+    }
+
+    /// Waits until a client wants something, before the guest runs.
+    fn wait_for_clients(&mut self) -> Result<(), EndReason> {
+        let mut events = Vec::new();
+        let flags = wait(self.server.poll_fds(), None)?;
+        self.server.polled(flags.into_iter(), &mut events);
+        for event in events {
+            match event {
+                Event::Request(client, request) => self.answer(client, request)?,
+                // The guest has not begun: its port takes the stream when it has.
+                Event::Connect(stream, port) => self.streams.push((stream, port)),
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, client: u64, request: Request) -> Result<(), EndReason> {
+        match request {
+            Request::Status => self.status(client),
+            Request::Advance(tier) => match self.state {
+                State::Pooled(reached) if reached < tier => {
+                    self.wanted = self.wanted.max(tier);
+                    self.advancing.push((client, tier));
+                }
+                _ => self.status(client),
+            },
+            Request::Release(_) if self.release.is_some() => {
+                self.server.reply(client, &Reply::Refused(Refusal::AlreadyReleased));
+            }
+            Request::Release(request) => match check(&request) {
+                Ok(()) => {
+                    self.timeline.received_ns = monotonic_ns()?;
+                    self.release = Some((client, request));
+                }
+                Err(refusal) => self.server.reply(client, &Reply::Refused(refusal)),
+            },
+            Request::Stop => return Err(EndReason::Stopped),
+        }
+        Ok(())
+    }
+
+    fn serve_guest(&mut self, machine: &mut Machine) -> Result<Never, EndReason> {
+        loop {
+            match machine.run()? {
                 Exit::Wait(timeout) => {
-                    self.serve(timeout)?;
-                    self.machine.resumed();
+                    self.serve(machine, timeout)?;
+                    machine.resumed();
                 }
                 Exit::Kicked => {
-                    self.poll(Some(Duration::ZERO))?;
+                    self.poll(machine, Some(Duration::ZERO))?;
                 }
                 exit @ (Exit::Barrier | Exit::Ready) => {
                     return Err(EndReason::Protocol { error: format!("{exit:?} twice") });
@@ -105,95 +229,28 @@ impl Instance {
         }
     }
 
-    /// Lets the guest take its page faults, so that it has none after the release.
-    fn park(&mut self) -> Result<(), EndReason> {
-        // The page of the identity becomes this clone's own.
-        self.machine.write_identity(&NOBODY)?;
-        self.machine.command(COMMAND_PREFAULT)?;
-        self.run_until(Exit::Barrier)?;
-        self.tsc_hz = self.machine.tsc_hz()?;
-        self.machine.command(COMMAND_PARK)
-    }
-
-    fn run_until(&mut self, expected: Exit) -> Result<(), EndReason> {
-        loop {
-            match self.machine.run()? {
-                exit if exit == expected => return Ok(()),
-                Exit::Kicked => {}
-                exit => {
-                    let error = format!("{exit:?} instead of {expected:?}");
-                    return Err(EndReason::Protocol { error });
-                }
-            }
-        }
-    }
-
-    /// Serves clients until one releases; returns who, what and when (`CLOCK_MONOTONIC`, ns).
-    fn wait_for_release(&mut self) -> Result<(u64, ReleaseRequest, u64), EndReason> {
-        let mut events = Vec::new();
-        loop {
-            let flags = wait(self.server.poll_fds(), None)?;
-            self.server.polled(flags.into_iter(), &mut events);
-            let mut release = None;
-            for event in events.drain(..) {
-                match event {
-                    Event::Request(client, Request::Release(request)) if release.is_none() => {
-                        match check(&request) {
-                            Ok(()) => release = Some((client, request, monotonic_ns()?)),
-                            Err(refusal) => self.server.reply(client, &Reply::Refused(refusal)),
-                        }
-                    }
-                    Event::Request(client, Request::Release(_)) => {
-                        self.server.reply(client, &Reply::Refused(Refusal::AlreadyReleased));
-                    }
-                    Event::Request(client, Request::Status) => self.status(client),
-                    Event::Request(_, Request::Stop) => return Err(EndReason::Stopped),
-                    // The guest has not begun: its port takes the stream when it has.
-                    Event::Connect(stream, port) => self.machine.vsock.connect(stream, port),
-                }
-            }
-            if let Some(release) = release {
-                return Ok(release);
-            }
-        }
-    }
-
     /// Gives the guest its identity and lets it go, until it acknowledges.
-    fn release(&mut self, request: &ReleaseRequest, received_ns: u64) -> Result<Ready, EndReason> {
-        self.machine.net.drain();
-        let mut entropy = [0; 64];
-        getrandom(&mut entropy)?;
-        let public = &request.identity;
-        let mut hostname = [0; 64];
-        hostname[..public.hostname.len()].copy_from_slice(public.hostname.as_bytes());
-        self.machine.command(COMMAND_RELEASE)?;
-        let wall_clock = clock_gettime(ClockId::CLOCK_REALTIME).map_err(|errno| host(&errno))?;
-        // SAFETY: reads a counter; x86-64 always has it.
-        let tsc = unsafe { core::arch::x86_64::_rdtsc() };
-        let released_ns = monotonic_ns()?;
-        self.machine.write_identity(&Identity {
-            wall_clock_ns: nanoseconds(wall_clock),
-            tsc,
-            tsc_hz: self.tsc_hz,
-            entropy,
-            instance_id: public.instance_id,
-            hostname,
-            ipv4: public.ipv4,
-            gateway: public.gateway,
-            mac: public.mac,
-            mtu: public.mtu,
-        })?;
-        self.machine.resumed();
-        self.run_until(Exit::Ready)?;
-        Ok(Ready { received_ns, released_ns, ready_ns: monotonic_ns()? })
+    fn release(
+        &mut self,
+        machine: &mut Machine,
+        request: &ReleaseRequest,
+    ) -> Result<(), EndReason> {
+        machine.net.drain();
+        self.timeline.released_ns = machine.release(&request.identity)?;
+        machine.run_until(Exit::Ready)?;
+        self.timeline.ready_ns = monotonic_ns()?;
+        Ok(())
     }
 
     fn status(&mut self, client: u64) {
-        let released = self.released.as_ref();
+        let released = match (&self.state, &self.release) {
+            (State::Running, Some((_, request))) => Some(request),
+            _ => None,
+        };
         let status = Status {
             slot: self.slot,
             pid: std::process::id() as i32,
-            state: if released.is_some() { State::Running } else { State::Parked },
+            state: self.state,
             identity: released.map(|request| request.identity.clone()),
             tag: released.map(|request| request.tag.clone()).unwrap_or_default(),
         };
@@ -202,52 +259,48 @@ impl Instance {
 
     /// The guest waits: moves packets both ways, and sleeps until one comes for the guest or the
     /// time is over.
-    fn serve(&mut self, timeout: Option<Duration>) -> Result<(), EndReason> {
+    fn serve(&mut self, machine: &mut Machine, timeout: Option<Duration>) -> Result<(), EndReason> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
-            let memory = self.machine.ram.dma();
-            self.machine.net.transmit(memory)?;
-            self.machine.vsock.transmit(memory)?;
-            let mut received = self.machine.net.receive(memory)?;
-            received |= self.machine.vsock.receive(memory)?;
+            let memory = machine.ram.dma();
+            machine.net.transmit(memory)?;
+            machine.vsock.transmit(memory)?;
+            let mut received = machine.net.receive(memory)?;
+            received |= machine.vsock.receive(memory)?;
             let now = Instant::now();
             let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
             let over = left.is_some_and(|left| left.is_zero());
             if received || over {
                 // Clients are heard even if the guest is never without packets.
                 if now.duration_since(self.polled_at) >= SOCKET_INTERVAL {
-                    self.poll(Some(Duration::ZERO))?;
+                    self.poll(machine, Some(Duration::ZERO))?;
                 }
                 return Ok(());
             }
-            self.poll(left)?;
+            self.poll(machine, left)?;
         }
     }
 
     /// Waits for sockets, streams and TAP, and serves the sockets.
-    fn poll(&mut self, timeout: Option<Duration>) -> Result<(), EndReason> {
-        let tap = self.machine.net.poll_fd(self.machine.ram.dma())?;
+    fn poll(&mut self, machine: &mut Machine, timeout: Option<Duration>) -> Result<(), EndReason> {
+        let tap = machine.net.poll_fd(machine.ram.dma())?;
         let has_tap = tap.is_some();
         let fds = tap.map(|fd| (fd, PollFlags::POLLIN)).into_iter();
-        let streams = self.machine.vsock.poll_fds().count();
-        let fds = fds.chain(self.machine.vsock.poll_fds()).chain(self.server.poll_fds());
+        let streams = machine.vsock.poll_fds().count();
+        let fds = fds.chain(machine.vsock.poll_fds()).chain(self.server.poll_fds());
         let mut flags = wait(fds, timeout)?.into_iter();
         self.polled_at = Instant::now();
         if has_tap && flags.next().is_some_and(|flags| flags.contains(PollFlags::POLLERR)) {
             tracing::warn!("the microVM's TAP is gone: its interface was removed");
-            self.machine.net.close_tap();
+            machine.net.close_tap();
         }
-        self.machine.vsock.polled(flags.by_ref().take(streams));
+        machine.vsock.polled(flags.by_ref().take(streams));
         let mut events = Vec::new();
         self.server.polled(flags, &mut events);
         for event in events {
             match event {
-                Event::Request(client, Request::Status) => self.status(client),
-                Event::Request(client, Request::Release(_)) => {
-                    self.server.reply(client, &Reply::Refused(Refusal::AlreadyReleased));
-                }
-                Event::Request(_, Request::Stop) => return Err(EndReason::Stopped),
-                Event::Connect(stream, port) => self.machine.vsock.connect(stream, port),
+                Event::Request(client, request) => self.answer(client, request)?,
+                Event::Connect(stream, port) => machine.vsock.connect(stream, port),
             }
         }
         Ok(())
@@ -300,18 +353,4 @@ fn wait<'fd>(
         Ok(_) => Ok(fds.iter().map(|fd| fd.revents().unwrap_or(PollFlags::empty())).collect()),
         Err(errno) => Err(host(&errno)),
     }
-}
-
-fn getrandom(buffer: &mut [u8; 64]) -> Result<(), EndReason> {
-    // SAFETY: the buffer has that many bytes. Up to 256 are never cut short (getrandom(2)).
-    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if got == buffer.len() as isize { Ok(()) } else { Err(host(&std::io::Error::last_os_error())) }
-}
-
-fn monotonic_ns() -> Result<u64, EndReason> {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map(nanoseconds).map_err(|errno| host(&errno))
-}
-
-fn nanoseconds(time: TimeSpec) -> u64 {
-    time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
 }

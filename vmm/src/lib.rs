@@ -4,16 +4,18 @@
 //!   [`client::MicroVm`] releases and stops one, [`client::invoke`] calls its function.
 //! - [`control`]: the messages between the client and the processes.
 //! - [`template`] boots a guest and saves it; [`snapshot`] is the file.
-//! - [`zygote`] forks; in the child, `instance` lives: a `machine` with its `devices`, and a
+//! - [`zygote`] forks into a [`jail`]; in the child, `instance` lives: a `machine` with its `devices`, and a
 //!   `server` for its socket.
 #![deny(missing_docs)]
 
 mod boot;
 pub mod client;
+mod clock;
 pub mod control;
 mod cpu;
 mod devices;
 mod instance;
+pub mod jail;
 mod machine;
 mod memory;
 mod server;

@@ -1,9 +1,7 @@
 //! A virtual machine: processor, memory, devices, and what its exits mean.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, kvm_userspace_memory_region};
@@ -11,12 +9,14 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 use warren_abi::microvm::{
-    BARRIER_PORT, BOOT_ADDRESS, Boot, IDENTITY_ADDRESS, Identity, MMIO_BYTES, NET_MMIO, PANIC_PORT,
-    PanicMessage, READY_PORT, VSOCK_MMIO, WAIT_FOREVER, WAIT_PORT,
+    BARRIER_PORT, BOOT_ADDRESS, Boot, COMMAND_PARK, COMMAND_PREFAULT, COMMAND_RELEASE,
+    IDENTITY_ADDRESS, Identity, MMIO_BYTES, NET_MMIO, PANIC_PORT, PanicMessage, READY_PORT,
+    VSOCK_MMIO, WAIT_FOREVER, WAIT_PORT,
 };
 
 use crate::boot::EXCEPTION_PORT;
-use crate::control::{EndReason, WATCHDOG};
+use crate::clock::{monotonic_ns, wall_clock_ns};
+use crate::control::{EndReason, PublicIdentity, WATCHDOG};
 use crate::cpu::{self, CpuState};
 use crate::devices::QueueError;
 use crate::devices::mmio::MmioState;
@@ -97,37 +97,50 @@ fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
     move |source| MachineError::Kvm { what, source }
 }
 
-impl Machine {
-    /// A machine without state: the template's.
-    pub fn new(kvm: &Kvm, ram: GuestRam) -> Result<Self, MachineError> {
-        Self::with_devices(kvm, ram, Net::new(), Vsock::new())
+/// A virtual machine with a processor and nothing to run: all that does not depend on a template.
+pub struct Shell {
+    // Dropped in this order: the timer points into the processor.
+    timer: KickTimer,
+    vcpu: VcpuFd,
+    vm: VmFd,
+}
+
+impl Shell {
+    /// Makes KVM's objects, of the processor that `cpuid` describes.
+    pub fn new(kvm_fd: &Kvm, cpuid: &CpuId) -> Result<Self, MachineError> {
+        let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
+        let mut vcpu = vm.create_vcpu(0).map_err(kvm("create a vCPU"))?;
+        vcpu.set_cpuid2(cpuid).map_err(kvm("describe the processor"))?;
+        let timer = KickTimer::new(&mut vcpu)
+            .map_err(|errno| MachineError::Host { what: "make a timer", source: errno.into() })?;
+        Ok(Self { timer, vcpu, vm })
     }
 
-    /// A clone: private memory over the template's, its saved state, and a TAP.
-    pub fn clone_from(
-        kvm: &Kvm,
-        cpuid: &CpuId,
-        memory: Arc<File>,
-        bytes: u64,
-        state: &MachineState,
-        tap: OwnedFd,
-    ) -> Result<Self, MachineError> {
-        let ram = GuestRam::map(memory, bytes, false)
-            .map_err(|source| MachineError::Host { what: "map guest memory", source })?;
-        let net = Net::load(&state.net, ram.dma(), tap)?;
-        let vsock = Vsock::load(&state.vsock, ram.dma())?;
-        let machine = Self::with_devices(kvm, ram, net, vsock)?;
-        machine.load_cpu(cpuid, &state.cpu)?;
+    /// Makes it a template's machine, with the processor at a program's entry point.
+    pub fn boot(self, ram: GuestRam, entry: u64) -> Result<Machine, MachineError> {
+        let machine = self.with_devices(ram, Net::new(), Vsock::new())?;
+        let state = cpu::boot_state(&machine.vcpu, entry, machine.ram.bytes())
+            .map_err(kvm("read the initial state"))?;
+        machine.load_cpu(&state)?;
         Ok(machine)
     }
 
-    fn with_devices(
-        kvm_fd: &Kvm,
+    /// Makes it a clone: private memory over the template's, its saved state, and a TAP.
+    pub fn load(
+        self,
         ram: GuestRam,
-        net: Net,
-        vsock: Vsock,
-    ) -> Result<Self, MachineError> {
-        let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
+        state: &MachineState,
+        tap: Option<OwnedFd>,
+    ) -> Result<Machine, MachineError> {
+        let net = Net::load(&state.net, ram.dma(), tap)?;
+        let vsock = Vsock::load(&state.vsock, ram.dma())?;
+        let machine = self.with_devices(ram, net, vsock)?;
+        machine.load_cpu(&state.cpu)?;
+        Ok(machine)
+    }
+
+    fn with_devices(self, ram: GuestRam, net: Net, vsock: Vsock) -> Result<Machine, MachineError> {
+        let Self { timer, vcpu, vm } = self;
         let region = kvm_userspace_memory_region {
             slot: 0,
             flags: 0,
@@ -137,21 +150,14 @@ impl Machine {
         };
         // SAFETY: the range is `ram`'s mapping, which outlives the VM: fields drop in order.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set the memory region"))?;
-        let mut vcpu = vm.create_vcpu(0).map_err(kvm("create a vCPU"))?;
-        let timer = KickTimer::new(&mut vcpu)
-            .map_err(|errno| MachineError::Host { what: "make a timer", source: errno.into() })?;
         let last_exit = Instant::now();
-        Ok(Self { timer, vcpu, _vm: vm, ram, net, vsock, watchdog: WATCHDOG, last_exit })
+        Ok(Machine { timer, vcpu, _vm: vm, ram, net, vsock, watchdog: WATCHDOG, last_exit })
     }
+}
 
-    /// Puts the processor at a program's entry point.
-    pub fn boot_cpu(&self, cpuid: &CpuId, entry: u64) -> Result<(), MachineError> {
-        let state = cpu::boot_state(&self.vcpu, entry, self.ram.bytes());
-        self.load_cpu(cpuid, &state.map_err(kvm("read the initial state"))?)
-    }
-
-    fn load_cpu(&self, cpuid: &CpuId, state: &CpuState) -> Result<(), MachineError> {
-        cpu::load(&self.vcpu, cpuid, state).map_err(kvm("load the processor's state"))
+impl Machine {
+    fn load_cpu(&self, state: &CpuState) -> Result<(), MachineError> {
+        cpu::load(&self.vcpu, state).map_err(kvm("load the processor's state"))
     }
 
     /// Changes how long the guest may run without an exit.
@@ -170,14 +176,53 @@ impl Machine {
         Ok(MachineState { cpu, net: self.net.save(), vsock: self.vsock.save() })
     }
 
+    /// Lets the guest take its page faults, so that it has none after the release.
+    pub fn park(&mut self) -> Result<(), EndReason> {
+        // The page of the identity becomes this clone's own.
+        self.write_identity(&NOBODY)?;
+        self.command(COMMAND_PREFAULT)?;
+        self.run_until(Exit::Barrier)?;
+        self.command(COMMAND_PARK)
+    }
+
+    /// Gives the guest its identity, fresh entropy and the time, and the command to go. Returns when
+    /// that was (`CLOCK_MONOTONIC`, ns): the guest's own clock begins there, and it runs next.
+    pub fn release(&mut self, public: &PublicIdentity) -> Result<u64, EndReason> {
+        let mut entropy = [0; 64];
+        getrandom(&mut entropy)?;
+        let mut hostname = [0; 64];
+        let length = public.hostname.len().min(hostname.len());
+        hostname[..length].copy_from_slice(&public.hostname.as_bytes()[..length]);
+        let tsc_khz = self.vcpu.get_tsc_khz().map_err(|error| host(&error))?;
+        self.command(COMMAND_RELEASE)?;
+        let wall_clock_ns = wall_clock_ns()?;
+        // SAFETY: reads a counter; x86-64 always has it.
+        let tsc = unsafe { core::arch::x86_64::_rdtsc() };
+        let released_ns = monotonic_ns()?;
+        self.write_identity(&Identity {
+            wall_clock_ns,
+            tsc,
+            tsc_hz: u64::from(tsc_khz) * 1000,
+            entropy,
+            instance_id: public.instance_id,
+            hostname,
+            ipv4: public.ipv4,
+            gateway: public.gateway,
+            mac: public.mac,
+            mtu: public.mtu,
+        })?;
+        self.resumed();
+        Ok(released_ns)
+    }
+
     /// Sets what the guest is to do when it leaves the barrier.
-    pub fn command(&self, command: u32) -> Result<(), EndReason> {
+    fn command(&self, command: u32) -> Result<(), EndReason> {
         let address = BOOT_ADDRESS + std::mem::offset_of!(Boot, command) as u64;
         self.ram.all().write_obj(command, GuestAddress(address)).map_err(|error| host(&error))
     }
 
     /// Writes the identity page.
-    pub fn write_identity(&self, identity: &Identity) -> Result<(), EndReason> {
+    fn write_identity(&self, identity: &Identity) -> Result<(), EndReason> {
         // SAFETY: `Identity` is `repr(C)` and, as the assertion below keeps, without padding, so
         // all of its bytes are initialised.
         let bytes = unsafe {
@@ -187,10 +232,15 @@ impl Machine {
         self.ram.all().write_slice(bytes, address).map_err(|error| host(&error))
     }
 
-    /// Frequency of the guest's time stamp counter, in Hz.
-    pub fn tsc_hz(&self) -> Result<u64, EndReason> {
-        let khz = self.vcpu.get_tsc_khz().map_err(|error| host(&error))?;
-        Ok(u64::from(khz) * 1000)
+    /// Runs the guest up to this exit; another one is its end.
+    pub fn run_until(&mut self, expected: Exit) -> Result<(), EndReason> {
+        loop {
+            match self.run()? {
+                exit if exit == expected => return Ok(()),
+                Exit::Kicked => {}
+                exit => return Err(protocol(format!("{exit:?} instead of {expected:?}"))),
+            }
+        }
     }
 
     /// Runs the guest until it gives the processor back or ends. Registers of devices are served
@@ -293,6 +343,26 @@ impl Machine {
         }
     }
 }
+
+fn getrandom(buffer: &mut [u8; 64]) -> Result<(), EndReason> {
+    // SAFETY: the buffer has that many bytes. Up to 256 are never cut short (getrandom(2)).
+    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    if got == buffer.len() as isize { Ok(()) } else { Err(host(&io::Error::last_os_error())) }
+}
+
+/// What is in the identity page of a parked clone.
+const NOBODY: Identity = Identity {
+    wall_clock_ns: 0,
+    tsc: 0,
+    tsc_hz: 0,
+    entropy: [0; 64],
+    instance_id: [0; 16],
+    hostname: [0; 64],
+    ipv4: [0; 4],
+    gateway: [0; 4],
+    mac: [0; 6],
+    mtu: 0,
+};
 
 const _: () = assert!(size_of::<Identity>() == 3 * 8 + 64 + 16 + 64 + 4 + 4 + 6 + 2);
 

@@ -14,7 +14,9 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
-use warren_vmm::{template, zygote};
+use warren_vmm::jail::{FIRST_UID, JailConfig};
+use warren_vmm::template;
+use warren_vmm::zygote::{self, Options};
 
 /// Snapshot-cloned microVMs.
 #[derive(Parser)]
@@ -56,6 +58,15 @@ enum Command {
         /// How long a guest may run without an exit, in milliseconds.
         #[arg(long, value_name = "MS", default_value_t = WATCHDOG.as_millis() as u64)]
         watchdog_ms: u64,
+        /// User and group of slot 0's microVM; slot N has the Nth after it.
+        #[arg(long, value_name = "ID", default_value_t = FIRST_UID)]
+        first_uid: u32,
+        /// Control group of the microVMs, below the root of each hierarchy.
+        #[arg(long, value_name = "NAME", default_value = "warren/vmm")]
+        cgroup: PathBuf,
+        /// Share of one processor that each microVM may use, in percent.
+        #[arg(long, value_name = "PERCENT", default_value_t = 100)]
+        cpu_percent: u32,
     },
 }
 
@@ -85,10 +96,19 @@ fn main() -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Zygote { template, run_dir, control_fd, watchdog_ms } => {
+        Command::Zygote {
+            template,
+            run_dir,
+            control_fd,
+            watchdog_ms,
+            first_uid,
+            cgroup,
+            cpu_percent,
+        } => {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
-            match zygote::run(&template, &run_dir, watchdog, control)? {
+            let jail = JailConfig { first_uid, cgroup, cpu_percent };
+            match zygote::run(&Options { template, run_dir, jail, watchdog }, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }

@@ -124,11 +124,14 @@ impl Server {
         }
     }
 
-    /// Tells every control connection, also those that are just coming, why the microVM ended.
-    pub fn ended(&mut self, reason: &EndReason) {
+    /// Stops listening, and tells every control connection, also those that are just coming, why the
+    /// microVM ended.
+    pub fn ended(mut self, reason: &EndReason) {
         self.accept(&mut Vec::new());
+        let Self { listener, connections, .. } = self;
+        drop(listener);
         let frame = encode_frame(&Reply::Ended(reason.clone()));
-        for connection in &mut self.connections {
+        for mut connection in connections {
             if connection.control {
                 let _ = connection.stream.write(&frame);
             }

@@ -27,13 +27,13 @@ use warren_abi::microvm::ABI_VERSION;
 
 use crate::boot::MEMORY_MAX;
 use crate::machine::MachineState;
-use crate::memory::{GuestRam, PAGE, create_memfd, seal};
+use crate::memory::{GuestRam, PAGE, Pages, create_memfd, seal};
 
 /// What a template begins with.
 pub const MAGIC: [u8; 8] = *b"WARRENVM";
 
 /// Version of the format. Raise it together with the layout that the test below pins.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const FIXED: usize = 8 + 4 + 4 + 8 + 8;
 const CHECKSUM: usize = 32;
@@ -47,6 +47,8 @@ pub struct Header {
     pub cpu_features: Vec<String>,
     /// Processor and devices.
     pub machine: MachineState,
+    /// What a clone wrote to until it first had nothing to do.
+    pub working_set: Vec<Pages>,
 }
 
 /// A verified template, ready to be cloned.
@@ -253,7 +255,6 @@ fn verify<'a>(path: &Path, file: &'a [u8]) -> Result<Content<'a>, SnapshotError>
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
@@ -265,7 +266,7 @@ mod tests {
     /// BLAKE3 of an encoded [`Header`] whose fields all differ from each other. If this test fails
     /// the format has changed: raise [`VERSION`], then put the new value here.
     const LAYOUT: (u32, &str) =
-        (1, "e54416395b19e1216a385d8611c22128c6d50f84999cc7bab65e9c9dafc5c4cd");
+        (2, "967c394db0d6bcafb95029655918694c41ce32dd8b3389123a388194f1e4369e");
 
     fn header() -> Header {
         Header {
@@ -281,12 +282,13 @@ mod tests {
                 net: Mmio::new(&net::KIND).save(),
                 vsock: Mmio::new(&vsock::KIND).save(),
             },
+            working_set: vec![Pages { first: 10, count: 11 }],
         }
     }
 
     fn ram() -> GuestRam {
         let bytes = 4 << 20;
-        let ram = GuestRam::map(Arc::new(create_memfd(bytes).unwrap()), bytes, true).unwrap();
+        let ram = GuestRam::map(&create_memfd(bytes).unwrap(), bytes, true).unwrap();
         for (page, byte) in [(0, 1u8), (7, 2), (1023, 3)] {
             ram.all().write_slice(&[byte; 4096], GuestAddress(page * PAGE)).unwrap();
         }
@@ -311,18 +313,18 @@ mod tests {
         let (_directory, path) = saved(&header());
         let template = read(&path).unwrap();
         assert_eq!(template.header, header());
-        let memory = Arc::new(template.memory);
-        let clone = GuestRam::map(memory.clone(), template.memory_bytes, false).unwrap();
+        let memory = template.memory;
+        let clone = GuestRam::map(&memory, template.memory_bytes, false).unwrap();
         for (page, byte) in [(0, 1u8), (1, 0), (7, 2), (1023, 3)] {
             let address = GuestAddress(page * PAGE + 17);
             assert_eq!(clone.all().read_obj::<u8>(address).unwrap(), byte);
             // A clone's change is its own.
             clone.all().write_obj(99u8, address).unwrap();
         }
-        let again = GuestRam::map(memory.clone(), template.memory_bytes, false).unwrap();
+        let again = GuestRam::map(&memory, template.memory_bytes, false).unwrap();
         assert_eq!(again.all().read_obj::<u8>(GuestAddress(17)).unwrap(), 1);
-        assert!(GuestRam::map(memory.clone(), template.memory_bytes, true).is_err());
-        assert!((&*memory).write_all(b"x").is_err());
+        assert!(GuestRam::map(&memory, template.memory_bytes, true).is_err());
+        assert!((&memory).write_all(b"x").is_err());
         assert!(memory.set_len(1).is_err());
     }
 

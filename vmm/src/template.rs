@@ -2,17 +2,16 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_API_VERSION};
 use kvm_ioctls::Kvm;
 use warren_abi::microvm::ABI_VERSION;
 
 use crate::boot::{self, BootError};
-use crate::control::EndReason;
+use crate::control::{EndReason, PublicIdentity};
 use crate::cpu;
-use crate::machine::{Exit, Machine, MachineError};
-use crate::memory::{GuestRam, create_memfd};
+use crate::machine::{Exit, Machine, MachineError, Shell};
+use crate::memory::{GuestRam, Pages, create_memfd};
 use crate::snapshot::{self, Header, SnapshotError, Template};
 
 /// Why there is no template.
@@ -81,30 +80,42 @@ pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary,
     let elf = std::fs::read(program)
         .map_err(|source| TemplateError::Program { path: program.to_owned(), source })?;
     let (kvm, cpuid) = open_kvm()?;
-    let memfd = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
-    let ram = GuestRam::map(Arc::new(memfd), memory_bytes, true).map_err(TemplateError::Memory)?;
+    let memory = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let map = |shared| GuestRam::map(&memory, memory_bytes, shared).map_err(TemplateError::Memory);
+    let ram = map(true)?;
     let entry = boot::load(&ram, &elf)
         .map_err(|source| TemplateError::Boot { path: program.to_owned(), source })?;
-    let mut machine = Machine::new(&kvm, ram)?;
-    machine.boot_cpu(&cpuid, entry)?;
-    loop {
-        match machine.run().map_err(TemplateError::Guest)? {
-            Exit::Barrier => break,
-            Exit::Kicked => {}
-            exit @ (Exit::Ready | Exit::Wait(_)) => {
-                let error = format!("{exit:?} before the barrier");
-                return Err(TemplateError::Guest(EndReason::Protocol { error }));
-            }
-        }
-    }
-    let header = Header {
-        abi_version: ABI_VERSION,
-        cpu_features: cpu::required_features(),
-        machine: machine.save()?,
-    };
-    snapshot::write(output, &header, &machine.ram)?;
+    let mut booted = Shell::new(&kvm, &cpuid)?.boot(ram, entry)?;
+    booted.run_until(Exit::Barrier).map_err(TemplateError::Guest)?;
+    let machine = booted.save()?;
+    drop(booted);
+    let clone = Shell::new(&kvm, &cpuid)?.load(map(false)?, &machine, None)?;
+    let working_set = try_out(clone)?;
+    let (abi_version, cpu_features) = (ABI_VERSION, cpu::required_features());
+    let header = Header { abi_version, cpu_features, machine, working_set };
+    snapshot::write(output, &header, &map(true)?)?;
     let file_bytes = std::fs::metadata(output).map_or(0, |metadata| metadata.len());
     Ok(Summary { memory_bytes, file_bytes })
+}
+
+/// Runs a clone until it has nothing to do, and returns the pages that it wrote to.
+fn try_out(mut clone: Machine) -> Result<Vec<Pages>, TemplateError> {
+    let nobody = PublicIdentity {
+        hostname: "template".to_owned(),
+        mac: [2, 0, 0, 0, 0, 1],
+        ipv4: [169, 254, 1, 2],
+        gateway: [169, 254, 1, 1],
+        mtu: 1500,
+        ..PublicIdentity::default()
+    };
+    let ended = (|| {
+        clone.release(&nobody)?;
+        clone.run_until(Exit::Ready)?;
+        while !matches!(clone.run()?, Exit::Wait(_)) {}
+        Ok(())
+    })();
+    ended.map_err(TemplateError::Guest)?;
+    clone.ram.own_pages().map_err(TemplateError::Memory)
 }
 
 /// Loads a template for this host.

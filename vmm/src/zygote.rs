@@ -1,12 +1,10 @@
 //! The zygote: a single-threaded process that holds the verified template and forks microVMs.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_bindings::CpuId;
@@ -18,11 +16,14 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
+use crate::clock::monotonic_ns;
 use crate::control::{
-    EndReason, MESSAGE_MAX, ZygoteReply, ZygoteRequest, decode, encode, socket_path,
+    EndReason, MESSAGE_MAX, Tier, Timeline, ZygoteReply, ZygoteRequest, decode, encode, socket_path,
 };
-use crate::instance;
-use crate::machine::{Machine, MachineState};
+use crate::instance::{self, Origin};
+use crate::jail::{Cell, Jail, JailConfig, JailError};
+use crate::machine::{MachineState, host};
+use crate::memory::{GuestRam, Pages};
 use crate::snapshot::Template;
 use crate::template::{self, TemplateError};
 
@@ -32,6 +33,9 @@ pub enum ZygoteError {
     /// The template or KVM cannot be used. The client was told.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// The jail cannot be built. The client was told.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// A system call failed.
     #[error("{what}: {source}")]
     System {
@@ -58,102 +62,131 @@ pub enum Ended {
 struct Zygote {
     control: OwnedFd,
     children: SignalFd,
-    run_dir: PathBuf,
     /// How long a guest may run without an exit.
     watchdog: Duration,
     kvm: Kvm,
     cpuid: CpuId,
-    memory: Arc<File>,
-    memory_bytes: u64,
+    /// Mapped as each clone has it; the zygote never touches it.
+    ram: GuestRam,
+    working_set: Vec<Pages>,
     state: MachineState,
-    /// Slots of the processes that live.
+    jail: Jail,
+    /// Slots of the processes that live, and the youngest process of each slot.
     slots: HashMap<Pid, u32>,
+    youngest: HashMap<u32, Pid>,
 }
 
-/// Loads the template and serves the control socket until it is closed.
+/// What a zygote is started with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The template.
+    pub template: PathBuf,
+    /// Directory of the microVMs' sockets.
+    pub run_dir: PathBuf,
+    /// How microVMs are confined.
+    pub jail: JailConfig,
+    /// How long a guest may run without an exit.
+    pub watchdog: Duration,
+}
+
+/// Loads the template, builds the jail and serves the control socket until it is closed.
 ///
 /// # Errors
-/// The template cannot be used, which the client is told as well; or the host fails.
-pub fn run(
-    template: &Path,
-    run_dir: &Path,
-    watchdog: Duration,
-    control: OwnedFd,
-) -> Result<Ended, ZygoteError> {
-    let (kvm, cpuid, template) = match load(template) {
-        Ok(loaded) => loaded,
-        Err(error) => {
+/// The template cannot be used or the jail cannot be built, which the client is told as well; or the
+/// host fails.
+pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
+    let mut zygote = match Zygote::new(options, control) {
+        Ok(zygote) => zygote,
+        Err((control, error)) => {
             let _ = reply(&control, &ZygoteReply::Failed { error: error.to_string() });
-            return Err(error.into());
+            return Err(error);
         }
     };
-    // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
-    let mut child = SigSet::empty();
-    child.add(Signal::SIGCHLD);
-    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&child), None).map_err(system("sigprocmask"))?;
-    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
-    let memory_bytes = template.memory_bytes;
-    reply(&control, &ZygoteReply::Loaded { memory_bytes }).map_err(system("control socket"))?;
-    let zygote = Zygote {
-        control,
-        children,
-        run_dir: run_dir.to_owned(),
-        watchdog,
-        kvm,
-        cpuid,
-        memory: Arc::new(template.memory),
-        memory_bytes,
-        state: template.header.machine,
-        slots: HashMap::new(),
-    };
-    zygote.serve()
-}
-
-fn load(path: &Path) -> Result<(Kvm, CpuId, Template), TemplateError> {
-    let (kvm, cpuid) = template::open_kvm()?;
-    let template = template::load(path)?;
-    Ok((kvm, cpuid, template))
+    let memory_bytes = zygote.ram.bytes();
+    reply(&zygote.control, &ZygoteReply::Loaded { memory_bytes })
+        .map_err(system("control socket"))?;
+    loop {
+        match zygote.serve()? {
+            Served::Client => {}
+            Served::End => {
+                zygote.jail.tear_down();
+                return Ok(Ended::Zygote);
+            }
+            Served::Child(birth) => return Ok(Ended::MicroVm(zygote.become_microvm(birth))),
+        }
+    }
 }
 
 impl Zygote {
-    fn serve(mut self) -> Result<Ended, ZygoteError> {
-        loop {
-            let mut fds = [
-                PollFd::new(self.control.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
-            ];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(nix::Error::EINTR) => {}
-                Err(errno) => return Err(system("poll")(errno)),
-            }
-            let ready = |fd: &PollFd| fd.any().unwrap_or(true);
-            let (asked, died) = (ready(&fds[0]), ready(&fds[1]));
-            if died {
-                self.reap();
-            }
-            if !asked {
-                continue;
-            }
+    fn new(options: &Options, control: OwnedFd) -> Result<Self, (OwnedFd, ZygoteError)> {
+        let prepared = || -> Result<_, ZygoteError> {
+            let (kvm, cpuid) = template::open_kvm()?;
+            let Template { header, memory, memory_bytes } =
+                template::load(&options.template).map_err(TemplateError::from)?;
+            let ram = GuestRam::map(&memory, memory_bytes, false)
+                .map_err(system("map the template's memory"))?;
+            let jail = Jail::build(&options.jail, memory_bytes, &options.run_dir)?;
+            // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
+            let mut child = SigSet::empty();
+            child.add(Signal::SIGCHLD);
+            sigprocmask(SigmaskHow::SIG_BLOCK, Some(&child), None)
+                .map_err(system("sigprocmask"))?;
+            let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+            let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
+            Ok((kvm, cpuid, header, ram, jail, children))
+        };
+        match prepared() {
+            Err(error) => Err((control, error)),
+            Ok((kvm, cpuid, header, ram, jail, children)) => Ok(Self {
+                control,
+                children,
+                watchdog: options.watchdog,
+                kvm,
+                cpuid,
+                ram,
+                working_set: header.working_set,
+                state: header.machine,
+                jail,
+                slots: HashMap::new(),
+                youngest: HashMap::new(),
+            }),
+        }
+    }
+
+    /// Waits for something to do, and does it.
+    fn serve(&mut self) -> Result<Served, ZygoteError> {
+        let mut fds = [
+            PollFd::new(self.control.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.children.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(errno) => return Err(system("poll")(errno)),
+        }
+        let ready = |fd: &PollFd| fd.any().unwrap_or(true);
+        let (asked, died) = (ready(&fds[0]), ready(&fds[1]));
+        // Who asks waits; who died does not.
+        if asked {
             let forked = match self.receive()? {
-                Received::Nothing => continue,
-                Received::End => return Ok(Ended::Zygote),
-                Received::Request(Ok(ZygoteRequest::Fork { slot }), tap) => self.fork(slot, tap),
+                Received::Nothing => return Ok(Served::Client),
+                Received::End => return Ok(Served::End),
+                Received::Request(Ok(ZygoteRequest::Fork { slot, tier }), tap) => {
+                    self.fork(slot, tier, tap)
+                }
                 Received::Request(Err(error), _) => Err(error),
             };
             let answer = match forked {
-                Ok(Forked::Parent(slot, pid)) => {
-                    self.slots.insert(pid, slot);
-                    ZygoteReply::Forked { slot, pid: pid.as_raw() }
-                }
-                Ok(Forked::Child(slot, listener, tap)) => {
-                    return Ok(Ended::MicroVm(self.become_microvm(slot, listener, tap)));
-                }
+                Ok(Forked::Parent(slot, pid)) => ZygoteReply::Forked { slot, pid: pid.as_raw() },
+                Ok(Forked::Child(birth)) => return Ok(Served::Child(birth)),
                 Err(error) => ZygoteReply::Failed { error },
             };
             // A client that is gone is noticed by reading.
             let _ = reply(&self.control, &answer);
         }
+        if died {
+            self.reap();
+        }
+        Ok(Served::Client)
     }
 
     /// The next request, if there is one.
@@ -185,50 +218,46 @@ impl Zygote {
         Ok(Received::Request(request, descriptors.pop()))
     }
 
-    fn fork(&mut self, slot: u32, tap: Option<OwnedFd>) -> Result<Forked, String> {
+    fn fork(&mut self, slot: u32, tier: Tier, tap: Option<OwnedFd>) -> Result<Forked, String> {
+        let asked_ns = monotonic_ns().map_err(|reason| reason.to_string())?;
         let tap = tap.ok_or("no TAP came with the request")?;
-        let listener = listen(&self.run_dir, slot)?;
+        self.jail.prepare(slot).map_err(|error| error.to_string())?;
+        let listener = listen(slot)?;
         // SAFETY: this process has one thread (it never makes another), so the child's memory is as
         // consistent as the parent's.
         match unsafe { fork() } {
-            Ok(ForkResult::Parent { child }) => Ok(Forked::Parent(slot, child)),
-            Ok(ForkResult::Child) => Ok(Forked::Child(slot, listener, tap)),
+            Ok(ForkResult::Parent { child }) => {
+                self.slots.insert(child, slot);
+                self.youngest.insert(slot, child);
+                Ok(Forked::Parent(slot, child))
+            }
+            Ok(ForkResult::Child) => {
+                Ok(Forked::Child(Birth { slot, tier, asked_ns, listener, tap }))
+            }
             Err(errno) => {
-                let _ = std::fs::remove_file(socket_path(&self.run_dir, slot));
+                let _ = std::fs::remove_file(socket_name(slot));
                 Err(format!("fork: {errno}"))
             }
         }
     }
 
     /// In the child: leaves everything of the zygote's behind and runs the microVM.
-    fn become_microvm(self, slot: u32, listener: UnixListener, tap: OwnedFd) -> EndReason {
-        let Self {
-            control,
-            children,
-            run_dir,
-            watchdog,
-            kvm,
-            cpuid,
-            memory,
-            memory_bytes,
-            state,
-            ..
-        } = self;
+    fn become_microvm(self, birth: Birth) -> EndReason {
+        let Self { control, children, watchdog, kvm, cpuid, ram, working_set, state, jail, .. } =
+            self;
+        let Birth { slot, tier, asked_ns, listener, tap } = birth;
         drop((control, children));
         let _span = tracing::info_span!("microvm", slot).entered();
-        let prepared = setsid()
-            .and_then(|_| sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None));
-        let reason = match prepared {
-            Ok(()) => instance::run(slot, listener, &socket_path(&run_dir, slot), || {
-                // Descriptors that are not needed to run are closed here: KVM's and the template's.
-                let cloned = Machine::clone_from(&kvm, &cpuid, memory, memory_bytes, &state, tap);
-                drop(kvm);
-                let mut machine = cloned?;
-                machine.set_watchdog(watchdog);
-                Ok(machine)
-            }),
-            Err(errno) => EndReason::Setup { error: errno.to_string() },
-        };
+        let forked_ns = monotonic_ns().unwrap_or_default();
+        let timeline = Timeline { asked_ns, forked_ns, ..Timeline::default() };
+        let reason = instance::run(slot, tier, timeline, listener, || {
+            setsid()
+                .and_then(|_| sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None))
+                .map_err(|errno| host(&errno))?;
+            let jailed = jail.enter(slot).and_then(Cell::close);
+            jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
+            Ok(Origin { kvm, cpuid, ram, working_set, state, tap, watchdog })
+        });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");
         } else {
@@ -237,24 +266,45 @@ impl Zygote {
         reason
     }
 
-    /// Collects processes that ended, and what those that were killed left behind.
+    /// Collects processes that ended, and their sockets.
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.children.read_signal() {}
         loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            let status = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) | Err(_) => return,
-                Ok(status) => {
-                    let Some(slot) = status.pid().and_then(|pid| self.slots.remove(&pid)) else {
-                        continue;
-                    };
-                    if let WaitStatus::Signaled(pid, signal, _) = status {
-                        tracing::warn!(slot, %pid, %signal, "microVM was killed");
-                        remove_stale(&socket_path(&self.run_dir, slot));
-                    }
-                }
+                Ok(status) => status,
+            };
+            let Some(pid) = status.pid() else { continue };
+            let Some(slot) = self.slots.remove(&pid) else { continue };
+            if let WaitStatus::Signaled(pid, signal, _) = status {
+                tracing::warn!(slot, %pid, %signal, "microVM was killed");
+            }
+            // Another one may listen there by now.
+            if self.youngest.get(&slot) == Some(&pid) {
+                self.youngest.remove(&slot);
+                let _ = std::fs::remove_file(socket_name(slot));
             }
         }
     }
+}
+
+/// What a child is born with.
+struct Birth {
+    slot: u32,
+    tier: Tier,
+    asked_ns: u64,
+    listener: UnixListener,
+    tap: OwnedFd,
+}
+
+/// What a turn of the zygote's came to.
+enum Served {
+    /// Whoever wanted something has it.
+    Client,
+    /// The control socket was closed.
+    End,
+    /// This process is the child.
+    Child(Birth),
 }
 
 enum Received {
@@ -267,7 +317,7 @@ enum Received {
 
 enum Forked {
     Parent(u32, Pid),
-    Child(u32, UnixListener, OwnedFd),
+    Child(Birth),
 }
 
 fn reply(control: &OwnedFd, reply: &ZygoteReply) -> io::Result<()> {
@@ -275,26 +325,27 @@ fn reply(control: &OwnedFd, reply: &ZygoteReply) -> io::Result<()> {
     Ok(())
 }
 
+/// Where the microVM in a slot listens, seen from the zygote's working directory.
+fn socket_name(slot: u32) -> PathBuf {
+    socket_path(Path::new("."), slot)
+}
+
 /// Listens at a slot's socket, unless a microVM lives there.
-fn listen(run_dir: &Path, slot: u32) -> Result<UnixListener, String> {
-    let path = socket_path(run_dir, slot);
+fn listen(slot: u32) -> Result<UnixListener, String> {
+    let path = socket_name(slot);
     match UnixListener::bind(&path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {}
         bound => return bound.map_err(|error| format!("{}: {error}", path.display())),
     }
-    if !remove_stale(&path) {
-        return Err(format!("{}: a microVM lives in slot {slot}: stop it first", path.display()));
-    }
-    UnixListener::bind(&path).map_err(|error| format!("{}: {error}", path.display()))
-}
-
-/// Removes a socket that nobody listens on; returns whether it is gone.
-fn remove_stale(path: &Path) -> bool {
-    match UnixStream::connect(path) {
+    let stale = match UnixStream::connect(&path) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).is_ok()
+            std::fs::remove_file(&path).is_ok()
         }
         Err(error) => error.kind() == ErrorKind::NotFound,
         Ok(_) => false,
+    };
+    if !stale {
+        return Err(format!("{}: a microVM lives in slot {slot}: stop it first", path.display()));
     }
+    UnixListener::bind(&path).map_err(|error| format!("{}: {error}", path.display()))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use common::{Host, identity, kvm};
 use warren_abi::probe::{IdentityReport, Operation, Outcome, Reply, Request, decode, encode};
 use warren_vmm::client::{MicroVm, invoke};
-use warren_vmm::control::{EndReason, State};
+use warren_vmm::control::{EndReason, State, Tier};
 
 async fn report(microvm: &MicroVm) -> IdentityReport {
     let request = encode(&Request { operation: Operation::Identity, timeout_ms: 1000 });
@@ -32,7 +32,7 @@ async fn sixty_four_clones_have_sixty_four_identities_and_random_streams() {
     let mut random = HashSet::new();
     for (slot, clone) in (0..).zip(&mut clones) {
         let before = clone.status().await.unwrap();
-        assert_eq!((before.state, before.identity), (State::Parked, None));
+        assert_eq!((before.state, before.identity), (State::Pooled(Tier::Parked), None));
         let expected = identity(slot);
         clone.release(&expected).await.unwrap();
         let status = clone.status().await.unwrap();

@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use common::{Host, config, identity, kvm, tap};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use warren_vmm::client::{ClientError, Invocation, MicroVm, Zygote, discover, invoke};
-use warren_vmm::control::{EndReason, Refusal, State, socket_path};
+use warren_vmm::control::{EndReason, Refusal, State, Tier, socket_path};
 
 const GUEST: &str = "warren-guest-hostile";
 
@@ -25,8 +25,7 @@ async fn release_happens_once() {
     assert!(ready.received_ns <= ready.released_ns && ready.released_ns < ready.ready_ns);
     let again = microvm.release(&identity(2)).await;
     assert!(matches!(again, Err(ClientError::Refused(Refusal::AlreadyReleased))), "{again:?}");
-    let mut other = MicroVm::connect(host.run_dir.path(), 1).await.unwrap();
-    let status = other.status().await.unwrap();
+    let (_other, status) = MicroVm::connect(host.run_dir.path(), 1).await.unwrap();
     assert_eq!(status.identity, Some(identity(1).identity));
     assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
 }
@@ -51,7 +50,7 @@ async fn impossible_identities_are_refused_and_change_nothing() {
         edit(&mut request);
         let refused = microvm.release(&request).await;
         assert!(matches!(refused, Err(ClientError::Refused(Refusal::Identity(_)))), "{refused:?}");
-        assert_eq!(microvm.status().await.unwrap().state, State::Parked);
+        assert_eq!(microvm.status().await.unwrap().state, State::Pooled(Tier::Parked));
     }
     microvm.release(&identity(1)).await.unwrap();
     assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
@@ -64,12 +63,12 @@ async fn slot_has_one_microvm_and_is_free_when_it_ended() {
     }
     let host = Host::new(GUEST).await;
     let mut first = host.parked(5).await;
-    let refused = host.zygote.fork(5, tap("w0").unwrap()).await;
+    let refused = host.zygote.fork(5, tap("w0").unwrap(), Tier::Shell).await;
     let Err(ClientError::Zygote(error)) = refused else { panic!("{refused:?}") };
     assert!(error.contains("slot 5") && error.contains("stop it first"), "{error}");
     // The TAP too is free as soon as the end is known: it can be attached to again.
     assert_eq!(first.stop().await.unwrap(), EndReason::Stopped);
-    assert!(!socket_path(host.run_dir.path(), 5).exists());
+    assert!(UnixStream::connect(socket_path(host.run_dir.path(), 5)).is_err());
     let mut second = host.parked(5).await;
     assert_ne!(second.pid(), first.pid());
     assert_eq!(second.stop().await.unwrap(), EndReason::Stopped);
@@ -129,7 +128,7 @@ async fn microvms_outlive_their_zygote_and_are_found_again() {
 
     let mut found = discover(&run_dir).await.unwrap();
     let states: Vec<_> = found.iter().map(|(vm, status)| (vm.slot(), status.state)).collect();
-    assert_eq!(states, [(1, State::Parked), (2, State::Running)]);
+    assert_eq!(states, [(1, State::Pooled(Tier::Parked)), (2, State::Running)]);
     assert_eq!((found[0].0.pid(), found[1].0.pid()), before);
     assert_eq!(found[1].1.tag, identity(2).tag);
     assert!(!socket_path(&run_dir, 3).exists());
@@ -222,7 +221,7 @@ async fn damaged_template_is_refused_with_its_name_and_the_remedy() {
     let cases = [
         ("truncated", &bytes[..bytes.len() - 1], "truncated or damaged"),
         ("flipped", &flipped, "wrong checksum"),
-        ("version", &other_version, "template of format 2, this warren-vmm needs 1"),
+        ("version", &other_version, "template of format 3, this warren-vmm needs 2"),
         ("empty", &[], "not a template"),
     ];
     for (name, content, complaint) in cases {

@@ -29,8 +29,8 @@ pub fn settled(before: &BTreeSet<String>) -> Result<Vec<String>> {
     }
 }
 
-/// Interfaces, pins, BPF programs and links, mounts, namespaces, temporary directories and
-/// processes of Warren.
+/// Interfaces, pins, BPF programs and links, mounts, namespaces, temporary directories, control
+/// groups and processes of Warren.
 pub fn find() -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     let links = output(Command::new("ip").args(["-o", "link"]))?;
@@ -42,9 +42,12 @@ pub fn find() -> Result<BTreeSet<String>> {
             found.insert(format!("mount {line}"));
         }
     }
-    for (kind, directory) in
-        [("directory", std::env::temp_dir()), ("pins", Path::new("/sys/fs/bpf").into())]
-    {
+    let mut directories =
+        vec![("directory", std::env::temp_dir()), ("pins", Path::new("/sys/fs/bpf").into())];
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+    directories.extend(hierarchies.map(|entry| ("control group", entry.path())));
+    directories.push(("control group", Path::new("/sys/fs/cgroup").into()));
+    for (kind, directory) in directories {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
         let ours = entries.filter(|e| e.file_name().to_string_lossy().starts_with("warren"));
         found.extend(ours.map(|entry| format!("{kind} {}", entry.path().display())));

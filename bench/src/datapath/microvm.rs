@@ -18,7 +18,8 @@ use warren_netns::rundir::RunDir;
 use warren_netns::servers::{self, Server};
 use warren_netns::topology::SERVER;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig, invoke};
-use warren_vmm::control::{PublicIdentity, ReleaseRequest};
+use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+use warren_vmm::jail::JailConfig;
 
 use super::path::{Kind, MICROVM, MTU, Path, guest_address, guest_mac};
 use super::{Sample, medians, ratios};
@@ -56,7 +57,9 @@ pub fn measure(paths: &mut [Path], run: &RunDir, rounds: u32, figures: &mut Figu
             let run_dir = run.path().join(format!("vmm-{}", kind.key()));
             std::fs::create_dir(&run_dir)?;
             let binary = built("warren-vmm")?;
-            let config = ZygoteConfig { binary, template: template.clone(), run_dir };
+            let jail =
+                JailConfig { cgroup: run.cgroup().join(kind.key()), ..JailConfig::named("") };
+            let config = ZygoteConfig { binary, template: template.clone(), run_dir, jail };
             let tap = path.take_microvm_tap()?.into();
             guests.push(Guest::start(&config, tap, path.vpc()).await?);
         }
@@ -99,8 +102,7 @@ impl Guest {
             servers::bulk_source(vpc, SOURCE_PORT, BULK, 0)?,
         ];
         let zygote = Zygote::spawn(config).await?;
-        zygote.fork(MICROVM, tap).await?;
-        let microvm = MicroVm::connect(&config.run_dir, MICROVM).await?;
+        let microvm = zygote.fork(MICROVM, tap, Tier::Shell).await?;
         let mut guest = Self { microvm, _zygote: zygote, _servers: servers };
         let identity = PublicIdentity {
             hostname: "bench".to_owned(),

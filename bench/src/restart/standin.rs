@@ -22,7 +22,7 @@ impl StandIn {
     /// Ends the microVM in a slot, and says of itself what that one said. The daemon must not run:
     /// it would free the slot.
     pub async fn replace(run_dir: &Path, slot: u32) -> Result<Self> {
-        let (mut microvm, status) = MicroVm::connect_with_status(run_dir, slot).await?;
+        let (mut microvm, status) = MicroVm::connect(run_dir, slot).await?;
         microvm.stop().await?;
         let path = socket_path(run_dir, slot);
         std::fs::remove_file(&path).ok();

@@ -476,12 +476,13 @@ fn write_config(
     if daemon == Daemon::Host {
         text += &format!(
             "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n\
-             [host.flow_log]\npath = '{}'\n",
+             [host.flow_log]\npath = '{}'\n[host.jail]\ncgroup = '{}'\n",
             options.slots,
             options.parked,
             built("warren-vmm")?.display(),
             template.display(),
-            flow_log(run).display()
+            flow_log(run).display(),
+            run.cgroup().display()
         );
     }
     Ok(std::fs::write(config_file(run, daemon), text)?)

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use warren_vmm::jail;
 
 /// A temporary directory with a BPF file system mounted at `bpf` in it. Only a process that is killed
 /// with SIGKILL leaves it behind.
@@ -33,6 +34,12 @@ impl RunDir {
         self.dir.path().join("bpf")
     }
 
+    /// A control group for microVMs that nobody else has.
+    pub fn cgroup(&self) -> PathBuf {
+        let name = self.dir.path().file_name().unwrap_or_default();
+        Path::new("warren-test").join(name)
+    }
+
     /// Everything that is pinned now, without what the kernel itself puts there
     /// (`CONFIG_BPF_PRELOAD`: `maps.debug` and `progs.debug`).
     pub fn pins(&self) -> Vec<PathBuf> {
@@ -57,5 +64,6 @@ impl Drop for RunDir {
         if let Err(error) = umount2(&self.bpf(), MntFlags::MNT_DETACH) {
             tracing::warn!("cannot unmount {}: {error}", self.bpf().display());
         }
+        jail::remove_groups(&self.cgroup());
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::ClientError;
 use crate::control::{
-    CONTROL_LINE, EndReason, Ready, ReleaseRequest, Reply, Request, Status, encode_frame,
+    CONTROL_LINE, EndReason, ReleaseRequest, Reply, Request, Status, Tier, Timeline, encode_frame,
     socket_path, socket_slot, take_frame,
 };
 
@@ -31,34 +31,26 @@ pub struct MicroVm {
 }
 
 impl MicroVm {
-    /// Connects to the microVM in a slot and waits until it stands at its barrier, or beyond.
+    /// Connects to the microVM in a slot, and asks how far it is, and who.
     ///
     /// # Errors
     /// [`ClientError::Connect`] if there is none; [`ClientError::Ended`] if it could not be made.
-    pub async fn connect(run_dir: &Path, slot: u32) -> Result<Self, ClientError> {
-        Ok(Self::connect_with_status(run_dir, slot).await?.0)
+    pub async fn connect(run_dir: &Path, slot: u32) -> Result<(Self, Status), ClientError> {
+        let mut microvm = Self::open(run_dir, slot, 0).await?;
+        let status = microvm.status().await?;
+        microvm.pid = status.pid;
+        Ok((microvm, status))
     }
 
-    /// [`MicroVm::connect`], together with what the microVM said of itself.
-    pub async fn connect_with_status(
-        run_dir: &Path,
-        slot: u32,
-    ) -> Result<(Self, Status), ClientError> {
+    /// Connects to the microVM in a slot, whose process is known.
+    pub(super) async fn open(run_dir: &Path, slot: u32, pid: i32) -> Result<Self, ClientError> {
         let path = socket_path(run_dir, slot);
         let mut stream = UnixStream::connect(&path)
             .await
             .map_err(|source| ClientError::Connect { path: path.clone(), source })?;
-        let mut greeting = CONTROL_LINE.to_vec();
-        greeting.extend(encode_frame(&Request::Status));
-        stream.write_all(&greeting).await.map_err(|_| ClientError::Ended(EndReason::Lost))?;
-        let mut microvm = Self { slot, pid: 0, path, stream, received: Vec::new() };
-        match microvm.reply().await? {
-            Reply::Status(status) => {
-                microvm.pid = status.pid;
-                Ok((microvm, status))
-            }
-            other => Err(unexpected(other)),
-        }
+        let greeted = stream.write_all(CONTROL_LINE).await;
+        greeted.map_err(|_| ClientError::Ended(EndReason::Lost))?;
+        Ok(Self { slot, pid, path, stream, received: Vec::new() })
     }
 
     /// The slot it was forked into.
@@ -78,7 +70,16 @@ impl MicroVm {
 
     /// Asks how far it is, and who.
     pub async fn status(&mut self) -> Result<Status, ClientError> {
-        match self.ask(&Request::Status).await? {
+        self.ask_status(&Request::Status).await
+    }
+
+    /// Has it prepare itself so far, unless it is beyond, and waits until it is.
+    pub async fn advance(&mut self, tier: Tier) -> Result<Status, ClientError> {
+        self.ask_status(&Request::Advance(tier)).await
+    }
+
+    async fn ask_status(&mut self, request: &Request) -> Result<Status, ClientError> {
+        match self.ask(request).await? {
             Reply::Status(status) => Ok(status),
             other => Err(unexpected(other)),
         }
@@ -88,9 +89,9 @@ impl MicroVm {
     ///
     /// # Errors
     /// [`ClientError::Refused`] if it was released before or the identity is out of range.
-    pub async fn release(&mut self, request: &ReleaseRequest) -> Result<Ready, ClientError> {
+    pub async fn release(&mut self, request: &ReleaseRequest) -> Result<Timeline, ClientError> {
         match self.ask(&Request::Release(request.clone())).await? {
-            Reply::Ready(ready) => Ok(ready),
+            Reply::Ready(timeline) => Ok(timeline),
             other => Err(unexpected(other)),
         }
     }
@@ -164,7 +165,7 @@ pub async fn discover(run_dir: &Path) -> Result<Vec<(MicroVm, Status)>, ClientEr
     while let Some(entry) = entries.next_entry().await? {
         let path = entry.path();
         let Some(slot) = socket_slot(&path) else { continue };
-        match timeout(DISCOVER_TIMEOUT, MicroVm::connect_with_status(run_dir, slot)).await {
+        match timeout(DISCOVER_TIMEOUT, MicroVm::connect(run_dir, slot)).await {
             Ok(Ok(microvm)) => found.push(microvm),
             Ok(Err(ClientError::Connect { source, .. }))
                 if source.kind() == io::ErrorKind::ConnectionRefused =>

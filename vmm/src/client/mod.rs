@@ -3,17 +3,18 @@
 //! ```no_run
 //! # async fn example(tap: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
 //! use std::time::Duration;
-//! use warren_vmm::client::{self, MicroVm, Zygote, ZygoteConfig};
-//! use warren_vmm::control::{PublicIdentity, ReleaseRequest};
+//! use warren_vmm::client::{self, Zygote, ZygoteConfig};
+//! use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+//! use warren_vmm::jail::JailConfig;
 //!
 //! let config = ZygoteConfig {
 //!     binary: "/usr/bin/warren-vmm".into(),
 //!     template: "/var/lib/warren/probe.template".into(),
 //!     run_dir: "/run/warren/vm".into(),
+//!     jail: JailConfig::named("example"),
 //! };
 //! let zygote = Zygote::spawn(&config).await?;
-//! zygote.fork(1, tap).await?;
-//! let mut microvm = MicroVm::connect(&config.run_dir, 1).await?;
+//! let mut microvm = zygote.fork(1, tap, Tier::Parked).await?;
 //! let request = ReleaseRequest { identity: PublicIdentity::default(), tag: vec![] };
 //! microvm.release(&request).await?;
 //! let reply = client::invoke(microvm.path(), b"request", Duration::from_secs(1)).await?;

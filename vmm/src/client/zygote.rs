@@ -14,8 +14,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
-use super::ClientError;
-use crate::control::{MESSAGE_MAX, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
+use super::{ClientError, MicroVm};
+use crate::control::{MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
+use crate::jail::JailConfig;
 
 /// What a zygote is started with.
 #[derive(Clone, Debug)]
@@ -26,6 +27,8 @@ pub struct ZygoteConfig {
     pub template: PathBuf,
     /// Directory of the microVMs' sockets; must exist.
     pub run_dir: PathBuf,
+    /// How microVMs are confined.
+    pub jail: JailConfig,
 }
 
 /// A running zygote. When this is dropped the zygote exits; its microVMs live on.
@@ -33,6 +36,7 @@ pub struct ZygoteConfig {
 pub struct Zygote {
     control: Mutex<AsyncFd<OwnedFd>>,
     child: Child,
+    run_dir: PathBuf,
     memory_bytes: u64,
 }
 
@@ -71,6 +75,12 @@ impl Zygote {
             .args(["--control-fd", "0"])
             .arg("--watchdog-ms")
             .arg(watchdog.as_millis().to_string())
+            .arg("--first-uid")
+            .arg(config.jail.first_uid.to_string())
+            .arg("--cgroup")
+            .arg(&config.jail.cgroup)
+            .arg("--cpu-percent")
+            .arg(config.jail.cpu_percent.to_string())
             .stdin(Stdio::from(theirs))
             .spawn()
             .map_err(spawn_error)?;
@@ -78,7 +88,8 @@ impl Zygote {
         let control = unsafe { AsyncFd::register(ours) }.map_err(|e| spawn_error(e.into()))?;
         match receive(&control).await? {
             ZygoteReply::Loaded { memory_bytes } => {
-                Ok(Self { control: Mutex::new(control), child, memory_bytes })
+                let (control, run_dir) = (Mutex::new(control), config.run_dir.clone());
+                Ok(Self { control, child, run_dir, memory_bytes })
             }
             ZygoteReply::Failed { error } => Err(ClientError::Zygote(error)),
             ZygoteReply::Forked { .. } => Err(ClientError::Malformed),
@@ -95,17 +106,26 @@ impl Zygote {
         self.memory_bytes
     }
 
-    /// Forks a microVM into a slot and returns its process. It takes connections at once, and
-    /// answers them when it stands at its barrier.
+    /// Forks a microVM into a slot. It prepares itself up to a tier, and can be released at once.
     ///
     /// The TAP must be what [`ZygoteRequest::Fork`] says.
     ///
     /// # Errors
     /// [`ClientError::Zygote`] if a microVM lives in that slot, or the process cannot be made;
     /// [`ClientError::ZygoteEnded`].
-    pub async fn fork(&self, slot: u32, tap: OwnedFd) -> Result<i32, ClientError> {
+    pub async fn fork(&self, slot: u32, tap: OwnedFd, tier: Tier) -> Result<MicroVm, ClientError> {
+        let pid = self.ask(&ZygoteRequest::Fork { slot, tier }, slot, tap).await?;
+        MicroVm::open(&self.run_dir, slot, pid).await
+    }
+
+    async fn ask(
+        &self,
+        request: &ZygoteRequest,
+        slot: u32,
+        tap: OwnedFd,
+    ) -> Result<i32, ClientError> {
         let control = self.control.lock().await;
-        let message = encode(&ZygoteRequest::Fork { slot });
+        let message = encode(request);
         control
             .async_io(Interest::WRITABLE, |socket| {
                 sendmsg::<()>(

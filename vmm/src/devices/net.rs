@@ -49,14 +49,14 @@ impl Net {
     }
 
     /// A device in a saved state on a TAP as described at
-    /// [`crate::control::ZygoteRequest::Fork`].
+    /// [`crate::control::ZygoteRequest::Fork`], or without a cable.
     pub fn load(
         state: &MmioState,
         memory: &GuestMemoryMmap,
-        tap: OwnedFd,
+        tap: Option<OwnedFd>,
     ) -> Result<Self, QueueError> {
         let mmio = Mmio::load(&KIND, state, memory)?;
-        Ok(Self { mmio, tap: Some(File::from(tap)), ..Self::new() })
+        Ok(Self { mmio, tap: tap.map(File::from), ..Self::new() })
     }
 
     /// Saves the device.

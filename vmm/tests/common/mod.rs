@@ -15,7 +15,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
-use warren_vmm::control::{PublicIdentity, ReleaseRequest};
+use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+use warren_vmm::jail::{self, JailConfig};
 
 /// Whether this machine can run microVMs. If not it says so, loudly; under `WARREN_REQUIRE_KVM=1`
 /// that is a failure.
@@ -59,6 +60,7 @@ pub fn guest(name: &str) -> PathBuf {
 pub struct Host {
     pub zygote: Zygote,
     pub run_dir: TempDir,
+    pub jail: JailConfig,
     pids: Mutex<Vec<i32>>,
 }
 
@@ -68,6 +70,7 @@ impl Drop for Host {
         for pid in self.pids.lock().unwrap().iter() {
             let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
         }
+        jail::remove_groups(&self.jail.cgroup);
     }
 }
 
@@ -80,7 +83,7 @@ impl Host {
         let run_dir = tempfile::tempdir().unwrap();
         let config = config(guest, run_dir.path());
         let zygote = Zygote::spawn_with_watchdog(&config, watchdog).await.unwrap();
-        Self { zygote, run_dir, pids: Mutex::new(Vec::new()) }
+        Self { zygote, run_dir, jail: config.jail, pids: Mutex::new(Vec::new()) }
     }
 
     /// Lets the zygote go and starts another one, as a restarted `warrend` does.
@@ -93,11 +96,18 @@ impl Host {
         self.parked_on(slot, tap("w0").unwrap()).await
     }
 
+    /// A microVM that goes up to this tier by itself.
+    pub async fn forked(&self, slot: u32, tap: OwnedFd, tier: Tier) -> MicroVm {
+        let microvm = self.zygote.fork(slot, tap, tier).await.unwrap();
+        self.pids.lock().unwrap().push(microvm.pid());
+        microvm
+    }
+
     /// A parked microVM on this TAP.
     pub async fn parked_on(&self, slot: u32, tap: OwnedFd) -> MicroVm {
-        let pid = self.zygote.fork(slot, tap).await.unwrap();
-        self.pids.lock().unwrap().push(pid);
-        MicroVm::connect(self.run_dir.path(), slot).await.unwrap()
+        let mut microvm = self.forked(slot, tap, Tier::Parked).await;
+        microvm.advance(Tier::Parked).await.unwrap();
+        microvm
     }
 
     /// The same, released.
@@ -117,7 +127,10 @@ pub fn config(name: &'static str, run_dir: &Path) -> ZygoteConfig {
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
-    ZygoteConfig { binary: vmm(), template: path, run_dir: run_dir.to_owned() }
+    // No two directories have the same name.
+    let name = run_dir.file_name().unwrap().to_str().unwrap();
+    let jail = JailConfig::named(&format!("test{name}"));
+    ZygoteConfig { binary: vmm(), template: path, run_dir: run_dir.to_owned(), jail }
 }
 
 /// An identity that differs from slot to slot.

@@ -1,0 +1,274 @@
+//! Control groups, one for each slot: version 2 where it has the controllers, version 1 else
+//! (kernel documentation, admin-guide/cgroup-v2 and cgroup-v1).
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, openat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, unlinkat};
+
+use super::JailError;
+
+/// The controllers that limit a microVM.
+const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
+
+/// The process itself, and the thread that KVM makes in its name for the recovery of large pages.
+const TASKS: u32 = 2;
+
+/// Microseconds in which a share of a processor is counted.
+const PERIOD_US: u64 = 100_000;
+
+/// How long [`remove`] waits for processes that were killed.
+const LEAVING: Duration = Duration::from_secs(1);
+
+/// What a microVM's process may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Memory, the kernel's for it among it, in bytes.
+    pub memory_bytes: u64,
+    /// Share of one processor, in percent.
+    pub cpu_percent: u32,
+}
+
+impl Limits {
+    /// Files of a group in version 2, and their content.
+    fn v2(self) -> [(&'static str, String); 4] {
+        let quota = u64::from(self.cpu_percent) * PERIOD_US / 100;
+        [
+            ("memory.max", self.memory_bytes.to_string()),
+            ("memory.swap.max", "0".to_owned()),
+            ("cpu.max", format!("{quota} {PERIOD_US}")),
+            ("pids.max", TASKS.to_string()),
+        ]
+    }
+
+    /// Files of a controller's group in version 1, and their content.
+    fn v1(self, controller: &str) -> Vec<(&'static str, String)> {
+        let quota = u64::from(self.cpu_percent) * PERIOD_US / 100;
+        match controller {
+            "memory" => vec![("memory.limit_in_bytes", self.memory_bytes.to_string())],
+            "cpu" => vec![
+                ("cpu.cfs_period_us", PERIOD_US.to_string()),
+                ("cpu.cfs_quota_us", quota.to_string()),
+            ],
+            _ => vec![("pids.max", TASKS.to_string())],
+        }
+    }
+}
+
+/// A mounted hierarchy that has controllers of ours.
+struct Hierarchy {
+    path: PathBuf,
+    /// The controller, in version 1.
+    v1: Option<&'static str>,
+}
+
+/// The group of a zygote's microVMs in one hierarchy.
+struct Group {
+    /// The hierarchy, and the group in it.
+    hierarchy: OwnedFd,
+    directory: OwnedFd,
+    /// What each slot's group gets.
+    settings: Vec<(&'static str, String)>,
+}
+
+/// The groups of a zygote's microVMs.
+pub struct Cgroups {
+    name: PathBuf,
+    groups: Vec<Group>,
+    slots: BTreeSet<u32>,
+}
+
+impl Cgroups {
+    /// Makes the group for this zygote in each hierarchy; with none mounted nothing is limited, and
+    /// the log says so.
+    pub fn open(name: &Path, limits: Limits) -> Result<Self, JailError> {
+        let mut groups = Vec::new();
+        let mut slots = BTreeSet::new();
+        for Hierarchy { path, v1 } in hierarchies() {
+            let own = path.join(name);
+            let failed = |path: &Path| {
+                let path = path.to_owned();
+                move |source| JailError::Cgroup { path, source }
+            };
+            make(&own).map_err(failed(&own))?;
+            if v1.is_none() {
+                enable(&path, name).map_err(failed(&own))?;
+            }
+            for entry in fs::read_dir(&own).map_err(failed(&own))?.flatten() {
+                slots.extend(entry.file_name().to_str().and_then(slot_of));
+            }
+            let settings =
+                v1.map_or_else(|| limits.v2().into(), |controller| limits.v1(controller));
+            let [hierarchy, directory] = [&path, &own].map(|path| {
+                let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+                open(path, flags, Mode::empty()).map_err(|errno| failed(path)(errno.into()))
+            });
+            groups.push(Group { hierarchy: hierarchy?, directory: directory?, settings });
+        }
+        if groups.is_empty() {
+            tracing::warn!("no control groups are mounted: microVMs share memory and processors");
+        }
+        Ok(Self { name: name.to_owned(), groups, slots })
+    }
+
+    /// Makes a slot's group, unless it is there.
+    pub fn prepare(&mut self, slot: u32) -> Result<(), JailError> {
+        if !self.slots.insert(slot) {
+            return Ok(());
+        }
+        let name = group_name(slot);
+        for Group { directory, settings, .. } in &self.groups {
+            match mkdirat(directory, name.as_str(), Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(errno) => return Err(self.error(&name, errno.into())),
+            }
+            for (file, value) in settings {
+                let file = format!("{name}/{file}");
+                let written = write(directory, &file, value);
+                // A kernel without swap or without bandwidth control has no such file.
+                if let Err(error) = written
+                    && error.kind() != ErrorKind::NotFound
+                {
+                    return Err(self.error(&file, error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves this process into a slot's group.
+    pub fn join(&self, slot: u32) -> Result<(), JailError> {
+        let file = format!("{}/cgroup.procs", group_name(slot));
+        for Group { directory, .. } in &self.groups {
+            write(directory, &file, "0").map_err(|error| self.error(&file, error))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the groups that nobody is in.
+    pub fn remove(self) {
+        for Group { hierarchy, directory, .. } in &self.groups {
+            for slot in &self.slots {
+                // A microVM that outlives its zygote keeps its group.
+                let _ = unlinkat(directory, group_name(*slot).as_str(), UnlinkatFlags::RemoveDir);
+            }
+            for name in self.name.ancestors().filter(|name| !name.as_os_str().is_empty()) {
+                let _ = unlinkat(hierarchy, name, UnlinkatFlags::RemoveDir);
+            }
+        }
+    }
+
+    fn error(&self, file: &str, source: io::Error) -> JailError {
+        JailError::Cgroup { path: self.name.join(file), source }
+    }
+}
+
+/// Removes the groups below this name that are left over, such as of microVMs that outlived their
+/// zygote. Those that somebody is in, and does not leave within a second, stay.
+pub fn remove(name: &Path) {
+    let deadline = Instant::now() + LEAVING;
+    for Hierarchy { path, .. } in hierarchies() {
+        let own = path.join(name);
+        while !remove_tree(&own) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        for group in own.ancestors().skip(1).take_while(|group| *group != path) {
+            let _ = fs::remove_dir(group);
+        }
+    }
+}
+
+/// Whether the group is gone.
+fn remove_tree(group: &Path) -> bool {
+    let entries = fs::read_dir(group).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        remove_tree(&entry.path());
+    }
+    fs::remove_dir(group).is_ok() || !group.exists()
+}
+
+/// Makes a group, also while somebody removes its parents because they are empty.
+fn make(group: &Path) -> io::Result<()> {
+    for _ in 0..100 {
+        match fs::create_dir_all(group) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            made => return made,
+        }
+    }
+    fs::create_dir_all(group)
+}
+
+fn group_name(slot: u32) -> String {
+    format!("vm-{slot}")
+}
+
+fn slot_of(group: &str) -> Option<u32> {
+    group.strip_prefix("vm-")?.parse().ok()
+}
+
+fn write(directory: &OwnedFd, file: &str, value: &str) -> io::Result<()> {
+    let file = openat(directory, file, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    File::from(file).write_all(value.as_bytes())
+}
+
+/// What is mounted: version 2 if all controllers are there, else each that version 1 has.
+fn hierarchies() -> Vec<Hierarchy> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mut v1 = Vec::new();
+    for line in mounts.lines() {
+        let mut fields = line.split(' ').skip(1);
+        let (Some(path), Some(kind), Some(options)) = (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        let path = PathBuf::from(path);
+        if kind == "cgroup2" {
+            let has = fs::read_to_string(path.join("cgroup.controllers")).unwrap_or_default();
+            let has = |wanted: &&str| has.split_whitespace().any(|name| name == *wanted);
+            if CONTROLLERS.iter().all(has) {
+                return vec![Hierarchy { path, v1: None }];
+            }
+        } else if kind == "cgroup" {
+            let controller = CONTROLLERS
+                .into_iter()
+                .find(|controller| options.split(',').any(|option| option == *controller));
+            if let Some(controller) = controller {
+                v1.push(Hierarchy { path, v1: Some(controller) });
+            }
+        }
+    }
+    v1
+}
+
+/// Version 2: hands the controllers down to the groups of the slots.
+fn enable(hierarchy: &Path, name: &Path) -> io::Result<()> {
+    let mut group = hierarchy.to_owned();
+    let mut parts = name.components();
+    loop {
+        let all = CONTROLLERS.map(|controller| format!("+{controller}")).join(" ");
+        fs::write(group.join("cgroup.subtree_control"), all)?;
+        match parts.next() {
+            Some(part) => group.push(part),
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Has the kernel not wait for a grace period of RCU, milliseconds, before a process is moved
+/// (`favordynmods`, Linux 6.0). It favours so while any hierarchy asks for it, so this is one without
+/// controllers, which nobody sees and which goes with the descriptor. It is mounted, for a moment,
+/// over `place`, in a mount namespace that is not shared.
+pub fn favor_moves(place: &Path) -> Result<OwnedFd, Errno> {
+    let options = Some("none,name=warren,favordynmods");
+    mount(Some("none"), place, Some("cgroup"), MsFlags::empty(), options)?;
+    let opened = open(place, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+    umount2(place, MntFlags::MNT_DETACH).and(opened)
+}

@@ -1,0 +1,104 @@
+//! The system calls of a jailed process.
+
+use std::collections::BTreeMap;
+
+use kvm_bindings::{
+    KVMIO, kvm_cpuid2, kvm_device_attr, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_xcrs,
+};
+use nix::{request_code_none, request_code_read, request_code_write};
+use seccompiler::{
+    BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch,
+};
+
+/// Those that are allowed with any argument.
+const ANY: &[libc::c_long] = &[
+    // Sockets, TAP and the guest's streams, all open already or accepted.
+    libc::SYS_accept4,
+    libc::SYS_close,
+    libc::SYS_ppoll,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Memory of its own, of which none is executable (below).
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_munmap,
+    // Time, randomness, its end.
+    libc::SYS_clock_gettime,
+    libc::SYS_exit_group,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_timer_create,
+    libc::SYS_timer_delete,
+    libc::SYS_timer_settime,
+];
+
+/// `ioctl`'s requests: KVM's, in the order of a machine's life (KVM API, 4), and a socket's mode.
+const IOCTLS: &[u64] = &[
+    request_code_none!(KVMIO, 0x01), // KVM_CREATE_VM
+    request_code_none!(KVMIO, 0x03), // KVM_CHECK_EXTENSION
+    request_code_none!(KVMIO, 0x04), // KVM_GET_VCPU_MMAP_SIZE
+    request_code_none!(KVMIO, 0x41), // KVM_CREATE_VCPU
+    request_code_write!(KVMIO, 0x46, size_of::<kvm_userspace_memory_region>()),
+    request_code_write!(KVMIO, 0x90, size_of::<kvm_cpuid2>()), // KVM_SET_CPUID2
+    request_code_read!(KVMIO, 0x83, size_of::<kvm_sregs>()),   // KVM_GET_SREGS
+    request_code_write!(KVMIO, 0x84, size_of::<kvm_sregs>()),  // KVM_SET_SREGS
+    request_code_write!(KVMIO, 0xa7, size_of::<kvm_xcrs>()),   // KVM_SET_XCRS
+    request_code_write!(KVMIO, 0xa5, XSAVE_BYTES),             // KVM_SET_XSAVE
+    request_code_write!(KVMIO, 0xe1, size_of::<kvm_device_attr>()), // KVM_SET_DEVICE_ATTR
+    request_code_write!(KVMIO, 0x82, size_of::<kvm_regs>()),   // KVM_SET_REGS
+    request_code_read!(KVMIO, 0x81, size_of::<kvm_regs>()),    // KVM_GET_REGS
+    request_code_none!(KVMIO, 0xa3),                           // KVM_GET_TSC_KHZ
+    request_code_none!(KVMIO, 0x80),                           // KVM_RUN
+    libc::FIONBIO,
+];
+
+/// `struct kvm_xsave` without what dynamically enabled features would add.
+const XSAVE_BYTES: usize = 4096;
+
+/// The filter: what is not listed kills the process.
+pub fn compile() -> Result<BpfProgram, Error> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for &call in ANY {
+        rules.insert(call, Vec::new());
+    }
+    // The third argument of both is the protection.
+    let not_executable = SeccompCondition::new(
+        2,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64),
+        0,
+    )?;
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![SeccompRule::new(vec![not_executable.clone()])?]);
+    }
+    let growing = SeccompCondition::new(
+        3,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Eq,
+        libc::MREMAP_MAYMOVE as u64,
+    )?;
+    rules.insert(libc::SYS_mremap, vec![SeccompRule::new(vec![growing])?]);
+    let requests = IOCTLS.iter().map(|&request| {
+        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request)?;
+        SeccompRule::new(vec![is])
+    });
+    rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        TargetArch::x86_64,
+    )?;
+    Ok(filter.try_into()?)
+}
