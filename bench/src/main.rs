@@ -1,6 +1,7 @@
 //! `warren-bench`: the benchmarks behind `cargo xtask bench`.
 
 mod attach;
+mod clone;
 mod datapath;
 mod failover;
 mod options;
@@ -9,6 +10,7 @@ mod restart;
 mod scale;
 mod sequence;
 mod start;
+mod tap;
 
 use std::path::PathBuf;
 
@@ -34,6 +36,8 @@ struct Arguments {
 enum Bench {
     /// 4,000 slots: making them, connecting one to a VPC, and until its first packet is at the proxy
     Attach,
+    /// Starts of microVMs from each tier, sustained rates, and the memory of thousands
+    Clone,
     /// Kills and upgrades of the daemons under traffic: what is lost
     Restart,
     /// 10,000 hosts and 1,000 VPCs: memory of maps, time to make them known, and one change
@@ -58,6 +62,10 @@ fn main() -> Result<()> {
     let rounds = |default| arguments.rounds.unwrap_or(default);
     let (figures, table) = match arguments.bench {
         Bench::Attach => times(attach::run(rounds(ROUNDS))?),
+        Bench::Clone => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+            times(runtime.block_on(clone::run(rounds(clone::ROUNDS)))?)
+        }
         Bench::Restart => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             times(runtime.block_on(restart::run())?)

@@ -268,13 +268,17 @@ mod tests {
             ready_ns: 3_035_000,
             ..v1::StartTimings::default()
         };
-        starts.ready(&timings);
-        starts.ready(&v1::StartTimings { cold: true, cloned_ns: 11_000_000_000, ..timings });
+        let timeline = Timeline { asked_ns: 1000, forked_ns: 4000, ..Timeline::default() };
+        starts.ready(&timings, &timeline);
+        let cold = v1::StartTimings { cold: true, cloned_ns: 11_000_000_000, ..timings };
+        starts.ready(&cold, &timeline);
         starts.failed();
         assert_lines(
             &text(&registry),
             &[
                 "# TYPE warren_start_stage_seconds histogram",
+                "# TYPE warren_prepare_stage_seconds histogram",
+                r#"warren_prepare_stage_seconds_sum{stage="fork"} 0.000006"#,
                 r#"warren_start_stage_seconds_bucket{le="0.00001",stage="clone"} 0"#,
                 r#"warren_start_stage_seconds_bucket{le="0.000025",stage="clone"} 1"#,
                 r#"warren_start_stage_seconds_bucket{le="10.0",stage="clone"} 1"#,

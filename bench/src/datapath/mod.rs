@@ -5,7 +5,6 @@ mod load;
 mod microvm;
 mod path;
 mod pump;
-mod tap;
 
 use anyhow::Result;
 use comfy_table::Table;

@@ -16,7 +16,7 @@ use warren_netns::servers;
 use warren_netns::topology::{CIDR, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
 
 use super::pump::Pump;
-use super::tap;
+use crate::tap;
 use crate::options;
 
 /// Largest IP packet of a guest, on all paths: what fits the tunnels.

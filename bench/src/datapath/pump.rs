@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use anyhow::Result;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::tap::{VNET_HEADER, offload};
+use crate::tap::{VNET_HEADER, offload};
 
 /// A header and the largest frame.
 const BUFFER: usize = VNET_HEADER + 14 + 65_535;
