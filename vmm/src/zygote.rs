@@ -133,6 +133,7 @@ impl Zygote {
                 .map_err(system("sigprocmask"))?;
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
+            jail.confine()?;
             Ok((kvm, cpuid, header, ram, jail, children))
         };
         match prepared() {

@@ -125,7 +125,7 @@ impl Jail {
             .handle_access(AccessNet::from_all(abi))?
             .scope(Scope::from_all(abi))?
             .create()?;
-        let filter = filter::compile()?;
+        let filter = filter::of_microvm()?;
         root::separate().map_err(system("namespaces"))?;
         let favor_moves = cgroup::favor_moves(run_dir).map_err(|errno| {
             tracing::info!(%errno, "moving a process to its control group takes milliseconds here");
@@ -154,6 +154,14 @@ impl Jail {
             filter,
             _favor_moves: favor_moves,
         })
+    }
+
+    /// In the zygote, when it has all that it needs to fork: leaves it no other system calls.
+    ///
+    /// # Errors
+    /// [`JailError::Seccomp`].
+    pub fn confine(&self) -> Result<(), JailError> {
+        Ok(seccompiler::apply_filter(&filter::of_zygote()?)?)
     }
 
     /// In the zygote, before a clone is forked into a slot: makes the slot's control group.
