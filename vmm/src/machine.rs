@@ -89,6 +89,8 @@ pub struct Machine {
     pub net: Net,
     /// Its vsock device.
     pub vsock: Vsock,
+    /// Of the guest's time stamp counter.
+    tsc_hz: u64,
     watchdog: Duration,
     last_exit: Instant,
 }
@@ -141,6 +143,8 @@ impl Shell {
 
     fn with_devices(self, ram: GuestRam, net: Net, vsock: Vsock) -> Result<Machine, MachineError> {
         let Self { timer, vcpu, vm } = self;
+        let tsc_hz = vcpu.get_tsc_khz().map_err(kvm("ask for the frequency of its counter"))?;
+        let tsc_hz = u64::from(tsc_hz) * 1000;
         let region = kvm_userspace_memory_region {
             slot: 0,
             flags: 0,
@@ -151,7 +155,7 @@ impl Shell {
         // SAFETY: the range is `ram`'s mapping, which outlives the VM: fields drop in order.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set the memory region"))?;
         let last_exit = Instant::now();
-        Ok(Machine { timer, vcpu, _vm: vm, ram, net, vsock, watchdog: WATCHDOG, last_exit })
+        Ok(Machine { timer, vcpu, _vm: vm, ram, net, vsock, tsc_hz, watchdog: WATCHDOG, last_exit })
     }
 }
 
@@ -178,7 +182,9 @@ impl Machine {
 
     /// Lets the guest take its page faults, so that it has none after the release.
     pub fn park(&mut self) -> Result<(), EndReason> {
-        // The page of the identity becomes this clone's own.
+        // The page of the identity becomes this clone's own, and the code that the release needs is
+        // mapped.
+        getrandom(&mut [0; 64])?;
         self.write_identity(&NOBODY)?;
         self.command(COMMAND_PREFAULT)?;
         self.run_until(Exit::Barrier)?;
@@ -193,7 +199,6 @@ impl Machine {
         let mut hostname = [0; 64];
         let length = public.hostname.len().min(hostname.len());
         hostname[..length].copy_from_slice(&public.hostname.as_bytes()[..length]);
-        let tsc_khz = self.vcpu.get_tsc_khz().map_err(|error| host(&error))?;
         self.command(COMMAND_RELEASE)?;
         let wall_clock_ns = wall_clock_ns()?;
         // SAFETY: reads a counter; x86-64 always has it.
@@ -202,7 +207,7 @@ impl Machine {
         self.write_identity(&Identity {
             wall_clock_ns,
             tsc,
-            tsc_hz: u64::from(tsc_khz) * 1000,
+            tsc_hz: self.tsc_hz,
             entropy,
             instance_id: public.instance_id,
             hostname,
@@ -247,7 +252,7 @@ impl Machine {
     /// on the way.
     pub fn run(&mut self) -> Result<Exit, EndReason> {
         loop {
-            self.timer.arm().map_err(|errno| host(&errno))?;
+            self.timer.arm(&mut self.vcpu).map_err(|errno| host(&errno))?;
             let exit = self.vcpu.run();
             // A kick is no exit of the guest's doing.
             let kicked =

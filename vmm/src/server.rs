@@ -179,7 +179,13 @@ impl Connection {
         let open = loop {
             match self.stream.read(&mut buffer) {
                 Ok(0) => break false,
-                Ok(length) => self.received.extend_from_slice(&buffer[..length]),
+                Ok(length) => {
+                    self.received.extend_from_slice(&buffer[..length]);
+                    // There was no more.
+                    if length < buffer.len() {
+                        break true;
+                    }
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break true,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(_) => break false,

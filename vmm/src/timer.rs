@@ -42,11 +42,13 @@ impl KickTimer {
         Ok(Self { timer: Timer::new(ClockId::CLOCK_MONOTONIC, event)? })
     }
 
-    /// Makes sure that a kick will come within a slice.
-    pub fn arm(&mut self) -> nix::Result<()> {
+    /// Makes sure that a kick will come within a slice, and not at once for one that is over.
+    pub fn arm(&mut self, vcpu: &mut VcpuFd) -> nix::Result<()> {
         if ARMED.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
+        // It came while the guest did not run.
+        vcpu.set_kvm_immediate_exit(0);
         self.timer.set(Expiration::OneShot(SLICE.into()), TimerSetTimeFlags::empty())
     }
 }
