@@ -13,6 +13,8 @@ use serde::Serialize;
 pub enum Figure {
     /// A count.
     Count(u64),
+    /// A number.
+    Number(f64),
     /// A distribution.
     Distribution {
         /// Median.
@@ -59,6 +61,11 @@ impl Figures {
         self.by_key.insert(key.to_owned(), Figure::Count(count));
     }
 
+    /// Adds a number.
+    pub fn number(&mut self, key: &str, value: f64) {
+        self.by_key.insert(key.to_owned(), Figure::Number(value));
+    }
+
     /// Adds a distribution; nothing if there are no samples.
     pub fn distribution(&mut self, key: &str, mut samples: Vec<f64>) {
         samples.sort_by(f64::total_cmp);
@@ -85,7 +92,7 @@ impl Figures {
         self.by_key.get(key)
     }
 
-    /// A table of all counts and distributions.
+    /// A table of all figures.
     pub fn table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
@@ -98,7 +105,15 @@ impl Figures {
                 Figure::Distribution { p50, p99, n } => {
                     table.add_row([key.clone(), number(*p50), number(*p99), n.to_string()]);
                 }
-                Figure::Values(_) => {}
+                Figure::Number(value) => {
+                    table.add_row([key.clone(), number(*value), String::new(), String::new()]);
+                }
+                Figure::Values(values) => {
+                    for (name, value) in values {
+                        let key = format!("{key} {name}");
+                        table.add_row([key, number(*value), String::new(), String::new()]);
+                    }
+                }
             }
         }
         align(&mut table);

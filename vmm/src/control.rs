@@ -104,6 +104,10 @@ pub enum Request {
     Advance(Tier),
     /// Take this identity and run, from whatever tier. Answered by [`Reply::Ready`] or [`Reply::Refused`].
     Release(ReleaseRequest),
+    /// Become again what you were at your barrier, for another release: memory and devices as in the
+    /// image, all calls cut off. Answered by [`Reply::Status`]; refused before the first release.
+    /// Whoever asks must not let one tenant's microVM become another's.
+    Recycle,
     /// End. Answered by [`Reply::Ended`].
     Stop,
 }
@@ -111,7 +115,7 @@ pub enum Request {
 /// What a microVM answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
-    /// To [`Request::Status`] and [`Request::Advance`].
+    /// To [`Request::Status`], [`Request::Advance`] and [`Request::Recycle`].
     Status(Status),
     /// To [`Request::Release`]: the guest acknowledged its identity.
     Ready(Timeline),
@@ -222,6 +226,9 @@ pub enum Refusal {
     /// [`Request::Release`] came a second time.
     #[error("the microVM was released before: fork another one")]
     AlreadyReleased,
+    /// [`Request::Recycle`] came before a release.
+    #[error("the microVM was not released: there is nothing to recycle")]
+    NotReleased,
     /// A field of the identity is out of its range.
     #[error("identity refused: {0}")]
     Identity(String),

@@ -32,6 +32,8 @@ pub struct Origin {
     pub ram: GuestRam,
     /// What a clone will write to.
     pub working_set: Vec<Pages>,
+    /// What stays in place when it is recycled.
+    pub in_place: Vec<Pages>,
     /// The template's processor and devices.
     pub state: MachineState,
     /// The slot's TAP.
@@ -52,6 +54,8 @@ struct Instance {
     advancing: Vec<(u64, Tier)>,
     /// Who released it, and as whom.
     release: Option<(u64, ReleaseRequest)>,
+    /// Who wants it recycled.
+    recycling: Option<u64>,
     /// Streams that came before there was a device.
     streams: Vec<(UnixStream, u32)>,
     polled_at: Instant,
@@ -81,6 +85,7 @@ pub fn run(
         wanted: tier,
         advancing: Vec::new(),
         release: None,
+        recycling: None,
         streams: Vec::new(),
         polled_at: Instant::now(),
     };
@@ -103,7 +108,7 @@ impl Instance {
     /// The tiers one after the other, as far as somebody wants them; then the guest's life. The
     /// machine is the caller's to keep, until the end was told.
     fn live(&mut self, origin: Origin, machine: &mut Option<Machine>) -> Result<Never, EndReason> {
-        let Origin { kvm, cpuid, ram, working_set, state, tap, watchdog } = origin;
+        let Origin { kvm, cpuid, ram, working_set, in_place, state, tap, watchdog } = origin;
         self.timeline.jailed_ns = monotonic_ns()?;
         let shell = Shell::new(&kvm, &cpuid)?;
         drop(kvm);
@@ -124,15 +129,21 @@ impl Instance {
             machine.park()?;
             self.reached(Tier::Parked)?;
         }
-        let (client, request) = self.wait_for_release()?;
-        for (stream, port) in self.streams.drain(..) {
-            machine.vsock.connect(stream, port);
+        loop {
+            let (client, request) = self.wait_for_release()?;
+            for (stream, port) in self.streams.drain(..) {
+                machine.vsock.connect(stream, port);
+            }
+            self.release(machine, &request)?;
+            self.state = State::Running;
+            self.server.reply(client, &Reply::Ready(self.timeline));
+            self.release = Some((client, request));
+            let client = self.serve_guest(machine)?;
+            machine.recycle(&state, &in_place)?;
+            self.state = State::Pooled(Tier::Parked);
+            self.release = None;
+            self.status(client);
         }
-        self.release(machine, &request)?;
-        self.state = State::Running;
-        self.server.reply(client, &Reply::Ready(self.timeline));
-        self.release = Some((client, request));
-        self.serve_guest(machine)
     }
 
     /// Notes that it came so far, and tells who waits for it.
@@ -207,13 +218,21 @@ impl Instance {
                 }
                 Err(refusal) => self.server.reply(client, &Reply::Refused(refusal)),
             },
+            Request::Recycle if self.state == State::Running => self.recycling = Some(client),
+            Request::Recycle => {
+                self.server.reply(client, &Reply::Refused(Refusal::NotReleased));
+            }
             Request::Stop => return Err(EndReason::Stopped),
         }
         Ok(())
     }
 
-    fn serve_guest(&mut self, machine: &mut Machine) -> Result<Never, EndReason> {
+    /// Runs the guest until somebody wants it recycled; returns who.
+    fn serve_guest(&mut self, machine: &mut Machine) -> Result<u64, EndReason> {
         loop {
+            if let Some(client) = self.recycling.take() {
+                return Ok(client);
+            }
             match machine.run()? {
                 Exit::Wait(timeout) => {
                     self.serve(machine, timeout)?;
@@ -269,7 +288,7 @@ impl Instance {
             received |= machine.vsock.receive(memory)?;
             let now = Instant::now();
             let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
-            let over = left.is_some_and(|left| left.is_zero());
+            let over = left.is_some_and(|left| left.is_zero()) || self.recycling.is_some();
             if received || over {
                 // Clients are heard even if the guest is never without packets.
                 if now.duration_since(self.polled_at) >= SOCKET_INTERVAL {

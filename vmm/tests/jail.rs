@@ -84,13 +84,13 @@ fn the_climber() {
 
     let mut jail = Jail::build(&config(run_dir), GUEST_MEMORY, run_dir).unwrap();
     jail.prepare(SLOT).unwrap();
-    let call = wall.strip_prefix("call ");
-    if call.is_some() {
+    let wanted = wall.strip_prefix("call ");
+    if wanted.is_some() {
         jail.confine().unwrap();
     }
     let cell = jail.enter(SLOT).unwrap();
 
-    if let Some(call) = call {
+    if let Some(call) = wanted {
         cell.close().unwrap();
         forbidden(call, &kvm);
         return;

@@ -1,7 +1,9 @@
 //! `clone`: from a request for a microVM to its guest's acknowledged identity, from each tier, alone
 //! and fifty at a time; sustained rates; and what four thousand of them take.
 
+mod density;
 mod nursery;
+mod rate;
 mod stages;
 
 use anyhow::{Result, bail};
@@ -18,5 +20,7 @@ pub async fn run(rounds: u32) -> Result<Figures> {
     }
     let mut figures = Figures::new("clone");
     stages::measure(rounds, &mut figures).await?;
+    rate::measure(&mut figures).await?;
+    density::measure(&mut figures).await?;
     Ok(figures)
 }

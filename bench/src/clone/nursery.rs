@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
@@ -17,12 +18,15 @@ use warren_vmm::jail::JailConfig;
 
 use crate::tap;
 
+/// How long a call may take.
+pub const CALL_LIMIT: Duration = Duration::from_secs(10);
+
 /// A zygote, and a TAP for each slot.
 pub struct Nursery {
     zygote: Zygote,
     taps: Vec<File>,
     pids: Mutex<Vec<i32>>,
-    run: RunDir,
+    _run: RunDir,
     _namespace: Namespace,
 }
 
@@ -51,12 +55,7 @@ impl Nursery {
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
         };
         let zygote = Zygote::spawn(&config).await?;
-        Ok(Self { zygote, taps, pids: Mutex::default(), run, _namespace: namespace })
-    }
-
-    /// Where this zygote's files are.
-    pub fn run(&self) -> &RunDir {
-        &self.run
+        Ok(Self { zygote, taps, pids: Mutex::default(), _run: run, _namespace: namespace })
     }
 
     /// Forks a microVM into a slot and has it go on to a tier; returns at once.

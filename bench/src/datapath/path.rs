@@ -16,8 +16,8 @@ use warren_netns::servers;
 use warren_netns::topology::{CIDR, HOST, PROXY, SHARED, Topology, UNDERLAY, VPC_INTERFACES};
 
 use super::pump::Pump;
-use crate::tap;
 use crate::options;
+use crate::tap;
 
 /// Largest IP packet of a guest, on all paths: what fits the tunnels.
 pub const MTU: u16 = 1450;

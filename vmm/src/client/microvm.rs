@@ -96,6 +96,15 @@ impl MicroVm {
         }
     }
 
+    /// Makes it again what it was at its barrier, to be released anew: for the same tenant's same
+    /// function only.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if it was not released.
+    pub async fn recycle(&mut self) -> Result<Status, ClientError> {
+        self.ask_status(&Request::Recycle).await
+    }
+
     /// Ends it; returns why it ended, which is [`EndReason::Stopped`] unless it was faster.
     pub async fn stop(&mut self) -> Result<EndReason, ClientError> {
         match self.ask(&Request::Stop).await {

@@ -163,6 +163,11 @@ impl Net {
         self.tap = None;
     }
 
+    /// Takes the TAP out of the device.
+    pub fn take_tap(&mut self) -> Option<OwnedFd> {
+        self.tap.take().map(OwnedFd::from)
+    }
+
     /// Throws away what waits in the TAP: it was not for this instance.
     pub fn drain(&mut self) {
         let Some(tap) = &mut self.tap else { return };

@@ -132,7 +132,8 @@ impl Jail {
         });
         root::leave(run_dir).map_err(system("an empty root"))?;
         let limits = [
-            (Resource::RLIMIT_AS, memory_bytes + ADDRESS_SPACE),
+            // A clone maps its memory, and the image of it.
+            (Resource::RLIMIT_AS, 2 * memory_bytes + ADDRESS_SPACE),
             (Resource::RLIMIT_CORE, 0),
             (Resource::RLIMIT_MEMLOCK, 0),
             (Resource::RLIMIT_MSGQUEUE, 0),
