@@ -13,7 +13,8 @@ pub mod client;
 mod clock;
 pub mod control;
 mod cpu;
-mod devices;
+#[doc(hidden)]
+pub mod devices;
 mod instance;
 pub mod jail;
 mod machine;

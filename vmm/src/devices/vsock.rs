@@ -6,26 +6,32 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::PollFlags;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 use vm_memory::{Bytes, GuestMemoryMmap, VolatileSlice};
 use warren_abi::microvm::GUEST_CID;
 
 use super::mmio::{Kind, Mmio, MmioState, QueueKind};
-use super::{QueueError, next_chain};
+use super::queue::Virtqueue;
+use super::{Device, QueueError};
 
-/// virtio-vsock. The guest's driver sends one packet at a time and spins until it is used, so it
+/// virtio-vsock. The driver that polls sends one packet at a time and spins until it is used, so it
 /// notifies.
 pub static KIND: Kind = Kind {
     id: 19,
+    features: 0,
+    optional: 0,
+    requires: &[],
     queues: &[
-        QueueKind { name: "vsock rx", size: 8, notify: false },
-        QueueKind { name: "vsock tx", size: 8, notify: true },
-        QueueKind { name: "vsock event", size: 8, notify: false },
+        QueueKind { name: "vsock rx", size: 64, notify: false },
+        QueueKind { name: "vsock tx", size: 64, notify: true },
+        QueueKind { name: "vsock event", size: 64, notify: false },
     ],
 };
 const RX: usize = 0;
 const TX: usize = 1;
+
+/// The guest's context identifier (5.10.4).
+const CONFIG: [u8; 8] = GUEST_CID.to_le_bytes();
 
 /// The host's context identifier.
 const HOST_CID: u64 = 2;
@@ -130,24 +136,6 @@ impl Vsock {
         self.mmio.save()
     }
 
-    /// Reads a register.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        self.mmio.read(offset, data, &GUEST_CID.to_le_bytes());
-    }
-
-    /// Writes a register.
-    pub fn write(
-        &mut self,
-        offset: u64,
-        data: &[u8],
-        memory: &GuestMemoryMmap,
-    ) -> Result<(), QueueError> {
-        match self.mmio.write(offset, data, memory)? {
-            Some(TX) => self.transmit(memory),
-            _ => Ok(()),
-        }
-    }
-
     /// Connects a stream to a port of the guest's. If there are too many it is dropped, which
     /// closes it.
     pub fn connect(&mut self, stream: UnixStream, guest_port: u32) {
@@ -177,14 +165,14 @@ impl Vsock {
 
     /// Takes all packets that the guest queued.
     pub fn transmit(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        if !self.mmio.ready(TX) {
+        if !self.mmio.is_live(TX) {
             return Ok(());
         }
-        let error = |error: &dyn std::fmt::Display| QueueError::new("vsock tx", error);
-        while let Some(mut chain) = next_chain(&mut self.mmio.queues[TX], memory, "vsock tx")? {
+        self.mmio.queues[TX].begin();
+        while let Some(mut chain) = self.mmio.queues[TX].next_chain(memory)? {
             let head = chain.head_index();
             let packet = VsockPacket::from_tx_virtq_chain(memory, &mut chain, PACKET_MAX)
-                .map_err(|e| error(&e))?;
+                .map_err(|error| self.mmio.queues[TX].error(&error))?;
             let data = match packet.data_slice() {
                 Some(slice) => {
                     let data = &mut self.buffer[..slice.len()];
@@ -194,7 +182,7 @@ impl Vsock {
                 None => 0,
             };
             self.take_packet(&packet, data);
-            self.mmio.queues[TX].add_used(memory, head, 0).map_err(|e| error(&e))?;
+            self.mmio.queues[TX].add_used(memory, head, 0)?;
         }
         Ok(())
     }
@@ -272,11 +260,12 @@ impl Vsock {
 
     /// Hands packets to the guest while there are any and it has buffers; returns whether it did.
     pub fn receive(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        if !self.mmio.ready(RX) {
+        if !self.mmio.is_live(RX) {
             return Ok(false);
         }
         let Self { mmio, connections, waiting, buffer, .. } = self;
         let queue = &mut mmio.queues[RX];
+        queue.begin();
         let mut received = false;
         while let Some(header) = waiting.front().copied() {
             if !deliver(queue, memory, |_| Some((header, &[])))? {
@@ -331,24 +320,56 @@ impl Vsock {
     }
 }
 
+impl Device for Vsock {
+    fn mmio(&self) -> &Mmio {
+        &self.mmio
+    }
+
+    fn mmio_mut(&mut self) -> &mut Mmio {
+        &mut self.mmio
+    }
+
+    fn config(&self) -> &[u8] {
+        &CONFIG
+    }
+
+    fn notify(&mut self, queue: usize, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        match queue {
+            TX => self.transmit(memory)?,
+            RX => {}
+            _ => return Ok(()),
+        }
+        // A driver that polls looks for packets before it waits, and not after that.
+        if self.mmio.has_interrupts() {
+            self.receive(memory)?;
+        }
+        Ok(())
+    }
+
+    fn negotiated(&mut self) {
+        // A driver that begins anew knows of no connection.
+        self.connections.clear();
+        self.waiting.clear();
+    }
+}
+
 /// Puts one packet into the guest's next buffer; `false` if it has none, or `packet`, which is told
 /// how many bytes of data there is room for, has nothing.
 fn deliver<'b>(
-    queue: &mut Queue,
+    queue: &mut Virtqueue,
     memory: &GuestMemoryMmap,
     packet: impl FnOnce(usize) -> Option<(Header, &'b [u8])>,
 ) -> Result<bool, QueueError> {
-    let error = |error: &dyn std::fmt::Display| QueueError::new("vsock rx", error);
-    let Some(mut chain) = next_chain(queue, memory, "vsock rx")? else { return Ok(false) };
+    let Some(mut chain) = queue.next_chain(memory)? else { return Ok(false) };
     let head = chain.head_index();
-    let mut buffer =
-        VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX).map_err(|e| error(&e))?;
+    let mut buffer = VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX)
+        .map_err(|error| queue.error(&error))?;
     let room = buffer.data_slice().map_or(0, VolatileSlice::len);
     if room == 0 {
-        return Err(error(&"a buffer has no room for data"));
+        return Err(queue.error(&"a buffer has no room for data"));
     }
     let Some((header, data)) = packet(room) else {
-        queue.go_to_previous_position();
+        queue.undo(1);
         return Ok(false);
     };
     buffer
@@ -363,9 +384,9 @@ fn deliver<'b>(
         .set_buf_alloc(CREDIT)
         .set_fwd_cnt(header.forwarded);
     if let Some(slice) = buffer.data_slice() {
-        slice.write_slice(data, 0).map_err(|e| error(&e))?;
+        slice.write_slice(data, 0).map_err(|error| queue.error(&error))?;
     }
-    queue.add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32).map_err(|e| error(&e))?;
+    queue.add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32)?;
     Ok(true)
 }
 
