@@ -42,7 +42,7 @@ impl Bucket {
     pub fn take(&mut self, tokens: u64, now: Instant) {
         let from = self.full_at.max(now);
         // Of a debt that no clock can count, the first century is enough.
-        let century = Duration::from_secs(100 * 365 * 24 * 3600);
+        let century = Duration::from_hours(100 * 365 * 24);
         self.full_at = from + self.duration(tokens).min(century);
     }
 
@@ -84,8 +84,19 @@ impl Limiter {
         }
     }
 
-    /// Whether nothing is limited.
-    pub fn is_unlimited(&self) -> bool {
+    fn is_unlimited(&self) -> bool {
         self.bytes.is_none() && self.operations.is_none()
+    }
+
+    /// [`Limiter::wait_until`] from now on. The clock is not asked if nothing is limited.
+    pub fn stopped_until(&self) -> Option<Instant> {
+        if self.is_unlimited() { None } else { self.wait_until(Instant::now()) }
+    }
+
+    /// [`Limiter::pass`] now.
+    pub fn passed(&mut self, bytes: usize) {
+        if !self.is_unlimited() {
+            self.pass(bytes as u64, Instant::now());
+        }
     }
 }

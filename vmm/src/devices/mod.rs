@@ -1,15 +1,20 @@
-//! The guest's devices: virtio-mmio registers, and behind them network and vsock.
+//! The guest's devices: virtio-mmio registers, and behind them network, vsock, disks, entropy and
+//! console.
 //!
 //! A device is passive. Its owner passes on the driver's accesses ([`Device::read`],
 //! [`Device::write`]), tells it what happens on the host, and looks afterwards whether the driver
 //! is to be interrupted ([`Device::take_interrupt`]) and when the device wants to be served again
 //! unasked ([`Device::due`]). No device blocks.
 
+pub mod blk;
+pub mod console;
+pub mod disk;
 pub mod limiter;
 pub mod mmio;
 pub mod net;
 pub mod offload;
 pub mod queue;
+pub mod rng;
 pub mod vsock;
 
 use std::time::Instant;

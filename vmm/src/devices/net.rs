@@ -86,9 +86,8 @@ enum Look {
     Frame,
 }
 
-impl Net {
-    /// A device after reset, without a TAP.
-    pub fn new() -> Self {
+impl Default for Net {
+    fn default() -> Self {
         Self {
             mmio: Mmio::new(&KIND),
             // All zeroes: the guest takes its own from its identity.
@@ -100,6 +99,13 @@ impl Net {
             limits: Limits::default(),
             stopped: [None; 2],
         }
+    }
+}
+
+impl Net {
+    /// A device after reset, without a TAP.
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// A device in a saved state on a TAP as described at
@@ -148,12 +154,13 @@ impl Net {
         let features = self.mmio.features();
         let queue = &mut self.mmio.queues[TX];
         queue.begin();
-        loop {
-            self.stopped[TX] = wait(&self.limits.transmit);
+        self.stopped[TX] = None;
+        while queue.is_available(memory)? {
+            self.stopped[TX] = self.limits.transmit.stopped_until();
             if self.stopped[TX].is_some() {
-                return Ok(());
+                break;
             }
-            let Some(chain) = queue.next_chain(memory)? else { return Ok(()) };
+            let Some(chain) = queue.next_chain(memory)? else { break };
             let head = chain.head_index();
             let mut reader = chain.reader(memory).map_err(|error| queue.error(&error))?;
             let length = reader.available_bytes();
@@ -162,13 +169,14 @@ impl Net {
             }
             if let Some(packet) = self.buffer[..SEGMENTED_MAX].get_mut(..length) {
                 reader.read_exact(packet).map_err(|error| queue.error(&error))?;
-                pass(&mut self.limits.transmit, length);
+                self.limits.transmit.passed(length - HEADER);
                 if let (true, Some(tap)) = (check_sent(packet, features), &mut self.tap) {
                     let _ = tap.write(packet);
                 }
             }
             queue.add_used(memory, head, 0)?;
         }
+        Ok(())
     }
 
     /// Hands frames to the guest while there are any and it has buffers; returns whether it did.
@@ -177,11 +185,15 @@ impl Net {
             return Ok(false);
         }
         self.mmio.queues[RX].begin();
+        self.stopped[RX] = None;
         let mut received = false;
         // As long as a turn, also if all frames are dropped.
         for _ in 0..self.mmio.queues[RX].size() {
-            self.stopped[RX] = wait(&self.limits.receive);
-            if self.stopped[RX].is_some() || !self.mmio.queues[RX].is_available(memory)? {
+            if !self.mmio.queues[RX].is_available(memory)? {
+                break;
+            }
+            self.stopped[RX] = self.limits.receive.stopped_until();
+            if self.stopped[RX].is_some() {
                 break;
             }
             if self.held == 0 {
@@ -250,7 +262,7 @@ impl Net {
             rest = after;
         }
         queue.add_used_together(memory, &used)?;
-        pass(&mut self.limits.receive, self.held);
+        self.limits.receive.passed(self.held - HEADER);
         self.held = 0;
         Ok(true)
     }
@@ -339,16 +351,4 @@ fn check_sent(packet: &mut [u8], features: u64) -> bool {
 /// The longest frame with this header, and with it, in bytes.
 fn longest(header: Header) -> usize {
     if header.is_segmented() { SEGMENTED_MAX } else { FRAME_MAX }
-}
-
-/// Until when a limit stops frames.
-fn wait(limiter: &Limiter) -> Option<Instant> {
-    if limiter.is_unlimited() { None } else { limiter.wait_until(Instant::now()) }
-}
-
-/// A frame with its header, so many bytes long, passes.
-fn pass(limiter: &mut Limiter, length: usize) {
-    if !limiter.is_unlimited() {
-        limiter.pass((length - HEADER) as u64, Instant::now());
-    }
 }

@@ -114,9 +114,8 @@ struct Connection {
     guest_forwarded: u32,
 }
 
-impl Vsock {
-    /// A device after reset.
-    pub fn new() -> Self {
+impl Default for Vsock {
+    fn default() -> Self {
         Self {
             mmio: Mmio::new(&KIND),
             connections: Vec::new(),
@@ -124,6 +123,13 @@ impl Vsock {
             next_port: 1024,
             buffer: vec![0; PACKET_MAX as usize],
         }
+    }
+}
+
+impl Vsock {
+    /// A device after reset.
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// A device in a saved state, without connections.

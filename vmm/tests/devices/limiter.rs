@@ -100,7 +100,6 @@ fn both_limits_hold_and_the_later_time_counts() {
 fn no_limit_lets_everything_through() {
     let now = Instant::now();
     let mut limiter = Limiter::default();
-    assert!(limiter.is_unlimited());
     limiter.pass(u64::MAX, now);
     assert_eq!(limiter.wait_until(now), None);
 }

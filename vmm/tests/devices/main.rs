@@ -1,8 +1,11 @@
 //! The devices without a machine: a driver in Rust on one side, this test on the other. Tests of a
 //! clause of virtio 1.2 have its number in their names.
 
+mod blk;
+mod console;
 mod driver;
 mod limiter;
 mod mmio;
 mod net;
+mod rng;
 mod vsock;
