@@ -1,15 +1,17 @@
 //! virtio-blk (virtio 1.2, 5.2) over a [`Disk`].
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use virtio_queue::{Reader, Writer};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use super::disk::{BLOCK, Disk, DiskState, SECTOR};
 use super::limiter::Limiter;
 use super::mmio::{Kind, Mmio, MmioState, QueueKind};
+use super::queue::Chain;
+use super::uring::{Finished, PARTS_MAX, Uring};
 use super::{Device, QueueError};
 
 // Features (5.2.3). Discarding and writing of zeroes are not offered: nothing is gained by them in a
@@ -55,8 +57,45 @@ pub struct Blk {
     limiter: Limiter,
     /// When requests are served again, if they are not.
     stopped: Option<Instant>,
-    /// A part of a request's data.
-    buffer: Vec<u8>,
+    /// Where reads and writes are under way, if they are not waited for.
+    uring: Option<Uring<Transfer>>,
+}
+
+/// A request that was taken from the queue.
+struct Request {
+    head: u16,
+    /// Where the device may write: data, and one byte of status.
+    places: Vec<(GuestAddress, usize)>,
+    /// Room for data, in bytes.
+    room: usize,
+}
+
+/// What a request asks for.
+enum Act {
+    /// This status and this data at once.
+    Answer(u8, Vec<u8>),
+    /// So many bytes from there on.
+    Read(u64, usize),
+    /// These bytes to there.
+    Write(u64, Vec<u8>),
+}
+
+impl Act {
+    /// Bytes that it moves.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Answer(_, data) | Self::Write(_, data) => data.len(),
+            Self::Read(_, length) => *length,
+        }
+    }
+}
+
+/// A request whose data is under way.
+struct Transfer {
+    request: Request,
+    is_write: bool,
+    /// The place on the disk, in bytes.
+    at: u64,
 }
 
 /// A block device, saved.
@@ -87,15 +126,7 @@ impl Blk {
         config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
         config[24] = (BLOCK / SECTOR).ilog2() as u8;
         config[26] = (BLOCK / SECTOR) as u8;
-        Self {
-            mmio,
-            disk,
-            id,
-            config,
-            limiter: Limiter::default(),
-            stopped: None,
-            buffer: vec![0; SEGMENT_BYTES_MAX as usize],
-        }
+        Self { mmio, disk, id, config, limiter: Limiter::default(), stopped: None, uring: None }
     }
 
     /// A device in a saved state; `disk` was [loaded](Disk::load) from the same.
@@ -111,7 +142,8 @@ impl Blk {
         Ok(Self::with(Mmio::load(&KIND, &state.mmio, memory)?, disk, id))
     }
 
-    /// Saves the device. The content of the disk's layer is the owner's to copy.
+    /// Saves the device. No request may be under way: see [`Blk::quiesce`]. The content of the
+    /// disk's layer is the owner's to copy.
     pub fn save(&self) -> BlkState {
         BlkState { mmio: self.mmio.save(), disk: self.disk.save() }
     }
@@ -121,10 +153,94 @@ impl Blk {
         self.limiter = limiter;
     }
 
-    /// Does what a request says; returns its status.
-    fn request(&mut self, reader: &mut Reader, writer: &mut Writer, header: [u8; 16]) -> u8 {
+    /// Lets the kernel read and write while the guest goes on, instead of waiting for it. From then
+    /// on [`Blk::poll_fd`] is to be polled, and [`Blk::complete`] to be called when it is readable.
+    ///
+    /// # Errors
+    /// The kernel has no rings, or forbids them: the device goes on without.
+    pub fn use_uring(&mut self) -> io::Result<()> {
+        self.uring = Some(Uring::new()?);
+        Ok(())
+    }
+
+    /// To be polled for input while requests are under way.
+    pub fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.uring.as_ref().and_then(Uring::poll_fd)
+    }
+
+    /// Gives the requests back that have come to their end, and begins those that waited for it.
+    ///
+    /// # Errors
+    /// As [`Device::notify`].
+    pub fn complete(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        self.finish_all(memory)?;
+        self.notify(REQUESTS, memory)
+    }
+
+    /// Waits until no request is under way.
+    ///
+    /// # Errors
+    /// A place of a request's cannot be written to.
+    pub fn quiesce(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        while self.poll_fd().is_some() {
+            self.enter(Uring::wait)?;
+            self.finish_all(memory)?;
+        }
+        Ok(())
+    }
+
+    fn finish_all(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        while let Some(finished) = self.uring.as_mut().and_then(Uring::finished) {
+            let Finished { what: transfer, mut buffer, is_done } = finished;
+            let status = self.settle(&transfer, &mut buffer, is_done);
+            let data = if transfer.is_write { &[] } else { &buffer[..] };
+            self.give_back(memory, &transfer.request, status, data)?;
+        }
+        Ok(())
+    }
+
+    /// After a transfer. What the kernel did not do, or not wholly, is done once more and waited
+    /// for: that tells why.
+    fn settle(&mut self, transfer: &Transfer, buffer: &mut [u8], is_done: bool) -> u8 {
+        let at = transfer.at;
+        let result = match (is_done, transfer.is_write) {
+            (true, true) => {
+                self.disk.mark(at, buffer.len());
+                Ok(())
+            }
+            (true, false) => Ok(()),
+            (false, true) => self.disk.write(at, buffer),
+            (false, false) => self.disk.read(at, buffer),
+        };
+        status(result)
+    }
+
+    fn enter(
+        &mut self,
+        how: impl FnOnce(&mut Uring<Transfer>) -> io::Result<()>,
+    ) -> Result<(), QueueError> {
+        let result = self.uring.as_mut().map_or(Ok(()), how);
+        result.map_err(|error| self.mmio.queues[REQUESTS].error(&error))
+    }
+
+    /// Takes a request out of its chain, with what it sends along.
+    fn parse(&self, chain: Chain, memory: &GuestMemoryMmap) -> Result<(Request, Act), QueueError> {
+        let queue = &self.mmio.queues[REQUESTS];
+        let head = chain.head_index();
+        let writer = chain.clone().writer(memory).map_err(|error| queue.error(&error))?;
+        let places: Vec<_> =
+            chain.clone().writable().map(|place| (place.addr(), place.len() as usize)).collect();
+        let mut reader = chain.reader(memory).map_err(|error| queue.error(&error))?;
+        let mut header = [0; 16];
+        if reader.read_exact(&mut header).is_err() {
+            return Err(queue.error(&"a request is shorter than its header"));
+        }
+        // The status is the last byte, wherever buffers begin and end (2.7.4).
+        let Some(room) = writer.available_bytes().checked_sub(1) else {
+            return Err(queue.error(&"a request has no room for its status"));
+        };
+        let sent = reader.available_bytes();
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-        let (read, written) = (reader.available_bytes(), writer.available_bytes());
         let at = u64::from_le_bytes(sector).checked_mul(SECTOR);
         let place = |length: usize| {
             let length = length as u64;
@@ -132,45 +248,124 @@ impl Blk {
             let is_whole = length.is_multiple_of(SECTOR) && length <= most;
             at.filter(|&at| is_whole && self.disk.holds(at, length))
         };
-        let result = match u32::from_le_bytes([a, b, c, d]) {
-            IN => place(written).map(|at| self.read(at, writer)),
-            OUT => place(read).map(|at| self.write(at, reader)),
+        let act = match u32::from_le_bytes([a, b, c, d]) {
+            IN => place(room).map_or(Act::Answer(IO_ERROR, vec![]), |at| Act::Read(at, room)),
+            OUT => match place(sent).filter(|_| !self.disk.is_read_only()) {
+                Some(at) => {
+                    let mut data = vec![0; sent];
+                    reader.read_exact(&mut data).map_err(|error| queue.error(&error))?;
+                    Act::Write(at, data)
+                }
+                None => Act::Answer(IO_ERROR, vec![]),
+            },
             // A layer lives as long as its microVM: there is nothing that would save it longer.
-            FLUSH_REQUEST => Some(Ok(())),
-            GET_ID if written >= ID_BYTES => Some(writer.write_all(&self.id)),
-            GET_ID => None,
-            _ => return UNSUPPORTED,
+            FLUSH_REQUEST => Act::Answer(OK, vec![]),
+            GET_ID if room >= ID_BYTES => Act::Answer(OK, self.id.to_vec()),
+            GET_ID => Act::Answer(IO_ERROR, vec![]),
+            _ => Act::Answer(UNSUPPORTED, vec![]),
         };
-        match result {
-            Some(Ok(())) => OK,
-            Some(Err(error)) => {
-                tracing::debug!(%error, "disk");
-                IO_ERROR
+        Ok((Request { head, places, room }, act))
+    }
+
+    /// Does what a request asks for, or begins it.
+    fn act(
+        &mut self,
+        request: Request,
+        act: Act,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), QueueError> {
+        match act {
+            Act::Answer(status, data) => self.give_back(memory, &request, status, &data),
+            Act::Read(at, length) => {
+                let mut buffer = vec![0; length];
+                let parts = self.disk.parts(at, length);
+                // A read of many small parts is rare, and not worth a larger ring.
+                if let Some(uring) =
+                    self.uring.as_mut().filter(|_| (1..=PARTS_MAX).contains(&parts.len()))
+                {
+                    uring.begin(Transfer { request, is_write: false, at }, buffer, false, &parts);
+                    return Ok(());
+                }
+                let status = status(self.disk.read(at, &mut buffer));
+                self.give_back(memory, &request, status, &buffer)
             }
-            None => IO_ERROR,
+            Act::Write(at, data) => {
+                if self.is_written_to(at, data.len()) {
+                    // To copy the rest of a block while it is written would undo that.
+                    self.quiesce(memory)?;
+                }
+                match (&mut self.uring, self.disk.prepare(at, data.len())) {
+                    (Some(uring), Ok(part)) if !data.is_empty() => {
+                        uring.begin(Transfer { request, is_write: true, at }, data, true, &[part]);
+                        Ok(())
+                    }
+                    (_, prepared) => {
+                        drop(prepared);
+                        let status = status(self.disk.write(at, &data));
+                        self.give_back(memory, &request, status, &[])
+                    }
+                }
+            }
         }
     }
 
-    fn read(&mut self, mut at: u64, writer: &mut Writer) -> io::Result<()> {
-        while writer.available_bytes() > 0 {
-            let length = writer.available_bytes().min(self.buffer.len());
-            let part = &mut self.buffer[..length];
-            self.disk.read(at, part)?;
-            writer.write_all(part)?;
-            at += length as u64;
+    /// Whether a write is under way to a block of these.
+    fn is_written_to(&self, at: u64, length: usize) -> bool {
+        let blocks = |at: u64, length: usize| (at / BLOCK, (at + length as u64).div_ceil(BLOCK));
+        let (first, end) = blocks(at, length);
+        let mut jobs = self.uring.iter().flat_map(Uring::jobs);
+        jobs.any(|(transfer, bytes)| {
+            let (other_first, other_end) = blocks(transfer.at, bytes);
+            transfer.is_write && first < other_end && other_first < end
+        })
+    }
+
+    /// Puts data and status where the request wants them, and gives its chain back.
+    fn give_back(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        request: &Request,
+        status: u8,
+        data: &[u8],
+    ) -> Result<(), QueueError> {
+        let queue = &mut self.mmio.queues[REQUESTS];
+        let data = if status == OK { data } else { &[] };
+        request.write(0, data, memory).map_err(|error| queue.error(&error))?;
+        request.write(request.room, &[status], memory).map_err(|error| queue.error(&error))?;
+        // From the first byte on, without a gap: only then is the status one of them.
+        let written = data.len() + usize::from(data.len() == request.room);
+        queue.add_used(memory, request.head, written as u32)
+    }
+}
+
+impl Request {
+    /// Writes to what the device may write, from this byte of it on.
+    fn write(
+        &self,
+        mut from: usize,
+        mut bytes: &[u8],
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), GuestMemoryError> {
+        for &(address, length) in &self.places {
+            let skipped = from.min(length);
+            let (part, rest) = bytes.split_at(bytes.len().min(length - skipped));
+            if !part.is_empty() {
+                memory.write_slice(part, address.unchecked_add(skipped as u64))?;
+            }
+            (from, bytes) = (from - skipped, rest);
         }
         Ok(())
     }
+}
 
-    fn write(&mut self, mut at: u64, reader: &mut Reader) -> io::Result<()> {
-        while reader.available_bytes() > 0 {
-            let length = reader.available_bytes().min(self.buffer.len());
-            let part = &mut self.buffer[..length];
-            reader.read_exact(part)?;
-            self.disk.write(at, part)?;
-            at += length as u64;
+/// The status of a transfer.
+fn status(result: io::Result<()>) -> u8 {
+    match result {
+        Ok(()) => OK,
+        Err(error) => {
+            tracing::debug!(%error, "disk");
+            IO_ERROR
         }
-        Ok(())
     }
 }
 
@@ -198,31 +393,26 @@ impl Device for Blk {
             if self.stopped.is_some() {
                 break;
             }
+            if self.uring.as_ref().is_some_and(|uring| !uring.has_room()) {
+                break;
+            }
             let queue = &mut self.mmio.queues[REQUESTS];
             let Some(chain) = queue.next_chain(memory)? else { break };
-            let head = chain.head_index();
-            let mut reader = chain.clone().reader(memory).map_err(|e| queue.error(&e))?;
-            let mut writer = chain.writer(memory).map_err(|e| queue.error(&e))?;
-            let mut header = [0; 16];
-            if reader.read_exact(&mut header).is_err() {
-                return Err(queue.error(&"a request is shorter than its header"));
-            }
-            // The status is the last byte, wherever buffers begin and end (2.7.4).
-            let Some(data) = writer.available_bytes().checked_sub(1) else {
-                return Err(queue.error(&"a request has no room for its status"));
-            };
-            let mut place = writer.split_at(data).map_err(|error| queue.error(&error))?;
-            let passing = data + reader.available_bytes();
-            let status = self.request(&mut reader, &mut writer, header);
-            let queue = &mut self.mmio.queues[REQUESTS];
-            place.write_all(&[status]).map_err(|error| queue.error(&error))?;
-            // From the first byte on, without a gap: only then is the status one of them.
-            let is_whole = writer.available_bytes() == 0;
-            let written = writer.bytes_written() + usize::from(is_whole);
-            queue.add_used(memory, head, written as u32)?;
-            self.limiter.passed(passing);
+            let (request, act) = self.parse(chain, memory)?;
+            self.limiter.passed(act.bytes());
+            self.act(request, act, memory)?;
         }
-        Ok(())
+        self.enter(Uring::submit)
+    }
+
+    fn negotiated(&mut self) {
+        // The driver has forgotten what is under way; the disk has not.
+        while self.poll_fd().is_some() && self.enter(Uring::wait).is_ok() {
+            while let Some(finished) = self.uring.as_mut().and_then(Uring::finished) {
+                let Finished { what, mut buffer, is_done } = finished;
+                self.settle(&what, &mut buffer, is_done);
+            }
+        }
     }
 
     fn due(&self) -> Option<Instant> {

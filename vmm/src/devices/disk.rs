@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
+use super::uring::Part;
 use crate::memory::create_memfd;
 
 /// Size of a sector, in bytes (virtio 1.2, 5.2.4).
@@ -143,21 +144,30 @@ impl Disk {
         if !self.holds(at, buffer.len() as u64) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let Some(layer) = &self.layer else { return self.base.read_exact_at(buffer, at) };
         let mut rest = buffer;
-        let mut at = at;
-        while !rest.is_empty() {
-            // As far as one file goes.
-            let end = at + rest.len() as u64;
-            let from_layer = layer.has(at / BLOCK);
-            let other = (at / BLOCK..end.div_ceil(BLOCK)).find(|&n| layer.has(n) != from_layer);
-            let end = other.map_or(end, |block| block * BLOCK);
-            let (part, after) = rest.split_at_mut((end - at) as usize);
-            let file = if from_layer { &layer.file } else { &self.base };
-            file.read_exact_at(part, at)?;
-            (rest, at) = (after, end);
+        for part in self.parts(at, rest.len()) {
+            let (bytes, after) = rest.split_at_mut(part.length);
+            part.file.read_exact_at(bytes, part.at)?;
+            rest = after;
         }
         Ok(())
+    }
+
+    /// Where so many bytes from there on are, in order. They must be on the disk.
+    pub fn parts(&self, mut at: u64, length: usize) -> Vec<Part<'_>> {
+        let (end, mut parts) = (at + length as u64, Vec::with_capacity(1));
+        while at < end {
+            // As far as one file goes.
+            let is_in_layer = |block: u64| self.layer.as_ref().filter(|layer| layer.has(block));
+            let layer = is_in_layer(at / BLOCK);
+            let mut others = at / BLOCK + 1..end.div_ceil(BLOCK);
+            let other = others.find(|&block| is_in_layer(block).is_some() != layer.is_some());
+            let next = other.map_or(end, |block| block * BLOCK);
+            let file = layer.map_or(&self.base, |layer| &layer.file);
+            parts.push(Part { file, at, length: (next - at) as usize });
+            at = next;
+        }
+        parts
     }
 
     /// Writes to the layer.
@@ -165,28 +175,41 @@ impl Disk {
     /// # Errors
     /// The disk cannot be written, it is not on the disk, or a file refuses.
     pub fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
-        let length = bytes.len() as u64;
-        if !self.holds(at, length) {
+        let part = self.prepare(at, bytes.len())?;
+        part.file.write_all_at(bytes, part.at)?;
+        self.mark(at, bytes.len());
+        Ok(())
+    }
+
+    /// Prepares to write so many bytes from there on; returns where to. When they are written they
+    /// are to be [marked](Self::mark).
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn prepare(&mut self, at: u64, length: usize) -> io::Result<Part<'_>> {
+        let bytes = length as u64;
+        if !self.holds(at, bytes) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let Some(layer) = &mut self.layer else {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         };
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let blocks = at / BLOCK..(at + length).div_ceil(BLOCK);
         // Blocks of which a part stays what it was are copied first.
-        for block in [blocks.start, blocks.end - 1] {
+        for block in [at / BLOCK, (at + bytes).saturating_sub(1) / BLOCK] {
             let place = block * BLOCK..((block + 1) * BLOCK).min(self.bytes);
-            let is_whole = at <= place.start && place.end <= at + length;
-            if !is_whole && !layer.has(block) {
+            let is_whole = at <= place.start && place.end <= at + bytes;
+            if length > 0 && !is_whole && !layer.has(block) {
                 layer.copy(&self.base, place)?;
             }
         }
-        layer.file.write_all_at(bytes, at)?;
+        Ok(Part { file: &layer.file, at, length })
+    }
+
+    /// So many bytes from there on were written to the place that [`Disk::prepare`] said.
+    pub fn mark(&mut self, at: u64, length: usize) {
+        let Some(layer) = &mut self.layer else { return };
+        let blocks = at / BLOCK..(at + length as u64).div_ceil(BLOCK);
         blocks.for_each(|block| layer.blocks[block as usize / 64] |= 1 << (block % 64));
-        Ok(())
     }
 }
 

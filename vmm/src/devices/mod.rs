@@ -15,6 +15,7 @@ pub mod net;
 pub mod offload;
 pub mod queue;
 pub mod rng;
+pub mod uring;
 pub mod vsock;
 
 use std::time::Instant;

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::num::NonZeroU64;
 use std::time::Instant;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use proptest::prelude::*;
 use warren_vmm::devices::Device;
 use warren_vmm::devices::blk::{Blk, ID_BYTES};
@@ -38,6 +39,21 @@ fn writable(sectors: u8) -> Driver<Blk> {
     Driver::new(Blk::new(Disk::with_layer_in_memory(base(sectors)).unwrap(), ID), 0)
 }
 
+/// Two alike, one that waits for its files and one that does not.
+fn both(sectors: u8) -> [Driver<Blk>; 2] {
+    let [waits, mut does_not] = [writable(sectors), writable(sectors)];
+    does_not.device.use_uring().unwrap();
+    [waits, does_not]
+}
+
+/// Waits for what is under way, as an owner does.
+fn finish(driver: &mut Driver<Blk>) {
+    while let Some(fd) = driver.device.poll_fd() {
+        poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        driver.device.complete(&driver.memory).unwrap();
+    }
+}
+
 fn header(kind: u32, sector: u64) -> Vec<u8> {
     [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
 }
@@ -55,6 +71,7 @@ fn request(
     let writable: &[usize] = if room == 0 { &[1] } else { &[room, 1] };
     let chain = driver.add(0, readable, writable);
     driver.kick(0);
+    finish(driver);
     let (head, length) = driver.used(0).unwrap();
     assert_eq!(head, chain.head);
     let mut data = driver.written(&chain, room + 1);
@@ -73,12 +90,89 @@ fn virtio_5_2_4_the_configuration_says_how_large_the_disk_is() {
 
 #[test]
 fn virtio_5_2_6_what_was_written_is_read() {
-    let mut driver = writable(64);
-    assert_eq!(request(&mut driver, IN, 3, &[], 1024), (OK, [[3; 512], [4; 512]].concat(), 1025));
-    assert_eq!(request(&mut driver, OUT, 3, &[0xee; 512], 0), (OK, vec![], 1));
-    let expected = [[2; 512], [0xee; 512], [4; 512]].concat();
-    assert_eq!(request(&mut driver, IN, 2, &[], 1536), (OK, expected, 1537));
-    assert!(driver.interrupted());
+    for mut driver in both(64) {
+        let before = [[3; 512], [4; 512]].concat();
+        assert_eq!(request(&mut driver, IN, 3, &[], 1024), (OK, before, 1025));
+        assert_eq!(request(&mut driver, OUT, 3, &[0xee; 512], 0), (OK, vec![], 1));
+        let after = [[2; 512], [0xee; 512], [4; 512]].concat();
+        assert_eq!(request(&mut driver, IN, 2, &[], 1536), (OK, after, 1537));
+        assert!(driver.interrupted());
+        // Nothing at all is read and written, too.
+        assert_eq!(request(&mut driver, IN, 2, &[], 0), (OK, vec![], 1));
+        assert_eq!(request(&mut driver, OUT, 2, &[], 0), (OK, vec![], 1));
+    }
+}
+
+/// Many at once: whole blocks, and parts of blocks whose rest is copied meanwhile.
+#[test]
+fn virtio_5_2_6_requests_under_way_do_not_undo_each_other() {
+    for mut driver in both(64) {
+        for round in 0..50u8 {
+            let (whole, part) = (vec![round | 0x80; 4096], [round; 512]);
+            driver.add(0, &[&header(OUT, 8), &whole], &[1]);
+            driver.add(0, &[&header(OUT, 10), &part], &[1]);
+            driver.add(0, &[&header(OUT, 17), &part], &[1]);
+            driver.add(0, &[&header(OUT, 19), &part], &[1]);
+            driver.kick(0);
+            finish(&mut driver);
+            let mut expected = whole;
+            expected[1024..1536].copy_from_slice(&part);
+            for sector in 16..24 {
+                expected.extend(if [17, 19].contains(&sector) { part } else { [sector; 512] });
+            }
+            for _ in 0..4 {
+                driver.used(0).unwrap();
+            }
+            let (status, data, _) = request(&mut driver, IN, 8, &[], 8192);
+            assert_eq!((status, data), (OK, expected));
+            driver.rewind();
+        }
+    }
+}
+
+#[test]
+fn virtio_2_4_reset_forgets_what_is_under_way() {
+    let [_, mut driver] = both(64);
+    driver.add(0, &[&header(OUT, 8), &[9; 4096]], &[1]);
+    driver.kick(0);
+    driver.set(0x70, 0);
+    assert!(driver.device.poll_fd().is_none());
+    let mut driver = Driver::new(driver.device, 0);
+    assert_eq!(request(&mut driver, IN, 8, &[], 4096).1, [9; 4096]);
+}
+
+#[test]
+fn more_requests_than_the_ring_holds_wait_for_others() {
+    let [_, mut driver] = both(200);
+    // 16 of 4 MiB are more than is under way at a time; the device writes all to the same place.
+    let disk = Disk::with_layer_in_memory({
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 20).unwrap();
+        file
+    });
+    driver.device = Blk::new(disk.unwrap(), ID);
+    driver.device.use_uring().unwrap();
+    let mut driver = Driver::new(driver.device, 0);
+    let header = driver.add(0, &[&header(IN, 0)], &[1]);
+    driver.kick(0);
+    assert_eq!(driver.used(0), Some((header.head, 1)));
+    let place = driver.allocate(1 << 20);
+    let header_at = crate::driver::BASE + 0x3000;
+    driver.put(header_at, &self::header(IN, 0));
+    for slot in 0..4u16 {
+        // A header, and one megabyte four times.
+        let at = 4 * slot;
+        driver.descriptor(0, at, header_at, 16, 1, at + 1);
+        driver.descriptor(0, at + 1, place, 512 * 1024, 3, at + 2);
+        driver.descriptor(0, at + 2, place, 512 * 1024, 3, at + 3);
+        driver.descriptor(0, at + 3, header_at + 64, 1, 2, 0);
+    }
+    for turn in 0..16 {
+        driver.offer(0, 4 * (turn % 4));
+    }
+    driver.kick(0);
+    finish(&mut driver);
+    assert_eq!(driver.used_index(0), 17);
 }
 
 #[test]
@@ -114,16 +208,26 @@ fn virtio_5_2_6_2_unknown_requests_are_unsupported() {
 
 #[test]
 fn virtio_5_2_6_1_what_is_not_on_the_disk_is_an_error() {
-    let mut driver = writable(8);
-    for (sector, length) in [(8, 512), (7, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 511)]
-    {
-        assert_eq!(request(&mut driver, IN, sector, &[], length).0, IO_ERROR, "{sector}");
-        assert_eq!(request(&mut driver, OUT, sector, &vec![9; length], 0).0, IO_ERROR, "{sector}");
+    for mut driver in both(8) {
+        for (sector, length) in
+            [(8, 512), (7, 1024), (u64::MAX, 512), (u64::MAX / 512, 512), (0, 511)]
+        {
+            assert_eq!(request(&mut driver, IN, sector, &[], length).0, IO_ERROR, "{sector}");
+            assert_eq!(
+                request(&mut driver, OUT, sector, &vec![9; length], 0).0,
+                IO_ERROR,
+                "{sector}"
+            );
+        }
+        let (status, data, length) = request(&mut driver, IN, 7, &[], 1024);
+        assert_eq!(
+            (status, length),
+            (IO_ERROR, 0),
+            "the status is not told as written behind a gap"
+        );
+        assert_eq!(data, [0; 1024]);
+        assert_eq!(request(&mut driver, IN, 0, &[], 8 * 512).1, request_all(8));
     }
-    let (status, data, length) = request(&mut driver, IN, 7, &[], 1024);
-    assert_eq!((status, length), (IO_ERROR, 0), "the status is not told as written behind a gap");
-    assert_eq!(data, [0; 1024]);
-    assert_eq!(request(&mut driver, IN, 0, &[], 8 * 512).1, request_all(8));
 }
 
 fn request_all(sectors: u8) -> Vec<u8> {
@@ -223,20 +327,60 @@ fn a_base_of_half_a_sector_is_refused() {
 /// A base that became shorter is an error of each read, not the end of the process.
 #[test]
 fn a_base_that_shrinks_is_an_error() {
-    let file = base(64);
-    let mut driver = Driver::new(
-        Blk::new(Disk::with_layer_in_memory(file.try_clone().unwrap()).unwrap(), ID),
-        0,
-    );
-    file.set_len(512).unwrap();
-    assert_eq!(request(&mut driver, IN, 0, &[], 512).0, OK);
-    assert_eq!(request(&mut driver, IN, 1, &[], 512).0, IO_ERROR);
-    assert_eq!(request(&mut driver, OUT, 9, &[1; 512], 0).0, IO_ERROR, "half a block");
-    assert_eq!(request(&mut driver, OUT, 8, &[1; 4096], 0).0, OK, "a whole one");
-    assert_eq!(request(&mut driver, IN, 8, &[], 4096), (OK, vec![1; 4096], 4097));
+    for use_uring in [false, true] {
+        let file = base(64);
+        let disk = Disk::with_layer_in_memory(file.try_clone().unwrap()).unwrap();
+        let mut blk = Blk::new(disk, ID);
+        if use_uring {
+            blk.use_uring().unwrap();
+        }
+        let mut driver = Driver::new(blk, 0);
+        file.set_len(512).unwrap();
+        assert_eq!(request(&mut driver, IN, 0, &[], 512).0, OK);
+        assert_eq!(request(&mut driver, IN, 1, &[], 512).0, IO_ERROR);
+        assert_eq!(request(&mut driver, OUT, 9, &[1; 512], 0).0, IO_ERROR, "half a block");
+        assert_eq!(request(&mut driver, OUT, 8, &[1; 4096], 0).0, OK, "a whole one");
+        assert_eq!(request(&mut driver, IN, 8, &[], 4096), (OK, vec![1; 4096], 4097));
+    }
 }
 
 proptest! {
+    /// A device that does not wait does what one does that waits, also if many are under way.
+    #[test]
+    fn any_requests_end_alike_waited_for_or_not(
+        acts in proptest::collection::vec((any::<bool>(), 0u64..70, 0usize..20), 1..40),
+        turn in 1usize..4,
+    ) {
+        let ends = both(64).map(|mut driver| {
+            let mut results = Vec::new();
+            for acts in acts.chunks(turn) {
+                let mut chains = Vec::new();
+                for (number, &(is_write, sector, sectors)) in (1u8..).zip(acts) {
+                    let data = vec![number + 100; 512 * sectors];
+                    // Reads and writes at once may be done in any order: of these only writes.
+                    let is_write = is_write || turn > 1;
+                    let header = header(if is_write { OUT } else { IN }, sector);
+                    chains.push(if is_write {
+                        driver.add(0, &[&header, &data], &[1])
+                    } else {
+                        driver.add(0, &[&header], &[data.len(), 1])
+                    });
+                }
+                driver.kick(0);
+                finish(&mut driver);
+                for _ in &chains {
+                    let (head, length) = driver.used(0).unwrap();
+                    let chain = chains.iter().find(|chain| chain.head == head).unwrap();
+                    results.push((head, length, driver.written(chain, usize::MAX)));
+                }
+                driver.rewind();
+            }
+            results.sort();
+            (results, request(&mut driver, IN, 0, &[], 64 * 512).1)
+        });
+        prop_assert_eq!(&ends[0], &ends[1]);
+    }
+
     /// A disk is what a vector of bytes is.
     #[test]
     fn any_reads_and_writes_agree_with_memory(

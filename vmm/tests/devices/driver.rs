@@ -131,6 +131,11 @@ impl<D: Device> Driver<D> {
         address
     }
 
+    /// Room of earlier buffers is free again.
+    pub fn rewind(&mut self) {
+        self.free = BASE + 0x1000 * self.rings.len() as u64;
+    }
+
     /// Makes buffers available: these bytes to be read, then so many to be written.
     pub fn add(&mut self, queue: usize, readable: &[&[u8]], writable: &[usize]) -> Chain {
         let mut parts = Vec::new();

@@ -13,8 +13,8 @@ use warren_vmm::devices::offload::{Header, from_driver, from_host, tun_offloads}
 
 use crate::driver::{Driver, SIZE};
 
-const RX: usize = 0;
-const TX: usize = 1;
+pub const RX: usize = 0;
+pub const TX: usize = 1;
 
 const CSUM: u64 = 1 << 0;
 const GUEST_CSUM: u64 = 1 << 1;
@@ -23,8 +23,9 @@ const GUEST_TSO4: u64 = 1 << 7;
 const GUEST_TSO6: u64 = 1 << 8;
 const HOST_TSO4: u64 = 1 << 11;
 const HOST_TSO6: u64 = 1 << 12;
-const MRG_RXBUF: u64 = 1 << 15;
-const ALL: u64 = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF;
+pub const MRG_RXBUF: u64 = 1 << 15;
+pub const ALL: u64 =
+    CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF;
 
 /// Something like a TAP, and the host's end of it.
 pub fn tap() -> (OwnedFd, UnixDatagram) {
@@ -52,7 +53,7 @@ fn sent(host: &UnixDatagram) -> Option<(Header, Vec<u8>)> {
 }
 
 /// TCP over this version of IP, without options; its payload is so long.
-fn tcp(version: u8, payload: usize) -> (Header, Vec<u8>) {
+pub fn tcp(version: u8, payload: usize) -> (Header, Vec<u8>) {
     let ip = if version == 4 { 20 } else { 40 };
     let mut frame = vec![0; 14 + ip + 20 + payload];
     let (kind, first) = if version == 4 { ([8, 0], 0x45) } else { ([0x86, 0xdd], 0x60) };
