@@ -61,9 +61,10 @@ pub struct Net {
     tap: Option<File>,
     /// What the TAP was told to hand out: flags of `TUNSETOFFLOAD`.
     offloads: u32,
-    /// One frame with its header, and room to see that one is too long.
-    buffer: Vec<u8>,
-    /// Length of a frame in the buffer that the driver has no room for, or 0.
+    /// One frame with its header, and room to see that one is too long, for each direction.
+    sending: Vec<u8>,
+    receiving: Vec<u8>,
+    /// Length of a frame in `receiving` that the driver has no room for, or 0.
     held: usize,
     limits: Limits,
     /// When frames may pass again, each direction, if a limit stops them.
@@ -94,7 +95,8 @@ impl Default for Net {
             config: [0, 0, 0, 0, 0, 0, 1, 0],
             tap: None,
             offloads: 0,
-            buffer: vec![0; SEGMENTED_MAX + 1],
+            sending: vec![0; FRAME_MAX + 1],
+            receiving: vec![0; FRAME_MAX + 1],
             held: 0,
             limits: Limits::default(),
             stopped: [None; 2],
@@ -124,7 +126,7 @@ impl Net {
     /// Puts the device on a TAP, as [`Net::load`] does.
     pub fn attach(&mut self, tap: OwnedFd) {
         self.tap = Some(File::from(tap));
-        self.offloads = 0;
+        (self.offloads, self.held) = (0, 0);
         self.set_offloads();
     }
 
@@ -167,7 +169,7 @@ impl Net {
             if length <= HEADER {
                 return Err(queue.error(&"a frame is shorter than its header"));
             }
-            if let Some(packet) = self.buffer[..SEGMENTED_MAX].get_mut(..length) {
+            if let Some(packet) = self.sending.get_mut(..length) {
                 reader.read_exact(packet).map_err(|error| queue.error(&error))?;
                 self.limits.transmit.passed(length - HEADER);
                 if let (true, Some(tap)) = (check_sent(packet, features), &mut self.tap) {
@@ -214,24 +216,24 @@ impl Net {
     /// Takes a frame from the TAP.
     fn read_frame(&mut self) -> Look {
         let Some(tap) = &mut self.tap else { return Look::Nothing };
-        let length = match tap.read(&mut self.buffer[..]) {
+        let length = match tap.read(&mut self.receiving[..]) {
             Ok(length @ 1..) => length,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Look::Dropped,
             Ok(_) | Err(_) => return Look::Nothing,
         };
-        let Some((header, frame)) = self.buffer[..length].split_first_chunk() else {
+        let Some((header, frame)) = self.receiving[..length].split_first_chunk() else {
             return Look::Dropped;
         };
         let header = from_host(Header::parse(*header), frame.len(), self.mmio.features());
         let Some(header) = header.filter(|header| length <= longest(*header)) else {
             return Look::Dropped;
         };
-        self.buffer[..HEADER].copy_from_slice(&header.bytes());
+        self.receiving[..HEADER].copy_from_slice(&header.bytes());
         self.held = length;
         Look::Frame
     }
 
-    /// Puts the frame in the buffer into the guest's; `false` if they have no room yet.
+    /// Puts the frame that was read into the guest's buffers; `false` if they have no room yet.
     fn deliver(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
         let mergeable = self.mmio.has(MRG_RXBUF);
         let queue = &mut self.mmio.queues[RX];
@@ -252,8 +254,8 @@ impl Net {
             buffers.push((head, writer));
         }
         // num_buffers, the header's last field.
-        self.buffer[HEADER - 2..HEADER].copy_from_slice(&(buffers.len() as u16).to_le_bytes());
-        let mut rest = &self.buffer[..self.held];
+        self.receiving[HEADER - 2..HEADER].copy_from_slice(&(buffers.len() as u16).to_le_bytes());
+        let mut rest = &self.receiving[..self.held];
         let mut used = Vec::with_capacity(buffers.len());
         for (head, mut writer) in buffers {
             let (part, after) = rest.split_at(rest.len().min(writer.available_bytes()));
@@ -286,7 +288,7 @@ impl Net {
         self.held = 0;
         let Some(tap) = &mut self.tap else { return };
         for _ in 0..TAP_QUEUE {
-            if !matches!(tap.read(&mut self.buffer[..]), Ok(1..)) {
+            if !matches!(tap.read(&mut self.receiving[..]), Ok(1..)) {
                 return;
             }
         }
@@ -294,6 +296,10 @@ impl Net {
 
     /// Lets the TAP hand out what the driver can take.
     fn set_offloads(&mut self) {
+        let has_segments = self.mmio.has(GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6);
+        let longest = if has_segments { SEGMENTED_MAX } else { FRAME_MAX };
+        self.sending.resize(longest + 1, 0);
+        self.receiving.resize(longest + 1, 0);
         let offloads = tun_offloads(self.mmio.features());
         let Some(tap) = self.tap.as_ref().filter(|_| offloads != self.offloads) else { return };
         // SAFETY: the descriptor is open; the request takes an integer.

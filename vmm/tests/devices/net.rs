@@ -252,6 +252,8 @@ fn virtio_5_1_6_4_1_a_frame_fills_several_buffers_at_once() {
     assert!(!receive(&mut driver));
     assert_eq!(driver.used(RX), None);
     assert!(driver.device.poll_fd(&driver.memory).unwrap().is_none(), "the driver is waited for");
+    // Whatever is sent meanwhile.
+    send(&mut driver, Header::default(), &[9; 1500]);
     let third = driver.add(RX, &[], &[512]);
     driver.kick(RX);
     let used = [first, second, third].map(|chain| {
