@@ -210,6 +210,9 @@ impl Net {
             }
             received = true;
         }
+        // If that was the last buffer the driver is to tell of the next one: without one the TAP is
+        // not looked at.
+        self.mmio.queues[RX].is_available(memory)?;
         Ok(received)
     }
 

@@ -155,6 +155,22 @@ fn virtio_2_7_10_the_device_asks_for_notification_of_the_next_buffer() {
 }
 
 #[test]
+fn virtio_2_7_6_indices_wrap() {
+    for features in [0, EVENT_IDX] {
+        let mut driver = Driver::new(with_interrupts(), features);
+        let frame = driver.allocate(72);
+        driver.descriptor(TX, 0, frame, 72, 0, 0);
+        for number in 0..70_000u32 {
+            driver.set_used_event(TX, number as u16);
+            driver.offer(TX, 0);
+            driver.kick(TX);
+            assert_eq!(driver.used(TX), Some((0, 0)));
+            assert!(driver.interrupted(), "{number}");
+        }
+    }
+}
+
+#[test]
 fn virtio_2_7_10_a_driver_that_polls_is_told_not_to_notify() {
     let driver = Driver::new(Net::new(), 0);
     assert_eq!([driver.used_flags(RX), driver.used_flags(TX)], [1, 1]);

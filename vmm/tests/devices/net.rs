@@ -5,13 +5,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use proptest::prelude::*;
 use warren_vmm::devices::Device;
 use warren_vmm::devices::limiter::{Limit, Limiter};
 use warren_vmm::devices::net::{Limits, Net};
 use warren_vmm::devices::offload::{Header, from_driver, from_host, tun_offloads};
 
-use crate::driver::{Driver, SIZE};
+use crate::driver::{Driver, EVENT_IDX, SIZE};
 
 pub const RX: usize = 0;
 pub const TX: usize = 1;
@@ -29,10 +30,10 @@ pub const ALL: u64 =
 
 /// Something like a TAP, and the host's end of it.
 pub fn tap() -> (OwnedFd, UnixDatagram) {
-    let (device, host) = UnixDatagram::pair().unwrap();
-    device.set_nonblocking(true).unwrap();
-    host.set_nonblocking(true).unwrap();
-    (device.into(), host)
+    // Of these many fit in, other than of datagrams.
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let (device, host) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+    (device, host.into())
 }
 
 /// A driver with these features, and the host's end of its TAP.
@@ -230,6 +231,21 @@ fn virtio_5_1_6_3_one_buffer_holds_a_frame() {
     driver.add(RX, &[], &[1600]);
     assert!(receive(&mut driver));
     assert_eq!(driver.used(RX).unwrap().1, 72);
+}
+
+#[test]
+fn virtio_2_7_10_the_driver_is_asked_for_buffers_when_all_are_used() {
+    let (mut driver, host) = driver(EVENT_IDX);
+    for round in 1..10 {
+        for _ in 0..SIZE {
+            driver.add(RX, &[], &[100]);
+            give(&host, Header::default(), &[6; 60]);
+        }
+        driver.kick(RX);
+        assert_eq!(driver.used_index(RX), round * SIZE);
+        assert_eq!(driver.avail_event(RX), round * SIZE);
+        assert!(driver.device.poll_fd(&driver.memory).unwrap().is_none());
+    }
 }
 
 #[test]
