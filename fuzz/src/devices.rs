@@ -347,6 +347,7 @@ impl Subject for VsockSubject {
                 }
             }
             3 => drop(self.hosts.pop()),
+            4 => self.vsock.tell_reset(memory)?,
             _ => {
                 for host in &mut self.hosts {
                     let _ = host.read(&mut [0; 4096]);

@@ -227,16 +227,17 @@ impl Blk {
     fn parse(&self, chain: Chain, memory: &GuestMemoryMmap) -> Result<(Request, Act), QueueError> {
         let queue = &self.mmio.queues[REQUESTS];
         let head = chain.head_index();
-        let writer = chain.clone().writer(memory).map_err(|error| queue.error(&error))?;
+        // Looked at once: a driver may change them at any time.
         let places: Vec<_> =
             chain.clone().writable().map(|place| (place.addr(), place.len() as usize)).collect();
+        let writable: usize = places.iter().map(|(_, length)| length).sum();
         let mut reader = chain.reader(memory).map_err(|error| queue.error(&error))?;
         let mut header = [0; 16];
         if reader.read_exact(&mut header).is_err() {
             return Err(queue.error(&"a request is shorter than its header"));
         }
         // The status is the last byte, wherever buffers begin and end (2.7.4).
-        let Some(room) = writer.available_bytes().checked_sub(1) else {
+        let Some(room) = writable.checked_sub(1) else {
             return Err(queue.error(&"a request has no room for its status"));
         };
         let sent = reader.available_bytes();
@@ -350,7 +351,9 @@ impl Request {
             let skipped = from.min(length);
             let (part, rest) = bytes.split_at(bytes.len().min(length - skipped));
             if !part.is_empty() {
-                memory.write_slice(part, address.unchecked_add(skipped as u64))?;
+                let place = address.checked_add(skipped as u64);
+                let place = place.ok_or(GuestMemoryError::InvalidGuestAddress(address))?;
+                memory.write_slice(part, place)?;
             }
             (from, bytes) = (from - skipped, rest);
         }
@@ -412,6 +415,10 @@ impl Device for Blk {
                 let Finished { what, mut buffer, is_done } = finished;
                 self.settle(&what, &mut buffer, is_done);
             }
+        }
+        if self.poll_fd().is_some() {
+            // The ring is broken: nothing of it may come back to the driver that begins now.
+            self.uring = None;
         }
     }
 

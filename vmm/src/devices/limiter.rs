@@ -8,8 +8,10 @@
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// How much may pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     /// What passes in the long run, in units (bytes, or operations) per second.
     pub per_second: NonZeroU64,

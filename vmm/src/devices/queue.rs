@@ -72,8 +72,9 @@ impl Virtqueue {
 
     /// Whether the driver has made a chain available. If not, it will notify of the next one.
     pub(super) fn is_available(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        if self.has_chain(memory)? || !self.queue.event_idx_enabled() {
-            return self.has_chain(memory);
+        let has_chain = self.has_chain(memory)?;
+        if has_chain || !self.queue.event_idx_enabled() {
+            return Ok(has_chain);
         }
         self.queue.enable_notification(memory).map_err(|error| self.error(&error))
     }

@@ -42,6 +42,13 @@ pub struct Chain {
     writable: Vec<(u64, usize)>,
 }
 
+impl Chain {
+    /// Where the device writes first.
+    pub fn place(&self) -> u64 {
+        self.writable[0].0
+    }
+}
+
 /// The memory of a guest.
 pub fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&[(GuestAddress(BASE), BYTES as usize)]).unwrap()

@@ -229,6 +229,27 @@ fn virtio_5_10_6_5_a_shutdown_of_both_directions_ends_the_connection() {
 }
 
 #[test]
+fn virtio_5_10_6_7_a_clone_hears_that_its_connections_are_gone() {
+    const EVENT: usize = 2;
+    let mut bed = Bed::established();
+    let mut driver = bed.driver;
+    let event = driver.add(EVENT, &[], &[8]);
+    driver.put(event.place(), &[0xff; 8]);
+    driver.device = Vsock::load(&driver.device.save(), &driver.memory).unwrap();
+    driver.device.tell_reset(&driver.memory).unwrap();
+    assert_eq!(driver.used(EVENT), Some((event.head, 4)));
+    assert_eq!(driver.written(&event, 8), [0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]);
+    assert!(driver.interrupted());
+    // Nobody is told who does not listen.
+    driver.device.tell_reset(&driver.memory).unwrap();
+    assert_eq!(driver.used(EVENT), None);
+    bed.driver = driver;
+    assert!(bed.is_closed());
+    bed.send(RW, 0, b"x");
+    assert_eq!(bed.next().unwrap().0.op, RST);
+}
+
+#[test]
 fn virtio_2_4_reset_ends_all_connections() {
     let mut bed = Bed::established();
     bed.driver.set(0x70, 0);
