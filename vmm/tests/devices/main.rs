@@ -7,6 +7,7 @@ mod common;
 mod blk;
 mod console;
 mod driver;
+mod foreign;
 mod limiter;
 mod mmio;
 mod net;
