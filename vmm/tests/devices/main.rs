@@ -11,6 +11,7 @@ mod foreign;
 mod limiter;
 mod mmio;
 mod net;
+mod races;
 mod rng;
 mod tap;
 mod vsock;
