@@ -13,6 +13,7 @@ pub mod client;
 mod clock;
 pub mod control;
 mod cpu;
+// For tests and fuzz targets: nobody else drives devices.
 #[doc(hidden)]
 pub mod devices;
 mod instance;

@@ -1,10 +1,19 @@
 //! The guest's devices: virtio-mmio registers, and behind them network, vsock, disks, entropy and
 //! console.
 //!
-//! A device is passive. Its owner passes on the driver's accesses ([`Device::read`],
-//! [`Device::write`]), tells it what happens on the host, and looks afterwards whether the driver
-//! is to be interrupted ([`Device::take_interrupt`]) and when the device wants to be served again
-//! unasked ([`Device::due`]). No device blocks.
+//! A device is passive, and begins as one for a driver that polls; [`mmio::Mmio::use_interrupts`]
+//! makes it one for a driver with interrupts. Its owner
+//!
+//! - passes on accesses to registers ([`Device::read`], [`Device::write`]); a notification may come
+//!   by an eventfd instead ([`Device::notify`]);
+//! - tells it what happens on the host: polls [`net::Net::poll_fd`] and calls
+//!   [`net::Net::receive`], [`vsock::Vsock::poll_fds`], `polled` and `receive`,
+//!   [`blk::Blk::poll_fd`] and `complete`, calls [`console::Console::input`] and `receive`;
+//! - after each of these looks whether the driver is to be interrupted
+//!   ([`Device::take_interrupt`]), and until when it may wait at most before it lets the device go
+//!   on by itself ([`Device::due`], [`Device::serve`]).
+//!
+//! No device waits for anything but files: see [`blk::Blk::use_uring`].
 
 pub mod blk;
 pub mod console;
