@@ -3,6 +3,7 @@
 //! bytes that make it; `seeds/TARGET` is where it begins, and what the tests run.
 
 mod abi;
+mod devices;
 #[path = "../../abi/tests/model/mod.rs"]
 mod model;
 mod nat;
@@ -14,7 +15,7 @@ mod proto;
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 17] = [
     ("conntrack", nat::conntrack),
     ("endpoint", proto::endpoint),
     ("icmp_error", abi::icmp_error),
@@ -27,6 +28,11 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("route", proto::route),
     ("rule", proto::rule),
     ("security", proto::security),
+    ("virtio_blk", devices::blk),
+    ("virtio_console", devices::console),
+    ("virtio_net", devices::net),
+    ("virtio_rng", devices::rng),
+    ("virtio_vsock", devices::vsock),
 ];
 
 /// The target of this name.

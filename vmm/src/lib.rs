@@ -13,7 +13,9 @@ pub mod client;
 mod clock;
 pub mod control;
 mod cpu;
-mod devices;
+// For tests and fuzz targets: nobody else drives devices.
+#[doc(hidden)]
+pub mod devices;
 mod instance;
 pub mod jail;
 mod machine;

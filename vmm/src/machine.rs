@@ -18,10 +18,10 @@ use crate::boot::EXCEPTION_PORT;
 use crate::clock::{monotonic_ns, wall_clock_ns};
 use crate::control::{EndReason, PublicIdentity, WATCHDOG};
 use crate::cpu::{self, CpuState};
-use crate::devices::QueueError;
 use crate::devices::mmio::MmioState;
 use crate::devices::net::Net;
 use crate::devices::vsock::Vsock;
+use crate::devices::{Device as _, QueueError};
 use crate::memory::{GuestRam, Pages};
 use crate::timer::KickTimer;
 

@@ -239,7 +239,17 @@ fn attack_queue(name: &str, attack: &str) -> bool {
         "packet-unknown" => rings.buffer[..44].fill(0x55),
         _ => return false,
     }
+    // As a driver does it up to there (virtio 1.2, 3.1.1): no device serves one that did not.
     write(0x70, 0);
+    write(0x70, 3);
+    // All features that are offered: there is more to attack.
+    for half in 0..2 {
+        write(0x14, half);
+        write(0x24, half);
+        // SAFETY: as above.
+        write(0x20, unsafe { ptr::read_volatile((device + 0x10) as *const u32) }.into());
+    }
+    write(0x70, 11);
     write(0x30, queue);
     write(0x38, length);
     for (place, register) in places.into_iter().zip([0x80, 0x90, 0xa0]) {
@@ -247,6 +257,7 @@ fn attack_queue(name: &str, attack: &str) -> bool {
         write(register + 4, place >> 32);
     }
     write(0x44, 1);
+    write(0x70, 15);
     write(0x50, queue);
     write(0x50, 77);
     // Again and again, so that something arrives for a receive queue.

@@ -1,31 +1,45 @@
 //! virtio-vsock (virtio 1.2, 5.10) over Unix stream sockets: connections from the host only.
 
+mod connection;
+
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::poll::PollFlags;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
 use vm_memory::{Bytes, GuestMemoryMmap, VolatileSlice};
 use warren_abi::microvm::GUEST_CID;
 
-use super::mmio::{Kind, Mmio, MmioState, QueueKind};
-use super::{QueueError, next_chain};
+use connection::{Connection, Header, State, write_some};
 
-/// virtio-vsock. The guest's driver sends one packet at a time and spins until it is used, so it
+use super::mmio::{Kind, Mmio, MmioState, QueueKind};
+use super::queue::Virtqueue;
+use super::{Device, QueueError};
+
+/// virtio-vsock. The driver that polls sends one packet at a time and spins until it is used, so it
 /// notifies.
 pub static KIND: Kind = Kind {
     id: 19,
+    features: 0,
+    optional: 0,
+    requires: &[],
     queues: &[
-        QueueKind { name: "vsock rx", size: 8, notify: false },
-        QueueKind { name: "vsock tx", size: 8, notify: true },
-        QueueKind { name: "vsock event", size: 8, notify: false },
+        QueueKind { name: "vsock rx", size: 64, notify: false },
+        QueueKind { name: "vsock tx", size: 64, notify: true },
+        QueueKind { name: "vsock event", size: 64, notify: false },
     ],
 };
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
+
+/// The guest's context identifier (5.10.4).
+const CONFIG: [u8; 8] = GUEST_CID.to_le_bytes();
 
 /// The host's context identifier.
 const HOST_CID: u64 = 2;
@@ -67,50 +81,8 @@ pub struct Vsock {
     buffer: Vec<u8>,
 }
 
-#[derive(Clone, Copy)]
-struct Header {
-    host_port: u32,
-    guest_port: u32,
-    operation: u16,
-    flags: u32,
-    forwarded: u32,
-}
-
-/// The guest's side of a connection.
-#[derive(Clone, Copy, PartialEq)]
-enum State {
-    /// Not accepted yet.
-    Requested,
-    Established,
-    /// Closed: what is queued still goes out to the stream, then the connection ends.
-    Closing,
-}
-
-struct Connection {
-    stream: UnixStream,
-    host_port: u32,
-    guest_port: u32,
-    state: State,
-    /// The stream has ended: nothing more to read from it.
-    ended: bool,
-    /// The stream may have something to read.
-    readable: bool,
-    /// For the stream, when it does not take it at once.
-    outgoing: VecDeque<u8>,
-    /// Bytes from the guest, all of them, and those that the stream took (5.10.6.3, wrapping).
-    received: u32,
-    forwarded: u32,
-    /// `forwarded`, as the guest last heard it.
-    announced: u32,
-    /// Bytes to the guest, and what it said of its buffer.
-    sent: u32,
-    guest_buffer: u32,
-    guest_forwarded: u32,
-}
-
-impl Vsock {
-    /// A device after reset.
-    pub fn new() -> Self {
+impl Default for Vsock {
+    fn default() -> Self {
         Self {
             mmio: Mmio::new(&KIND),
             connections: Vec::new(),
@@ -118,6 +90,13 @@ impl Vsock {
             next_port: 1024,
             buffer: vec![0; PACKET_MAX as usize],
         }
+    }
+}
+
+impl Vsock {
+    /// A device after reset.
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// A device in a saved state, without connections.
@@ -130,22 +109,23 @@ impl Vsock {
         self.mmio.save()
     }
 
-    /// Reads a register.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        self.mmio.read(offset, data, &GUEST_CID.to_le_bytes());
-    }
-
-    /// Writes a register.
-    pub fn write(
-        &mut self,
-        offset: u64,
-        data: &[u8],
-        memory: &GuestMemoryMmap,
-    ) -> Result<(), QueueError> {
-        match self.mmio.write(offset, data, memory)? {
-            Some(TX) => self.transmit(memory),
-            _ => Ok(()),
+    /// Tells the driver that its connections are gone, and that its context identifier may be
+    /// another: what a clone must hear whose template had connections (5.10.6.7). A driver that has
+    /// made no buffer available for that does not hear it.
+    ///
+    /// # Errors
+    /// Its buffer is not what virtio allows.
+    pub fn tell_reset(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        if !self.mmio.is_live(EVENT) {
+            return Ok(());
         }
+        let queue = &mut self.mmio.queues[EVENT];
+        queue.begin();
+        let Some(chain) = queue.next_chain(memory)? else { return Ok(()) };
+        let (head, event) = (chain.head_index(), TRANSPORT_RESET.to_le_bytes());
+        let mut writer = chain.writer(memory).map_err(|error| queue.error(&error))?;
+        writer.write_all(&event).map_err(|error| queue.error(&error))?;
+        queue.add_used(memory, head, event.len() as u32)
     }
 
     /// Connects a stream to a port of the guest's. If there are too many it is dropped, which
@@ -156,35 +136,21 @@ impl Vsock {
         }
         let host_port = self.next_port;
         self.next_port = self.next_port.wrapping_add(1).max(1024);
-        let connection = Connection {
-            stream,
-            host_port,
-            guest_port,
-            state: State::Requested,
-            ended: false,
-            readable: false,
-            outgoing: VecDeque::new(),
-            received: 0,
-            forwarded: 0,
-            announced: 0,
-            sent: 0,
-            guest_buffer: 0,
-            guest_forwarded: 0,
-        };
+        let connection = Connection::new(stream, host_port, guest_port);
         self.waiting.push_back(connection.header(REQUEST, 0));
         self.connections.push(connection);
     }
 
     /// Takes all packets that the guest queued.
     pub fn transmit(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        if !self.mmio.ready(TX) {
+        if !self.mmio.is_live(TX) {
             return Ok(());
         }
-        let error = |error: &dyn std::fmt::Display| QueueError::new("vsock tx", error);
-        while let Some(mut chain) = next_chain(&mut self.mmio.queues[TX], memory, "vsock tx")? {
+        self.mmio.queues[TX].begin();
+        while let Some(mut chain) = self.mmio.queues[TX].next_chain(memory)? {
             let head = chain.head_index();
             let packet = VsockPacket::from_tx_virtq_chain(memory, &mut chain, PACKET_MAX)
-                .map_err(|e| error(&e))?;
+                .map_err(|error| self.mmio.queues[TX].error(&error))?;
             let data = match packet.data_slice() {
                 Some(slice) => {
                     let data = &mut self.buffer[..slice.len()];
@@ -194,7 +160,7 @@ impl Vsock {
                 None => 0,
             };
             self.take_packet(&packet, data);
-            self.mmio.queues[TX].add_used(memory, head, 0).map_err(|e| error(&e))?;
+            self.mmio.queues[TX].add_used(memory, head, 0)?;
         }
         Ok(())
     }
@@ -272,11 +238,12 @@ impl Vsock {
 
     /// Hands packets to the guest while there are any and it has buffers; returns whether it did.
     pub fn receive(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
-        if !self.mmio.ready(RX) {
+        if !self.mmio.is_live(RX) {
             return Ok(false);
         }
         let Self { mmio, connections, waiting, buffer, .. } = self;
         let queue = &mut mmio.queues[RX];
+        queue.begin();
         let mut received = false;
         while let Some(header) = waiting.front().copied() {
             if !deliver(queue, memory, |_| Some((header, &[])))? {
@@ -331,24 +298,56 @@ impl Vsock {
     }
 }
 
+impl Device for Vsock {
+    fn mmio(&self) -> &Mmio {
+        &self.mmio
+    }
+
+    fn mmio_mut(&mut self) -> &mut Mmio {
+        &mut self.mmio
+    }
+
+    fn config(&self) -> &[u8] {
+        &CONFIG
+    }
+
+    fn notify(&mut self, queue: usize, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        match queue {
+            TX => self.transmit(memory)?,
+            RX => {}
+            _ => return Ok(()),
+        }
+        // A driver that polls looks for packets before it waits, and not after that.
+        if self.mmio.has_interrupts() {
+            self.receive(memory)?;
+        }
+        Ok(())
+    }
+
+    fn negotiated(&mut self) {
+        // A driver that begins anew knows of no connection.
+        self.connections.clear();
+        self.waiting.clear();
+    }
+}
+
 /// Puts one packet into the guest's next buffer; `false` if it has none, or `packet`, which is told
 /// how many bytes of data there is room for, has nothing.
 fn deliver<'b>(
-    queue: &mut Queue,
+    queue: &mut Virtqueue,
     memory: &GuestMemoryMmap,
     packet: impl FnOnce(usize) -> Option<(Header, &'b [u8])>,
 ) -> Result<bool, QueueError> {
-    let error = |error: &dyn std::fmt::Display| QueueError::new("vsock rx", error);
-    let Some(mut chain) = next_chain(queue, memory, "vsock rx")? else { return Ok(false) };
+    let Some(mut chain) = queue.next_chain(memory)? else { return Ok(false) };
     let head = chain.head_index();
-    let mut buffer =
-        VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX).map_err(|e| error(&e))?;
+    let mut buffer = VsockPacket::from_rx_virtq_chain(memory, &mut chain, PACKET_MAX)
+        .map_err(|error| queue.error(&error))?;
     let room = buffer.data_slice().map_or(0, VolatileSlice::len);
     if room == 0 {
-        return Err(error(&"a buffer has no room for data"));
+        return Err(queue.error(&"a buffer has no room for data"));
     }
     let Some((header, data)) = packet(room) else {
-        queue.go_to_previous_position();
+        queue.undo(1);
         return Ok(false);
     };
     buffer
@@ -363,101 +362,8 @@ fn deliver<'b>(
         .set_buf_alloc(CREDIT)
         .set_fwd_cnt(header.forwarded);
     if let Some(slice) = buffer.data_slice() {
-        slice.write_slice(data, 0).map_err(|e| error(&e))?;
+        slice.write_slice(data, 0).map_err(|error| queue.error(&error))?;
     }
-    queue.add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32).map_err(|e| error(&e))?;
+    queue.add_used(memory, head, (PKT_HEADER_SIZE + data.len()) as u32)?;
     Ok(true)
-}
-
-impl Connection {
-    fn header(&self, operation: u16, flags: u32) -> Header {
-        Header {
-            host_port: self.host_port,
-            guest_port: self.guest_port,
-            operation,
-            flags,
-            forwarded: self.forwarded,
-        }
-    }
-
-    /// What to wait for on the stream. `None` if nothing: poll would still report a stream that was
-    /// hung up, again and again.
-    fn interest(&self) -> Option<PollFlags> {
-        let mut events = PollFlags::empty();
-        let wanted = self.state == State::Requested || self.room_in_guest() > 0;
-        events.set(PollFlags::POLLIN, wanted && !self.readable);
-        events.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
-        (!events.is_empty()).then_some(events)
-    }
-
-    /// How much the guest can take now: 0 also if there is nothing to be read.
-    fn room_in_guest(&self) -> usize {
-        if self.state != State::Established || self.ended {
-            return 0;
-        }
-        let on_the_way = self.sent.wrapping_sub(self.guest_forwarded);
-        self.guest_buffer.saturating_sub(on_the_way) as usize
-    }
-
-    /// The next packet for the guest out of the stream.
-    fn read<'b>(&mut self, buffer: &'b mut [u8], room: usize) -> Option<(Header, &'b [u8])> {
-        if !self.readable {
-            return None;
-        }
-        let room = room.min(self.room_in_guest()).min(buffer.len());
-        match self.stream.read(&mut buffer[..room]) {
-            Ok(length @ 1..) => {
-                self.sent = self.sent.wrapping_add(length as u32);
-                self.announced = self.forwarded;
-                Some((self.header(RW, 0), &buffer[..length]))
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                self.readable = false;
-                None
-            }
-            Err(error) if error.kind() == ErrorKind::Interrupted => None,
-            // The end, or as good as.
-            Ok(_) | Err(_) => {
-                self.ended = true;
-                Some((self.header(SHUTDOWN, SHUTDOWN_BOTH), &[]))
-            }
-        }
-    }
-
-    /// Whether the guest keeps to the buffer that it was promised.
-    fn has_room_for(&self, length: usize) -> bool {
-        let held = self.received.wrapping_sub(self.forwarded) as usize;
-        held + length <= CREDIT as usize
-    }
-
-    /// Passes bytes of the guest's on to the stream, or keeps them until it takes them.
-    fn forward(&mut self, mut data: &[u8]) {
-        if self.outgoing.is_empty() {
-            let taken = write_some(&mut self.stream, data);
-            self.forwarded = self.forwarded.wrapping_add(taken as u32);
-            data = &data[taken..];
-        }
-        self.outgoing.extend(data);
-    }
-
-    fn flush(&mut self) {
-        while !self.outgoing.is_empty() {
-            let taken = write_some(&mut self.stream, self.outgoing.as_slices().0);
-            if taken == 0 {
-                return;
-            }
-            self.outgoing.drain(..taken);
-            self.forwarded = self.forwarded.wrapping_add(taken as u32);
-        }
-    }
-}
-
-/// Writes what the stream takes. One that is broken takes everything: its reader is gone, which
-/// reading from it will tell.
-fn write_some(stream: &mut UnixStream, data: &[u8]) -> usize {
-    match stream.write(data) {
-        Ok(length) => length,
-        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
-        Err(_) => data.len(),
-    }
 }

@@ -48,7 +48,8 @@ const ANY: &[libc::c_long] = &[
     libc::SYS_timer_settime,
 ];
 
-/// `ioctl`'s requests: KVM's, in the order of a machine's life (KVM API, 4), and a socket's mode.
+/// `ioctl`'s requests: KVM's, in the order of a machine's life (KVM API, 4), a socket's mode, and
+/// what a TAP may hand out, which guests negotiate.
 const IOCTLS: &[u64] = &[
     request_code_none!(KVMIO, 0x01), // KVM_CREATE_VM
     request_code_none!(KVMIO, 0x03), // KVM_CHECK_EXTENSION
@@ -66,6 +67,7 @@ const IOCTLS: &[u64] = &[
     request_code_none!(KVMIO, 0xa3),                           // KVM_GET_TSC_KHZ
     request_code_none!(KVMIO, 0x80),                           // KVM_RUN
     libc::FIONBIO,
+    libc::TUNSETOFFLOAD,
 ];
 
 /// `struct kvm_xsave` without what dynamically enabled features would add.
