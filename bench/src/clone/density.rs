@@ -6,9 +6,8 @@ use warren_abi::probe::{Operation, Request, decode, encode};
 use warren_bench::figures::Figures;
 use warren_bench::interrupt;
 use warren_vmm::client::invoke;
-use warren_vmm::control::Tier;
 
-use super::nursery::{CALL_LIMIT, Nursery, identity};
+use super::nursery::{CALL_LIMIT, Nursery};
 
 /// How many live at once.
 const COUNTS: [u32; 2] = [1000, 4000];
@@ -22,8 +21,7 @@ pub async fn measure(figures: &mut Figures) -> Result<()> {
     for count in COUNTS {
         for slot in (live.len() as u32..count).progress() {
             interrupt::check()?;
-            let mut microvm = nursery.fork(slot, Tier::Shell).await?;
-            microvm.release(&identity(slot)).await?;
+            let microvm = nursery.started(slot).await?;
             let request = encode(&Request { operation: Operation::Identity, timeout_ms: 1000 });
             let reply = invoke(microvm.path(), &request, CALL_LIMIT).await?;
             let reply = decode::<warren_abi::probe::Reply>(&reply);

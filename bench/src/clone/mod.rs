@@ -3,6 +3,7 @@
 
 mod density;
 mod nursery;
+mod peers;
 mod rate;
 mod stages;
 
@@ -20,6 +21,7 @@ pub async fn run(rounds: u32) -> Result<Figures> {
     }
     let mut figures = Figures::new("clone");
     stages::measure(rounds, &mut figures).await?;
+    peers::measure(rounds, &mut figures).await?;
     rate::measure(&mut figures).await?;
     density::measure(&mut figures).await?;
     Ok(figures)

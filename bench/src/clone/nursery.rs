@@ -23,6 +23,7 @@ pub const CALL_LIMIT: Duration = Duration::from_secs(10);
 
 /// A zygote, and a TAP for each slot.
 pub struct Nursery {
+    config: ZygoteConfig,
     zygote: Zygote,
     taps: Vec<File>,
     pids: Mutex<Vec<i32>>,
@@ -55,7 +56,7 @@ impl Nursery {
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
         };
         let zygote = Zygote::spawn(&config).await?;
-        Ok(Self { zygote, taps, pids: Mutex::default(), _run: run, _namespace: namespace })
+        Ok(Self { config, zygote, taps, pids: Mutex::default(), _run: run, _namespace: namespace })
     }
 
     /// Forks a microVM into a slot and has it go on to a tier; returns at once.
@@ -68,7 +69,20 @@ impl Nursery {
         Ok(microvm)
     }
 
-    /// The same, and waits until it is there.
+    /// Lets the zygote go, and starts another one.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.zygote = Zygote::spawn(&self.config).await?;
+        Ok(())
+    }
+
+    /// A microVM that is forked and released at once, without having been prepared.
+    pub async fn started(&self, slot: u32) -> Result<MicroVm> {
+        let mut microvm = self.fork(slot, Tier::Shell).await?;
+        microvm.release(&identity(slot)).await?;
+        Ok(microvm)
+    }
+
+    /// A microVM that is prepared up to a tier.
     pub async fn prepared(&self, slot: u32, tier: Tier) -> Result<MicroVm> {
         let mut microvm = self.fork(slot, tier).await?;
         microvm.advance(tier).await?;

@@ -155,6 +155,7 @@ fn note(samples: &mut Samples, of: &str, stages: impl Iterator<Item = (&'static 
     }
 }
 
-fn us(duration: Duration) -> f64 {
+/// In microseconds.
+pub fn us(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e6
 }

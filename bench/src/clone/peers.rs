@@ -1,0 +1,28 @@
+//! What Warren's clones compare with: a process for each microVM that restores it whole from the file.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use indicatif::ProgressIterator;
+use warren_bench::figures::Figures;
+use warren_bench::interrupt;
+
+use super::nursery::Nursery;
+use super::stages::us;
+
+/// Adds `full_restore_us`: a program is started, which reads and verifies the template's file, fills
+/// memory with it and runs a microVM, until that one's guest acknowledged its identity.
+pub async fn measure(rounds: u32, figures: &mut Figures) -> Result<()> {
+    let mut nursery = Nursery::new(1).await?;
+    let mut samples = Vec::new();
+    for _ in (0..rounds.div_ceil(10)).progress() {
+        interrupt::check()?;
+        let began = Instant::now();
+        nursery.restart().await?;
+        let microvm = nursery.started(0).await?;
+        samples.push(us(began.elapsed()));
+        nursery.stop(microvm).await?;
+    }
+    figures.distribution("full_restore_us", samples);
+    Ok(())
+}
