@@ -28,7 +28,7 @@ use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
 use warren_vmm::client::ZygoteConfig;
-use warren_vmm::jail::JailConfig;
+use warren_vmm::jail::{self, JailConfig};
 
 /// The largest gRPC message: 10,000 routes take up to 1 MB, an invocation 1 MiB.
 const MESSAGE_MAX: usize = 4 << 20;
@@ -156,8 +156,14 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
             ..FlowLogOptions::default()
         },
     };
+    let jail = JailConfig {
+        first_uid: section.jail.first_uid,
+        cpu_percent: section.jail.cpu_percent,
+        cgroup: section.jail.cgroup.clone().unwrap_or(JailConfig::named(&config.name).cgroup),
+    };
     if arguments.uninstall {
         HostDatapath::uninstall(&options)?;
+        jail::remove_groups(&jail.cgroup);
         return Ok(None);
     }
     let datapath = HostDatapath::open(&options)?;
@@ -167,11 +173,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         binary: section.vmm.clone(),
         template: section.template.clone(),
         run_dir: config.run_dir.clone(),
-        jail: JailConfig {
-            first_uid: section.jail.first_uid,
-            cpu_percent: section.jail.cpu_percent,
-            cgroup: section.jail.cgroup.clone().unwrap_or(JailConfig::named(&config.name).cgroup),
-        },
+        jail,
     };
     let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
     let policy = Policy { target: Tiers { shells, loaded, parked } };

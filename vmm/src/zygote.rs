@@ -109,10 +109,7 @@ pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
     loop {
         match zygote.serve()? {
             Served::Client => {}
-            Served::End => {
-                zygote.jail.tear_down();
-                return Ok(Ended::Zygote);
-            }
+            Served::End => return Ok(Ended::Zygote),
             Served::Child(birth) => return Ok(Ended::MicroVm(zygote.become_microvm(birth))),
         }
     }

@@ -1,4 +1,4 @@
-//! Control groups, one for each slot: version 2 where it has the controllers, version 1 else
+//! Control groups, one for each slot, which stay when its microVM goes, as its TAP does: version 2 where it has the controllers, version 1 else
 //! (kernel documentation, admin-guide/cgroup-v2 and cgroup-v1).
 
 use std::collections::BTreeSet;
@@ -12,7 +12,6 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use super::JailError;
 
@@ -72,8 +71,6 @@ struct Hierarchy {
 
 /// The group of a zygote's microVMs in one hierarchy.
 struct Group {
-    /// The hierarchy, and the group in it.
-    hierarchy: OwnedFd,
     directory: OwnedFd,
     /// What each slot's group gets.
     settings: Vec<(&'static str, String)>,
@@ -83,7 +80,8 @@ struct Group {
 pub struct Cgroups {
     name: PathBuf,
     groups: Vec<Group>,
-    slots: BTreeSet<u32>,
+    /// Slots whose groups are there, with these limits.
+    prepared: BTreeSet<u32>,
 }
 
 impl Cgroups {
@@ -91,7 +89,6 @@ impl Cgroups {
     /// the log says so.
     pub fn open(name: &Path, limits: Limits) -> Result<Self, JailError> {
         let mut groups = Vec::new();
-        let mut slots = BTreeSet::new();
         for Hierarchy { path, v1 } in hierarchies() {
             let own = path.join(name);
             let failed = |path: &Path| {
@@ -102,26 +99,22 @@ impl Cgroups {
             if v1.is_none() {
                 enable(&path, name).map_err(failed(&own))?;
             }
-            for entry in fs::read_dir(&own).map_err(failed(&own))?.flatten() {
-                slots.extend(entry.file_name().to_str().and_then(slot_of));
-            }
             let settings =
                 v1.map_or_else(|| limits.v2().into(), |controller| limits.v1(controller));
-            let [hierarchy, directory] = [&path, &own].map(|path| {
-                let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-                open(path, flags, Mode::empty()).map_err(|errno| failed(path)(errno.into()))
-            });
-            groups.push(Group { hierarchy: hierarchy?, directory: directory?, settings });
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let directory = open(&own, flags, Mode::empty());
+            let directory = directory.map_err(|errno| failed(&own)(errno.into()))?;
+            groups.push(Group { directory, settings });
         }
         if groups.is_empty() {
             tracing::warn!("no control groups are mounted: microVMs share memory and processors");
         }
-        Ok(Self { name: name.to_owned(), groups, slots })
+        Ok(Self { name: name.to_owned(), groups, prepared: BTreeSet::new() })
     }
 
-    /// Makes a slot's group, unless it is there.
+    /// Makes a slot's group, or sets its limits anew; once for each slot.
     pub fn prepare(&mut self, slot: u32) -> Result<(), JailError> {
-        if !self.slots.insert(slot) {
+        if self.prepared.contains(&slot) {
             return Ok(());
         }
         let name = group_name(slot);
@@ -141,6 +134,7 @@ impl Cgroups {
                 }
             }
         }
+        self.prepared.insert(slot);
         Ok(())
     }
 
@@ -153,26 +147,13 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Removes the groups that nobody is in.
-    pub fn remove(self) {
-        for Group { hierarchy, directory, .. } in &self.groups {
-            for slot in &self.slots {
-                // A microVM that outlives its zygote keeps its group.
-                let _ = unlinkat(directory, group_name(*slot).as_str(), UnlinkatFlags::RemoveDir);
-            }
-            for name in self.name.ancestors().filter(|name| !name.as_os_str().is_empty()) {
-                let _ = unlinkat(hierarchy, name, UnlinkatFlags::RemoveDir);
-            }
-        }
-    }
-
     fn error(&self, file: &str, source: io::Error) -> JailError {
         JailError::Cgroup { path: self.name.join(file), source }
     }
 }
 
-/// Removes the groups below this name that are left over, such as of microVMs that outlived their
-/// zygote. Those that somebody is in, and does not leave within a second, stay.
+/// Removes the groups below this name, and those above that nobody else has any below. Those that
+/// somebody is in, and does not leave within a second, stay.
 pub fn remove(name: &Path) {
     let deadline = Instant::now() + LEAVING;
     for Hierarchy { path, .. } in hierarchies() {
@@ -208,10 +189,6 @@ fn make(group: &Path) -> io::Result<()> {
 
 fn group_name(slot: u32) -> String {
     format!("vm-{slot}")
-}
-
-fn slot_of(group: &str) -> Option<u32> {
-    group.strip_prefix("vm-")?.parse().ok()
 }
 
 fn write(directory: &OwnedFd, file: &str, value: &str) -> io::Result<()> {

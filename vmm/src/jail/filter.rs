@@ -97,7 +97,6 @@ const ZYGOTE: &[libc::c_long] = &[
     libc::SYS_setsid,
     libc::SYS_socket,
     libc::SYS_unlink,
-    libc::SYS_unlinkat,
     libc::SYS_wait4,
 ];
 

@@ -189,11 +189,6 @@ impl Jail {
         ruleset.restrict_self()?;
         Ok(Cell { filter })
     }
-
-    /// In the zygote, at its end: removes the control groups that nobody is in.
-    pub fn tear_down(self) {
-        self.cgroups.remove();
-    }
 }
 
 /// A process within all walls but the last.
