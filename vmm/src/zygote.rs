@@ -21,7 +21,7 @@ use crate::control::{
     EndReason, MESSAGE_MAX, Tier, Timeline, ZygoteReply, ZygoteRequest, decode, encode, socket_path,
 };
 use crate::instance::{self, Origin};
-use crate::jail::{Cell, Jail, JailConfig, JailError};
+use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::memory::{GuestRam, Pages};
 use crate::snapshot::Template;
@@ -72,9 +72,7 @@ struct Zygote {
     in_place: Vec<Pages>,
     state: MachineState,
     jail: Jail,
-    /// Slots of the processes that live, and the youngest process of each slot.
-    slots: HashMap<Pid, u32>,
-    youngest: HashMap<u32, Pid>,
+    living: Census,
 }
 
 /// What a zygote is started with.
@@ -147,8 +145,7 @@ impl Zygote {
                 in_place: header.in_place,
                 state: header.machine,
                 jail,
-                slots: HashMap::new(),
-                youngest: HashMap::new(),
+                living: Census::default(),
             }),
         }
     }
@@ -221,18 +218,18 @@ impl Zygote {
     fn fork(&mut self, slot: u32, tier: Tier, tap: Option<OwnedFd>) -> Result<Forked, String> {
         let asked_ns = monotonic_ns().map_err(|reason| reason.to_string())?;
         let tap = tap.ok_or("no TAP came with the request")?;
-        self.jail.prepare(slot).map_err(|error| error.to_string())?;
+        let place = self.jail.prepare(slot, &self.living.places(slot));
+        let place = place.map_err(|error| error.to_string())?;
         let listener = listen(slot)?;
         // SAFETY: this process has one thread (it never makes another), so the child's memory is as
         // consistent as the parent's.
         match unsafe { fork() } {
             Ok(ForkResult::Parent { child }) => {
-                self.slots.insert(child, slot);
-                self.youngest.insert(slot, child);
+                self.living.born(place, child);
                 Ok(Forked::Parent(slot, child))
             }
             Ok(ForkResult::Child) => {
-                Ok(Forked::Child(Birth { slot, tier, asked_ns, listener, tap }))
+                Ok(Forked::Child(Birth { place, tier, asked_ns, listener, tap }))
             }
             Err(errno) => {
                 let _ = std::fs::remove_file(socket_name(slot));
@@ -256,7 +253,8 @@ impl Zygote {
             jail,
             ..
         } = self;
-        let Birth { slot, tier, asked_ns, listener, tap } = birth;
+        let Birth { place, tier, asked_ns, listener, tap } = birth;
+        let slot = place.slot();
         drop((control, children));
         let _span = tracing::info_span!("microvm", slot).entered();
         let forked_ns = monotonic_ns().unwrap_or_default();
@@ -265,7 +263,7 @@ impl Zygote {
             setsid()
                 .and_then(|_| sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None))
                 .map_err(|errno| host(&errno))?;
-            let jailed = jail.enter(slot).and_then(Cell::close);
+            let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
             Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, tap, watchdog })
         });
@@ -286,13 +284,12 @@ impl Zygote {
                 Ok(status) => status,
             };
             let Some(pid) = status.pid() else { continue };
-            let Some(slot) = self.slots.remove(&pid) else { continue };
+            let Some((slot, youngest)) = self.living.died(pid) else { continue };
             if let WaitStatus::Signaled(pid, signal, _) = status {
                 tracing::warn!(slot, %pid, %signal, "microVM was killed");
             }
             // Another one may listen there by now.
-            if self.youngest.get(&slot) == Some(&pid) {
-                self.youngest.remove(&slot);
+            if youngest {
                 let _ = std::fs::remove_file(socket_name(slot));
             }
         }
@@ -301,11 +298,43 @@ impl Zygote {
 
 /// What a child is born with.
 struct Birth {
-    slot: u32,
+    place: Place,
     tier: Tier,
     asked_ns: u64,
     listener: UnixListener,
     tap: OwnedFd,
+}
+
+/// The processes that live.
+#[derive(Default)]
+struct Census {
+    slots: HashMap<Pid, u32>,
+    /// Those of each slot, the youngest last: the others told their clients of their end.
+    of_slots: HashMap<u32, Vec<(Pid, Place)>>,
+}
+
+impl Census {
+    fn places(&self, slot: u32) -> Vec<Place> {
+        let living = self.of_slots.get(&slot).into_iter().flatten();
+        living.map(|(_, place)| *place).collect()
+    }
+
+    fn born(&mut self, place: Place, pid: Pid) {
+        self.slots.insert(pid, place.slot());
+        self.of_slots.entry(place.slot()).or_default().push((pid, place));
+    }
+
+    /// Strikes a process off; returns its slot, and whether it was the youngest there.
+    fn died(&mut self, pid: Pid) -> Option<(u32, bool)> {
+        let slot = self.slots.remove(&pid)?;
+        let living = self.of_slots.get_mut(&slot)?;
+        let youngest = living.last().is_some_and(|(last, _)| *last == pid);
+        living.retain(|(other, _)| *other != pid);
+        if living.is_empty() {
+            self.of_slots.remove(&slot);
+        }
+        Some((slot, youngest))
+    }
 }
 
 /// What a turn of the zygote's came to.

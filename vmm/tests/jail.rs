@@ -83,12 +83,12 @@ fn the_climber() {
         .expect("it can be read from outside");
 
     let mut jail = Jail::build(&config(run_dir), GUEST_MEMORY, run_dir).unwrap();
-    jail.prepare(SLOT).unwrap();
+    let place = jail.prepare(SLOT, &[]).unwrap();
     let wanted = wall.strip_prefix("call ");
     if wanted.is_some() {
         jail.confine().unwrap();
     }
-    let cell = jail.enter(SLOT).unwrap();
+    let cell = jail.enter(place).unwrap();
 
     if let Some(call) = wanted {
         cell.close().unwrap();

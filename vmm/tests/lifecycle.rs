@@ -74,6 +74,22 @@ async fn slot_has_one_microvm_and_is_free_when_it_ended() {
     assert_eq!(second.stop().await.unwrap(), EndReason::Stopped);
 }
 
+/// The end of a microVM takes its time after its slot is free: the next one does not feel it.
+#[tokio::test]
+async fn a_slot_is_used_again_and_again_at_once() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::new("warren-guest").await;
+    let tap = tap("w0").unwrap();
+    for turn in 0..200 {
+        let tier = if turn % 2 == 0 { Tier::Shell } else { Tier::Parked };
+        let mut microvm = host.forked(5, tap.try_clone().unwrap(), tier).await;
+        microvm.release(&identity(5)).await.unwrap();
+        assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
+    }
+}
+
 #[tokio::test]
 async fn socket_of_a_dead_process_is_replaced() {
     if !kvm() {

@@ -1,9 +1,9 @@
-//! Control groups, one for each slot, which stay when its microVM goes, as its TAP does: version 2 where it has the controllers, version 1 else
+//! Control groups, which stay when their microVM goes, as slots' TAPs do: version 2 where it has the controllers, version 1 else
 //! (kernel documentation, admin-guide/cgroup-v2 and cgroup-v1).
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -76,12 +76,48 @@ struct Group {
     settings: Vec<(&'static str, String)>,
 }
 
+impl Group {
+    /// Whether there is a process in the group of this name.
+    fn has_somebody(&self, name: &str) -> bool {
+        let file = format!("{name}/cgroup.procs");
+        let opened = openat(
+            &self.directory,
+            file.as_str(),
+            OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        );
+        opened.is_ok_and(|file| matches!(File::from(file).read(&mut [0]), Ok(1..)))
+    }
+}
+
+/// One of a slot's groups: the first, unless the slot's former microVM is still in it, whose end
+/// takes its time and must not be at the cost of the next one's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    slot: u32,
+    number: u32,
+}
+
+impl Place {
+    /// The slot.
+    pub fn slot(self) -> u32 {
+        self.slot
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self { slot, number: 0 } => format!("vm-{slot}"),
+            Self { slot, number } => format!("vm-{slot}.{number}"),
+        }
+    }
+}
+
 /// The groups of a zygote's microVMs.
 pub struct Cgroups {
     name: PathBuf,
     groups: Vec<Group>,
-    /// Slots whose groups are there, with these limits.
-    prepared: BTreeSet<u32>,
+    /// Groups that are there, with these limits, and with nobody in them but this zygote's clones.
+    prepared: BTreeSet<Place>,
 }
 
 impl Cgroups {
@@ -112,16 +148,29 @@ impl Cgroups {
         Ok(Self { name: name.to_owned(), groups, prepared: BTreeSet::new() })
     }
 
-    /// Makes a slot's group, or sets its limits anew; once for each slot.
-    pub fn prepare(&mut self, slot: u32) -> Result<(), JailError> {
-        if self.prepared.contains(&slot) {
-            return Ok(());
+    /// Finds the first group of a slot that is not in `taken`, and that nobody of another zygote's is
+    /// in, and makes it if it is not there.
+    pub fn prepare(&mut self, slot: u32, taken: &[Place]) -> Result<Place, JailError> {
+        let is_free = |place: &Place| {
+            let somebody = || self.groups.iter().any(|group| group.has_somebody(&place.name()));
+            !taken.contains(place) && (self.prepared.contains(place) || !somebody())
+        };
+        let first = Place { slot, number: 0 };
+        let mut places = (0..).map(|number| Place { slot, number });
+        let place = places.find(is_free).unwrap_or(first);
+        if !self.prepared.contains(&place) {
+            self.make(&place.name())?;
+            self.prepared.insert(place);
         }
-        let name = group_name(slot);
+        Ok(place)
+    }
+
+    /// Makes a group, or sets its limits anew.
+    fn make(&self, name: &str) -> Result<(), JailError> {
         for Group { directory, settings, .. } in &self.groups {
-            match mkdirat(directory, name.as_str(), Mode::from_bits_truncate(0o755)) {
+            match mkdirat(directory, name, Mode::from_bits_truncate(0o755)) {
                 Ok(()) | Err(Errno::EEXIST) => {}
-                Err(errno) => return Err(self.error(&name, errno.into())),
+                Err(errno) => return Err(self.error(name, errno.into())),
             }
             for (file, value) in settings {
                 let file = format!("{name}/{file}");
@@ -134,13 +183,12 @@ impl Cgroups {
                 }
             }
         }
-        self.prepared.insert(slot);
         Ok(())
     }
 
-    /// Moves this process into a slot's group.
-    pub fn join(&self, slot: u32) -> Result<(), JailError> {
-        let file = format!("{}/cgroup.procs", group_name(slot));
+    /// Moves this process into a group.
+    pub fn join(&self, place: Place) -> Result<(), JailError> {
+        let file = format!("{}/cgroup.procs", place.name());
         for Group { directory, .. } in &self.groups {
             write(directory, &file, "0").map_err(|error| self.error(&file, error))?;
         }
@@ -185,10 +233,6 @@ fn make(group: &Path) -> io::Result<()> {
         }
     }
     fs::create_dir_all(group)
-}
-
-fn group_name(slot: u32) -> String {
-    format!("vm-{slot}")
 }
 
 fn write(directory: &OwnedFd, file: &str, value: &str) -> io::Result<()> {

@@ -22,8 +22,8 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, setgroups, setresgid, setresuid};
 use seccompiler::BpfProgram;
 
-pub use cgroup::remove as remove_groups;
 use cgroup::{Cgroups, Limits};
+pub use cgroup::{Place, remove as remove_groups};
 
 /// The first user and group, which slot 0 would have: the beginning of a range that nobody else
 /// uses on a system with systemd (its "Users, Groups, UIDs and GIDs").
@@ -165,22 +165,24 @@ impl Jail {
         Ok(seccompiler::apply_filter(&filter::of_zygote()?)?)
     }
 
-    /// In the zygote, before a clone is forked into a slot: makes the slot's control group.
+    /// In the zygote, before a clone is forked into a slot: finds a place in the jail where nobody is,
+    /// also not of those that are `taken` because the slot's former clones have not ended wholly.
     ///
     /// # Errors
     /// [`JailError::Cgroup`].
-    pub fn prepare(&mut self, slot: u32) -> Result<(), JailError> {
-        self.cgroups.prepare(slot)
+    pub fn prepare(&mut self, slot: u32, taken: &[Place]) -> Result<Place, JailError> {
+        self.cgroups.prepare(slot, taken)
     }
 
     /// In the clone: everything but the filter, which would not let [`Jail`] be dropped.
     ///
     /// # Errors
     /// A wall does not stand: this process must end.
-    pub fn enter(self, slot: u32) -> Result<Cell, JailError> {
+    pub fn enter(self, place: Place) -> Result<Cell, JailError> {
         let Self { first_uid, cgroups, ruleset, filter, .. } = self;
         chdir("/").map_err(system("chdir"))?;
-        cgroups.join(slot)?;
+        cgroups.join(place)?;
+        let slot = place.slot();
         let id = first_uid.checked_add(slot).filter(|&id| id < u32::MAX);
         let id = id.ok_or(JailError::NoUser(slot))?;
         let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
