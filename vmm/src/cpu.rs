@@ -1,5 +1,6 @@
 //! The virtual processor: its state at boot, saved, and loaded into a clone.
 
+use std::arch::x86_64::__cpuid;
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
@@ -120,7 +121,13 @@ pub fn save(vcpu: &VcpuFd) -> Result<CpuState, kvm_ioctls::Error> {
 /// registers.
 pub fn load(vcpu: &VcpuFd, cpuid: &CpuId, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
     vcpu.set_cpuid2(cpuid)?;
-    vcpu.set_sregs(&state.sregs)?;
+    let mut sregs = state.sregs;
+    if is_emulated() {
+        // There, ring 3 may use the ports of the I/O bitmap only while the task is not busy, which it
+        // is on each real processor (`helper_check_io` of QEMU's target/i386).
+        sregs.tr.type_ = AVAILABLE_TASK;
+    }
+    vcpu.set_sregs(&sregs)?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
     xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: state.xcr0, ..kvm_xcr::default() };
     vcpu.set_xcrs(&xcrs)?;
@@ -133,6 +140,17 @@ pub fn load(vcpu: &VcpuFd, cpuid: &CpuId, state: &CpuState) -> Result<(), kvm_io
     unsafe { vcpu.set_xsave(&xsave) }?;
     count_as_host(vcpu);
     vcpu.set_regs(&state.regs)
+}
+
+/// Type of the segment of a task that does not run.
+const AVAILABLE_TASK: u8 = 9;
+
+/// Whether this processor is one that QEMU emulates (its leaf of CPUID for hypervisors says so), and
+/// with it the one that KVM offers here.
+pub fn is_emulated() -> bool {
+    let leaf = __cpuid(0x4000_0000);
+    let signature = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes);
+    signature.concat() == b"TCGTCGTCGTCG"
 }
 
 nix::ioctl_write_ptr!(set_device_attr, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);

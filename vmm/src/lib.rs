@@ -21,3 +21,5 @@ pub mod snapshot;
 pub mod template;
 mod timer;
 pub mod zygote;
+
+pub use cpu::is_emulated;
