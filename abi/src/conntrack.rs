@@ -20,7 +20,7 @@
 
 mod search;
 
-pub use self::search::{Aim, Outcome, Purpose, Search, search, step};
+pub use self::search::{Aim, Outcome, Purpose, Search, search, stay, step};
 use crate::drop::Drop;
 use crate::flow::{Direction, FlowState, Timers, tcp};
 use crate::flowlog::What;
@@ -128,13 +128,21 @@ pub trait Tables: Sized {
     /// A program has the kernel repeat: a loop of its own would be verified pass by pass.
     fn probe(&self, search: &mut Search);
 
+    /// Goes on with a search, which [`Tables::search`] gave, at the port that it has, by [`stay`].
+    ///
+    /// Apart from [`Tables::probe`], so that neither needs the stack of both.
+    fn stay(&self, search: &mut Search);
+
     /// A flow.
     fn flow(&self, key: OutKey) -> Option<Self::Flow>;
-    /// Inserts a flow that is not there, and was counted: it begins.
+    /// Inserts a flow that is not there, and was counted: it begins, of which [`Tables::begun`] is
+    /// told later.
     ///
     /// # Errors
     /// If it is there, or there is no room.
     fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused>;
+    /// The flow began that was inserted last.
+    fn begun(&self);
     /// Removes a flow, which the caller ended. Its claim is still there. If it counted among what
     /// its slot holds, it does no more.
     fn remove_flow(&self, key: OutKey, why: What);

@@ -10,7 +10,7 @@ use aya_ebpf::helpers::generated::{
     bpf_get_prandom_u32, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_loop,
 };
 use warren_abi::conntrack::{
-    self, Ports, Purpose, Receiver, Refused, Search, Segment, Tables, Wanted, step,
+    self, Ports, Purpose, Receiver, Refused, Search, Segment, Tables, Wanted, stay, step,
 };
 use warren_abi::drop::Drop;
 use warren_abi::family::Family;
@@ -28,7 +28,7 @@ use crate::flowlog::{warren_flow_begun, warren_flow_ended};
 use crate::limit::{warren_grow, warren_shrink, warren_shrink_ended};
 use crate::maps::{CT_IN, CT_OUT, SCRATCH, daemon_in, services_ifindex, slot_in, timers};
 use crate::parse::Packet;
-use crate::{limit, migration, policy};
+use crate::{limit, migration, policy, stack};
 
 const EEXIST: i32 = -17;
 
@@ -145,6 +145,20 @@ pub extern "C" fn warren_probe() -> u32 {
     unsafe { bpf_loop(MAX_PROBES, probe as *mut c_void, null_mut(), 0) as u32 }
 }
 
+/// The search that this CPU's scratch holds, at the port that it has.
+///
+/// A global function: the verifier looks at it once, not with each of the many ways to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn warren_stay() -> u32 {
+    if let Ok(maps) = Maps::open() {
+        // SAFETY: it is a map value, and nobody else's at this time.
+        let search = unsafe { &mut (*maps.scratch).search };
+        stay(&maps, search);
+    }
+    0
+}
+
 /// What [`warren_turn`] says if another CPU was faster.
 const LOST: u32 = u32::MAX;
 
@@ -245,7 +259,8 @@ impl Maps {
     }
 
     #[inline(always)]
-    fn put_claim(&self, claim: InFlow) -> &InFlow {
+    fn put_claim(&self, mut claim: InFlow) -> &InFlow {
+        claim.received.packets = stack::opaque(claim.received.packets);
         // SAFETY: as above.
         unsafe {
             (*self.scratch).claim = claim;
@@ -371,6 +386,14 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn stay(&self, search: &mut Search) {
+        // As above.
+        black_box(&mut *search);
+        warren_stay();
+        black_box(search);
+    }
+
+    #[inline(always)]
     fn flow(&self, key: OutKey) -> Option<*mut Flow> {
         CT_OUT.get_ptr_mut(self.put_flow_key(key))
     }
@@ -379,9 +402,12 @@ impl Tables for Maps {
     fn insert_flow(&self, key: OutKey, flow: Flow) -> Result<(), Refused> {
         CT_OUT
             .insert(self.put_flow_key(key), self.put_flow(flow), BPF_NOEXIST as u64)
-            .map_err(refused)?;
+            .map_err(refused)
+    }
+
+    #[inline(always)]
+    fn begun(&self) {
         warren_flow_begun();
-        Ok(())
     }
 
     #[inline(always)]

@@ -1,6 +1,7 @@
 //! ICMP errors, translated for the flow of the packet that they embed (RFC 5508, sections 4 to 7).
 
 use core::hint::black_box;
+use core::mem::MaybeUninit;
 use core::ptr::null_mut;
 
 use aya_ebpf::bindings::__sk_buff;
@@ -15,6 +16,7 @@ use warren_abi::wire::{Be16, TCP};
 
 use crate::nat;
 use crate::parse::{IP, Packet, at, l4, pull};
+use crate::stack;
 
 /// Bytes that are summed at once.
 const CHUNK: u32 = 64;
@@ -99,24 +101,26 @@ const TRUNCATED: u32 = 1 << 16;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn warren_sum(skb: *mut __sk_buff, offset: u32, length: u32, sum: u32) -> u32 {
-    let mut chunk = [0u32; CHUNK as usize / 4];
+    let mut room = MaybeUninit::uninit();
+    let chunk = stack::zero(&mut room);
     let (mut sum, mut left, mut offset) = (sum, length, offset);
     let mut index = 0;
     while index < CHUNKS {
         if left < CHUNK {
             break;
         }
-        let Some(more) = sum_up(skb, &mut chunk, offset, CHUNK, sum) else { return TRUNCATED };
+        let Some(more) = sum_up(skb, chunk, offset, CHUNK, sum) else { return TRUNCATED };
         sum = more;
         left -= CHUNK;
         offset += CHUNK;
         index += 1;
     }
-    // The compiler knows that the mask changes nothing; the verifier does not.
-    let left = black_box(left) & (CHUNK - 1);
     if left > 0 {
-        chunk = [0; CHUNK as usize / 4];
-        let Some(more) = sum_up(skb, &mut chunk, offset, left, sum) else { return TRUNCATED };
+        // The compiler knows that this changes nothing; the verifier does not. Before Linux 6.8, nor
+        // does it learn from the comparison that there is a byte at least.
+        let left = (black_box(left - 1) & (CHUNK - 1)) + 1;
+        let chunk = stack::zero(&mut room);
+        let Some(more) = sum_up(skb, chunk, offset, left, sum) else { return TRUNCATED };
         sum = more;
     }
     fold(sum) as u32
@@ -127,15 +131,15 @@ pub extern "C" fn warren_sum(skb: *mut __sk_buff, offset: u32, length: u32, sum:
 #[inline(always)]
 fn sum_up(
     skb: *mut __sk_buff,
-    chunk: &mut [u32; CHUNK as usize / 4],
+    chunk: &mut [u64; CHUNK as usize / 8],
     offset: u32,
     length: u32,
     sum: u32,
 ) -> Option<u32> {
-    let buffer = chunk.as_mut_ptr();
+    let buffer = chunk.as_mut_ptr().cast();
     // SAFETY: the buffer has room for a chunk, and is initialised.
     unsafe {
-        if bpf_skb_load_bytes(skb.cast(), offset, buffer.cast(), length) != 0 {
+        if bpf_skb_load_bytes(skb.cast(), offset, chunk.as_mut_ptr().cast(), length) != 0 {
             return None;
         }
         Some(bpf_csum_diff(null_mut(), 0, buffer, CHUNK, sum) as u32)

@@ -44,6 +44,7 @@ mod policy;
 mod public;
 mod route;
 mod services;
+mod stack;
 mod sweep;
 mod tail;
 mod tap;

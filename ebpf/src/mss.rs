@@ -2,6 +2,7 @@
 //! tunnel.
 
 use core::hint::black_box;
+use core::mem::MaybeUninit;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_store_bytes};
@@ -14,6 +15,7 @@ use warren_abi::wire::Be16;
 
 use crate::maps::End;
 use crate::parse::{IP, Packet, l4};
+use crate::stack;
 
 /// Length of a TCP header without options.
 const TCP_HEADER: usize = 20;
@@ -39,14 +41,18 @@ pub fn clamp<F: Family>(ctx: &TcContext, packet: &Packet<F>) -> Result<(), Drop>
 #[inline(never)]
 pub extern "C" fn warren_clamp(skb: *mut __sk_buff, header: u32, length: u32) -> u32 {
     let ctx = TcContext::new(skb);
-    // The compiler knows that the mask changes nothing; the verifier does not.
-    let length = black_box(length) & (OPTIONS_ROOM as u32 - 1);
     if length == 0 {
         return 0;
     }
+    // The compiler knows that this changes nothing; the verifier does not. Before Linux 6.8, nor does
+    // it learn from the comparison that there is a byte at least.
+    let length = (black_box(length - 1) & (OPTIONS_ROOM as u32 - 1)) + 1;
     let options = header as usize + TCP_HEADER;
-    let mut bytes = [0u8; OPTIONS_ROOM];
-    // SAFETY: the buffer has room for as many bytes as the mask allows.
+    let mut words = MaybeUninit::<[u64; OPTIONS_ROOM / 8]>::uninit();
+    let words: *mut [u8; OPTIONS_ROOM] = (&raw mut *stack::zero(&mut words)).cast();
+    // SAFETY: they are as many bytes, and nobody else's.
+    let bytes = unsafe { &mut *words };
+    // SAFETY: the buffer has room for as many bytes as the mask and 1 allow.
     let loaded = unsafe {
         bpf_skb_load_bytes(skb.cast(), options as u32, bytes.as_mut_ptr().cast(), length)
     };
@@ -55,7 +61,7 @@ pub extern "C" fn warren_clamp(skb: *mut __sk_buff, header: u32, length: u32) ->
     }
     let mtu = End::inner_mtu() as u16;
     let new = Be16::new(of_mtu(mtu, (header - IP as u32) as u16));
-    let Some(Mss { at, value: old }) = find(&bytes, length as usize) else {
+    let Some(Mss { at, value: old }) = find(bytes, length as usize) else {
         return 0;
     };
     if old.get() <= new.get() {

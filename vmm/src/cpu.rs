@@ -1,6 +1,8 @@
 //! The virtual processor: its state at boot, saved, and loaded into a clone.
 
+use std::arch::x86_64::__cpuid;
 use std::os::fd::AsRawFd;
+use std::sync::LazyLock;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr,
@@ -116,10 +118,16 @@ pub fn save(vcpu: &VcpuFd) -> Result<CpuState, kvm_ioctls::Error> {
     })
 }
 
-/// Loads a state into a processor that was described (`KVM_SET_CPUID2`). The order matters: modes, then what they enable, then the
-/// registers.
+/// Loads a state into a processor that was described (`KVM_SET_CPUID2`). The order matters: modes,
+/// then what they enable, then the registers.
 pub fn load(vcpu: &VcpuFd, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
-    vcpu.set_sregs(&state.sregs)?;
+    let mut sregs = state.sregs;
+    if is_emulated() {
+        // There, ring 3 may use the ports of the I/O bitmap only while the task is not busy, which it
+        // is on each real processor (`helper_check_io` of QEMU's target/i386).
+        sregs.tr.type_ = AVAILABLE_TASK;
+    }
+    vcpu.set_sregs(&sregs)?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
     xcrs.xcrs[0] = kvm_xcr { xcr: 0, value: state.xcr0, ..kvm_xcr::default() };
     vcpu.set_xcrs(&xcrs)?;
@@ -132,6 +140,21 @@ pub fn load(vcpu: &VcpuFd, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
     unsafe { vcpu.set_xsave(&xsave) }?;
     count_as_host(vcpu);
     vcpu.set_regs(&state.regs)
+}
+
+/// Type of the segment of a task that does not run.
+const AVAILABLE_TASK: u8 = 9;
+
+/// Whether this processor is one that QEMU emulates (its leaf of CPUID for hypervisors says so), and
+/// with it the one that KVM offers here. Asked once, since a virtual machine's CPUID takes
+/// microseconds: clones have their zygote's answer.
+pub fn is_emulated() -> bool {
+    static EMULATED: LazyLock<bool> = LazyLock::new(|| {
+        let leaf = __cpuid(0x4000_0000);
+        let signature = [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes);
+        signature.concat() == b"TCGTCGTCGTCG"
+    });
+    *EMULATED
 }
 
 nix::ioctl_write_ptr!(set_device_attr, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);

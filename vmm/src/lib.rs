@@ -25,3 +25,5 @@ pub mod snapshot;
 pub mod template;
 mod timer;
 pub mod zygote;
+
+pub use cpu::is_emulated;

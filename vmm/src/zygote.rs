@@ -20,6 +20,7 @@ use crate::clock::monotonic_ns;
 use crate::control::{
     EndReason, MESSAGE_MAX, Tier, Timeline, ZygoteReply, ZygoteRequest, decode, encode, socket_path,
 };
+use crate::cpu;
 use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
@@ -117,6 +118,7 @@ impl Zygote {
     fn new(options: &Options, control: OwnedFd) -> Result<Self, (OwnedFd, ZygoteError)> {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
+            cpu::is_emulated();
             let Template { header, memory, memory_bytes } =
                 template::load(&options.template).map_err(TemplateError::from)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)

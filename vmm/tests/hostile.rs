@@ -80,6 +80,10 @@ async fn each_exception_is_reported_with_vector_and_address() {
         ("simd", &[19], None),
     ];
     for (slot, (kind, vectors, at)) in (1..).zip(cases) {
+        // QEMU's processor does not raise these.
+        if ["alignment", "simd"].contains(&kind) && warren_vmm::is_emulated() {
+            continue;
+        }
         let mut microvm = host.running(slot).await;
         let reason = commit(&host, &mut microvm, &format!("fault {kind}")).await;
         let Some(EndReason::Exception { vector, error_code, rip, address }) = reason else {

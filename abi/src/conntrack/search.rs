@@ -39,7 +39,9 @@ pub fn search<T: Tables>(
         Purpose::Begin => begin(tables, search, port),
         Purpose::Join => join(tables, search, port),
     };
-    if search.outcome != Outcome::Begun {
+    if search.outcome == Outcome::Begun {
+        tables.begun();
+    } else {
         // Not at all, or another CPU was faster.
         tables.shrink(search.wanted.number, &search.wanted.key);
     }
@@ -58,7 +60,11 @@ fn begin<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<
             _ => Aim::Oldest,
         };
         round += 1;
-        tables.probe(search);
+        if search.aim == Aim::Take {
+            tables.stay(search);
+        } else {
+            tables.probe(search);
+        }
         match search.outcome {
             Outcome::Begun => {
                 *port = search.port;
@@ -94,7 +100,7 @@ fn meet<T: Tables>(tables: &T, search: &Search, port: &mut Be16) -> Result<(), D
 #[inline(always)]
 fn join<T: Tables>(tables: &T, search: &mut Search, port: &mut Be16) -> Result<(), Drop> {
     (search.aim, search.port) = (Aim::Join, *port);
-    tables.probe(search);
+    tables.stay(search);
     match search.outcome {
         // If it was lost, then to a packet of the same flow, which has the same port.
         Outcome::Begun | Outcome::Lost => Ok(()),
@@ -152,47 +158,51 @@ impl Search {
     }
 }
 
-/// One step of a search: whether there is no need for more.
+/// One step of a search among all ports: whether there is no need for more.
 #[inline(always)]
 pub fn step<T: Tables>(tables: &T, search: &mut Search, probe: u32) -> bool {
     let Wanted { ports: Ports { base, count }, random, now, .. } = search.wanted;
-    let aim = search.aim;
-    let port = match (aim, NonZeroU32::new(count)) {
-        (Aim::Take | Aim::Join, _) => search.port,
-        (_, Some(count)) => Be16::new(probe_port(base, count, random, probe)),
-        (_, None) => {
-            search.outcome = Outcome::Nothing;
-            return true;
-        }
+    let Some(count) = NonZeroU32::new(count) else {
+        search.outcome = Outcome::Nothing;
+        return true;
     };
-    if aim == Aim::Free || aim == Aim::Join {
+    let port = Be16::new(probe_port(base, count, random, probe));
+    if search.aim == Aim::Free {
         search.port = port;
         attempt(tables, search);
-        if search.outcome != Outcome::Taken || aim == Aim::Free {
-            return search.outcome != Outcome::Taken;
-        }
-        if is_claimed_by(tables, &search.wanted, port) {
-            // Another CPU is just beginning this very flow.
-            search.outcome = Outcome::Lost;
-            return true;
-        }
+        return search.outcome != Outcome::Taken;
     }
     if probe == 0 {
-        search.outcome = if aim == Aim::Oldest { Outcome::Nothing } else { Outcome::Taken };
+        search.outcome = Outcome::Nothing;
     }
-    let Some(over) = over(tables, &search.wanted, port, tables.timers()) else {
-        return aim != Aim::Oldest;
-    };
-    if aim != Aim::Oldest {
-        take(tables, search, &over);
-        return true;
-    }
-    // Of two alike, the guest's own: its time stamps go on where they were (RFC 6191).
-    let rank = over.state.idle(now).saturating_mul(2).saturating_add(1 + over.is_own as u32);
-    if rank > search.longest {
-        (search.longest, search.port, search.outcome) = (rank, port, Outcome::Found);
+    if let Some(over) = over(tables, &search.wanted, port, tables.timers()) {
+        // Of two alike, the guest's own: its time stamps go on where they were (RFC 6191).
+        let rank = over.state.idle(now).saturating_mul(2).saturating_add(1 + over.is_own as u32);
+        if rank > search.longest {
+            (search.longest, search.port, search.outcome) = (rank, port, Outcome::Found);
+        }
     }
     false
+}
+
+/// A search at the one port that it has: to take it, or to join its mapping.
+#[inline(always)]
+pub fn stay<T: Tables>(tables: &T, search: &mut Search) {
+    if search.aim == Aim::Join {
+        attempt(tables, search);
+        if search.outcome != Outcome::Taken {
+            return;
+        }
+        if is_claimed_by(tables, &search.wanted, search.port) {
+            // Another CPU is just beginning this very flow.
+            search.outcome = Outcome::Lost;
+            return;
+        }
+    }
+    search.outcome = Outcome::Taken;
+    if let Some(over) = over(tables, &search.wanted, search.port, tables.timers()) {
+        take(tables, search, &over);
+    }
 }
 
 /// Whether the port is claimed by the wanted flow itself.

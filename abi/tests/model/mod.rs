@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use warren_abi::conntrack::{Ports, Refused, Search, Segment, Tables, end, step};
+use warren_abi::conntrack::{Ports, Refused, Search, Segment, Tables, end, stay, step};
 use warren_abi::drop::Drop;
 use warren_abi::flow::{Direction, FlowState, Timers};
 use warren_abi::flowlog::What;
@@ -149,6 +149,9 @@ impl Tables for Plain {
             }
         }
     }
+    fn stay(&self, search: &mut Search) {
+        stay(self, search);
+    }
     fn flow(&self, key: OutKey) -> Option<usize> {
         self.lock().flows.get(&flow_id(&key)).copied()
     }
@@ -161,6 +164,7 @@ impl Tables for Plain {
         memory.flows.insert(flow_id(&key), index);
         Ok(())
     }
+    fn begun(&self) {}
     fn remove_flow(&self, key: OutKey, why: What) {
         let memory = &mut *self.lock();
         if memory.flow_slots[memory.flows[&flow_id(&key)]].1.state.is_counted() {

@@ -15,11 +15,15 @@ use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMe
 use rtnetlink::packet_route::link::{
     InfoKind, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
+use rtnetlink::packet_route::tc::{
+    TcAttribute, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption,
+};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 use warren_abi::maps::Traffic;
 use warren_abi::wire::VXLAN_PORT;
 
+use super::filter::Filter;
 use super::{Carried, Error};
 
 /// The group that interfaces are put into to be removed together: a number that is no one else's.
@@ -108,6 +112,29 @@ impl Netlink {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
             Err(source) => Err(Error::system("look up", index, source)),
         }
+    }
+
+    /// The number of a filter's program, if it is there.
+    pub fn filter_program(&mut self, filter: Filter) -> Result<Option<u32>, Error> {
+        let minor = if filter.is_egress { TcHandle::MIN_EGRESS } else { TcHandle::MIN_INGRESS };
+        let parent = TcHandle { minor, ..TcHandle::CLSACT };
+        let mut request = TcMessage::default();
+        let index = filter.interface as i32;
+        request.header = TcHeader { index, parent, ..TcHeader::default() };
+        let answers = match self.request(RouteNetlinkMessage::GetTrafficFilter(request), NLM_F_DUMP)
+        {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
+            answers => answers.map_err(|source| Error::system("look up", filter, source))?,
+        };
+        // The upper half of `tcm_info` is the priority (`linux/rtnetlink.h`).
+        Ok(answers.into_iter().find_map(|answer| match answer {
+            RouteNetlinkMessage::NewTrafficFilter(found)
+                if found.header.info >> 16 == u32::from(filter.priority) =>
+            {
+                filter_program(found)
+            }
+            _ => None,
+        }))
     }
 
     /// What a TAP carried, by its index.
@@ -306,6 +333,17 @@ fn host_address(interface: &Interface, address: IpAddr) -> AddressMessage {
             AddressMessageBuilder::<Ipv6Addr>::new().index(index).address(address, 128).build()
         }
     }
+}
+
+fn filter_program(filter: TcMessage) -> Option<u32> {
+    let options = filter.attributes.into_iter().filter_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    });
+    options.flatten().find_map(|option| match option {
+        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(id),
+        _ => None,
+    })
 }
 
 /// What a TAP receives, its guest sent.

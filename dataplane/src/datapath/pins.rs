@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
-use super::Error;
+use super::{Error, hook};
 
 /// The directory of pins.
 pub(super) struct Pins {
@@ -51,16 +51,12 @@ impl Pins {
 
     /// Unpins a link: its program is detached. No error if there is none.
     pub fn remove_link(&self, name: &str) -> Result<(), Error> {
-        remove(&self.links().join(name))
+        hook::remove(&self.links().join(name))
     }
 
     /// Gives a link another name, if there is such a link.
     pub fn rename_link(&self, from: &str, to: &str) -> Result<(), Error> {
-        let (from, to) = (self.links().join(from), self.links().join(to));
-        match fs::rename(&from, to) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            result => result.map_err(|source| Error::system("rename pin", from.display(), source)),
-        }
+        hook::rename(&self.links().join(from), &self.links().join(to))
     }
 
     /// Unpins everything under `directory` and removes it; no error if there is nothing.
@@ -68,7 +64,7 @@ impl Pins {
         let pins = Self { directory: directory.to_owned() };
         for path in [pins.links(), pins.maps()] {
             for name in entries(&path)? {
-                remove(&path.join(name))?;
+                hook::remove(&path.join(name))?;
             }
             remove_directory(&path)?;
         }
@@ -85,14 +81,6 @@ fn entries(path: &Path) -> Result<Vec<String>, Error> {
     entries
         .map(|entry| Ok(entry.map_err(error)?.file_name().to_string_lossy().into_owned()))
         .collect()
-}
-
-/// Unpins; no error if there is no such pin.
-pub(super) fn remove(path: &Path) -> Result<(), Error> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        result => result.map_err(|source| Error::system("unpin", path.display(), source)),
-    }
 }
 
 /// A directory that holds something else, or is a mount point, stays.

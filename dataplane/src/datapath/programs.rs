@@ -1,29 +1,21 @@
 //! Loading the programs over their pinned maps, and putting them at their hooks.
 
-use std::fs;
-use std::io::{self, ErrorKind};
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::thread::available_parallelism;
-use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData, MapError, MapInfo, ProgramArray};
-use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::tc::{SchedClassifierLink, TcAttachOptions};
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
 use warren_abi::flow::Timers;
 use warren_abi::maps::{Underlay, names, tails};
 
-use super::pins::{self, Pins};
+use super::hook::{self, Hook};
+use super::pins::Pins;
 use super::undo::Undo;
 use super::{Error, join, migrate, tables, verdicts};
 use crate::clock::monotonic_ns;
-
-/// A link whose pin was removed is detached by the kernel some time later; until then its program
-/// cannot be attached to the same interface again.
-const DETACH_PATIENCE: Duration = Duration::from_secs(1);
 
 /// While a former version's program is at a hook as well, the new one's link has this at the end of
 /// its pin's name.
@@ -196,15 +188,12 @@ impl Programs {
         // Maps first: as long as there is one of a former layout, its programs are needed.
         for name in self.pins.map_names()? {
             if !self.maps.contains(&name) {
-                pins::remove(&self.pins.maps().join(name))?;
+                hook::remove(&self.pins.maps().join(name))?;
             }
         }
         for name in self.pins.link_names()? {
             let Some(former) = name.strip_suffix(NEW) else { continue };
-            let links = self.pins.links();
-            let (from, to) = (links.join(&name), links.join(former));
-            fs::rename(&from, &to)
-                .map_err(|source| Error::system("rename pin", from.display(), source))?;
+            self.pins.rename_link(&name, former)?;
         }
         Ok(())
     }
@@ -253,7 +242,7 @@ impl Programs {
     /// The same at either hook.
     pub fn attach_at(
         &mut self,
-        hook: TcAttachType,
+        at: TcAttachType,
         program: &'static str,
         link: &str,
         interface: &str,
@@ -266,60 +255,22 @@ impl Programs {
         if self.migrating {
             self.undo.pin(path.clone());
         }
-        let error = |source| Error::program("attach a program to", interface, source);
-        let migrating = self.migrating;
-        let program = self.program(program)?;
-        let deadline = Instant::now() + DETACH_PATIENCE;
-        let attached = loop {
-            // In front of a former version's.
-            let order = if migrating { LinkOrder::first() } else { LinkOrder::default() };
-            let options = TcAttachOptions::TcxOrder(order);
-            match program.attach_with_options(interface, hook, options) {
-                Err(ProgramError::SyscallError(exists))
-                    if exists.io_error.kind() == ErrorKind::AlreadyExists
-                        && Instant::now() < deadline =>
-                {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                attached => break attached,
-            }
-        };
-        let attached = attached.and_then(|id| program.take_link(id)).map_err(error)?;
-        let pin = |source| Error::system("pin", path.display(), source);
-        let attached =
-            FdLink::try_from(attached).map_err(|source| pin(io::Error::other(source)))?;
-        attached.pin(&path).map(drop).map_err(|source| pin(io::Error::other(source)))
+        // In front of a former version's.
+        let in_front = self.migrating;
+        hook::attach(self.program(program)?, &path, interface, at, in_front)
     }
 
-    /// Replaces the program of a pinned link. False if there is no such link, or its interface is
-    /// gone.
+    /// Replaces the program of a pinned hook. False if there is no such pin, or its interface is gone.
     pub fn replace(&mut self, program: &'static str, link: &str) -> Result<bool, Error> {
         let path = self.pins.links().join(link);
-        let link = |source| Error::system("open pin", path.display(), io::Error::other(source));
-        let error = |source| Error::program("replace the program of", path.display(), source);
-        let pinned = match PinnedLink::from_pin(&path) {
-            Ok(pinned) => pinned,
-            Err(LinkError::SyscallError(missing))
-                if missing.io_error.kind() == ErrorKind::NotFound =>
-            {
-                return Ok(false);
-            }
-            Err(source) => return Err(link(source)),
-        };
-        let pinned = SchedClassifierLink::try_from(FdLink::from(pinned)).map_err(link)?;
-        self.undo.hook(&path, (&pinned).try_into().map_err(link)?)?;
+        let Some(hook) = Hook::open(&path)? else { return Ok(false) };
+        self.undo.hook(&path, &hook)?;
         let program = self.program(program)?;
-        match program.attach_to_link(pinned).and_then(|id| program.take_link(id)) {
-            // The link's descriptor is closed here; the pin holds the link.
-            Ok(_) => Ok(true),
-            Err(ProgramError::SyscallError(dead))
-                if dead.io_error.raw_os_error() == Some(libc::ENOLINK) =>
-            {
-                pins::remove(&path)?;
-                Ok(false)
-            }
-            Err(source) => Err(error(source)),
+        let replaced = hook.replace(program, &path)?;
+        if !replaced {
+            hook::remove(&path)?;
         }
+        Ok(replaced)
     }
 }
 

@@ -2,20 +2,17 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
-use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::tc::SchedClassifierLink;
 use aya::programs::{SchedClassifier, loaded_programs};
 
 use super::Error;
+use super::hook::{self, Hook};
 
 /// Puts back, when it is dropped, what was changed; unless [`Undo::keep`] said that all went well.
 #[derive(Default)]
 pub(super) struct Undo {
-    /// Pinned links whose program was replaced, and the number of the one that was there.
+    /// Pinned hooks whose program was replaced, and the number of the one that was there.
     hooks: Vec<(PathBuf, u32)>,
     /// Those programs: the kernel would otherwise forget one when its last hook gets another.
     former: HashMap<u32, SchedClassifier>,
@@ -33,16 +30,13 @@ impl Undo {
         }
     }
 
-    /// Remembers the program of a pinned link that is about to get another.
-    pub fn hook(&mut self, path: &Path, link: &FdLink) -> Result<(), Error> {
+    /// Remembers the program of a pinned hook that is about to get another.
+    pub fn hook(&mut self, path: &Path, hook: &Hook) -> Result<(), Error> {
         if self.is_over {
             return Ok(());
         }
         let error = |source| Error::program("look up the program of", path.display(), source);
-        let info = link.info().map_err(|source| {
-            Error::system("look up link", path.display(), io::Error::other(source))
-        })?;
-        let id = info.program_id();
+        let Some(id) = hook.program_id()? else { return Ok(()) };
         if let Entry::Vacant(entry) = self.former.entry(id) {
             let program = loaded_programs()
                 .find(|program| program.as_ref().is_ok_and(|program| program.id() == id));
@@ -67,9 +61,9 @@ impl Undo {
 
     fn put_back(&mut self, path: &Path, id: u32) -> Result<(), Box<dyn std::error::Error>> {
         let Some(program) = self.former.get_mut(&id) else { return Ok(()) };
-        let link = SchedClassifierLink::try_from(FdLink::from(PinnedLink::from_pin(path)?))?;
-        let link = program.attach_to_link(link)?;
-        program.take_link(link)?;
+        if let Some(hook) = Hook::open(path)? {
+            hook.replace(program, path)?;
+        }
         Ok(())
     }
 }
@@ -82,11 +76,8 @@ impl Drop for Undo {
             }
         }
         for path in std::mem::take(&mut self.pins) {
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::error!("cannot unpin {}: {error}", path.display());
-                }
-                _ => {}
+            if let Err(error) = hook::remove(&path) {
+                tracing::error!("{error}");
             }
         }
     }

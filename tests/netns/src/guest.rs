@@ -26,8 +26,8 @@ nix::ioctl_write_ptr_bad!(
 /// `struct virtio_net_hdr_mrg_rxbuf`, the header of a slot's TAP, in bytes.
 pub const VNET_HEADER: usize = 12;
 
-/// Frames that a guest may have sent and that are not yet on their way.
-const QUEUE: u32 = 1 << 16;
+/// Frames that a guest may have sent and that are not yet on their way: as many as each kernel takes.
+const QUEUE: u32 = (1 << 15) - 1;
 
 /// A namespace whose `eth0` is wired to a slot.
 #[derive(Debug)]

@@ -94,14 +94,18 @@ impl Programs {
         loader.map_max_entries(names::DATAGRAMS, DATAGRAMS);
         loader.map_max_entries(names::INTERFACES, 3);
         let mut ebpf = loader.load(&object).expect("the object can be loaded");
+        let mut refused = String::new();
         for name in programs::OF_HOST.into_iter().chain(programs::OF_PROXY) {
             let program = program(&mut ebpf, name);
             if program.fd().is_ok() {
                 // Both have it.
                 continue;
             }
-            program.load().unwrap_or_else(|error| panic!("{name}: {error}"));
+            if let Err(error) = program.load() {
+                refused += &format!("{name}: {}\n", outline(&error.to_string()));
+            }
         }
+        assert!(refused.is_empty(), "the kernel refuses programs:\n{refused}");
         let map = ebpf.take_map(names::TAILS).expect("the map is there");
         let mut map = ProgramArray::try_from(map).expect("it is of programs");
         for (place, name) in tails::ALL {
@@ -222,4 +226,16 @@ fn guest_address_abi() -> Ipv4 {
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> &'a mut SchedClassifier {
     let program = ebpf.program_mut(name).unwrap_or_else(|| panic!("{name} is missing"));
     program.try_into().expect("it is of tc")
+}
+
+/// The beginning and the end of a text, which may be a verifier's of many thousand lines.
+fn outline(text: &str) -> String {
+    const END: usize = 5;
+    let lines: Vec<_> = text.lines().collect();
+    match lines.split_first() {
+        Some((first, rest)) if rest.len() > END => {
+            format!("{first}\n...\n{}", rest[rest.len() - END..].join("\n"))
+        }
+        _ => text.to_owned(),
+    }
 }
