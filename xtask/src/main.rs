@@ -3,6 +3,7 @@
 mod build;
 mod command;
 mod fuzz;
+mod lab;
 mod leftovers;
 mod run;
 mod setup;
@@ -10,7 +11,7 @@ mod setup;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Sets up, builds, shows, tests and measures Warren")]
@@ -57,6 +58,19 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+    /// Set up, build, and run tests inside emulated machines: ordinary KVM, Debian's kernels
+    Lab {
+        /// Which check, whole; without one, all in their short form
+        name: Option<String>,
+        /// Under which kernel only
+        #[arg(long, value_name = "VERSION")]
+        kernel: Option<String>,
+        /// All checks, whole
+        #[arg(long, conflicts_with = "name")]
+        all: bool,
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
+    },
     /// Check formatting and lints
     Lint,
     /// Set up, build, and run a benchmark
@@ -69,6 +83,14 @@ enum Task {
     },
 }
 
+/// For whom results are printed.
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Output {
+    #[default]
+    Text,
+    Json,
+}
+
 fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::Setup => setup::all(),
@@ -77,6 +99,9 @@ fn main() -> Result<()> {
         Task::Test { filter } => run::test(filter),
         Task::Chaos { seed, minutes } => run::chaos(seed, minutes),
         Task::Fuzz { target, seconds } => fuzz::run(target, seconds),
+        Task::Lab { name, kernel, all, output } => {
+            run::lab(&lab::Selection { check: name, kernel, all, json: output == Output::Json })
+        }
         Task::Lint => run::lint(),
         Task::Bench { name, json } => run::bench(name, json),
     }

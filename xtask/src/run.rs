@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, results, root};
 use crate::command::{run, step};
-use crate::{leftovers, setup};
+use crate::{lab, leftovers, setup};
 
 fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
     if let Some(file) = json {
@@ -56,6 +56,13 @@ pub fn test(filter: Option<String>) -> Result<()> {
         bail!("the tests left something behind:\n{}", new.join("\n"));
     }
     Ok(())
+}
+
+/// `cargo xtask lab`.
+pub fn lab(selection: &lab::Selection) -> Result<()> {
+    setup::all()?;
+    build::all(false)?;
+    lab::run(selection)
 }
 
 /// `cargo xtask chaos`.

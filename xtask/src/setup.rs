@@ -32,6 +32,13 @@ const PACKAGES: &[(&str, &str)] = &[
     ("bind9-dnsutils", "a guest's DNS client: dig"),
     ("keepalived", "gateways that the benchmark of dying proxies compares with"),
     ("nmap", "what a guest can reach"),
+    ("qemu-system-x86", "the lab's machines"),
+    ("busybox-static", "what runs first in them"),
+    ("cpio", "what they boot from"),
+    ("kmod", "their kernels' modules"),
+    ("xz-utils", "unpacks those"),
+    ("binutils", "strips the tests that run there"),
+    ("debian-archive-keyring", "whose kernels they are"),
 ];
 
 /// Installs what is missing. Where it may not, it lists the commands and fails.

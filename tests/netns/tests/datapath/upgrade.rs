@@ -2,6 +2,7 @@
 
 use std::net::UdpSocket;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,7 +12,7 @@ use aya::programs::links::{FdLink, LinkType, PinnedLink};
 use aya::programs::tc::TcAttachOptions;
 use aya::programs::{LinkOrder, SchedClassifier, TcAttachType};
 use aya::{Ebpf, EbpfLoader};
-use nix::net::if_::if_nametoindex;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 use warren_abi::maps::{names, programs};
 use warren_dataplane::datapath::{Error, HostDatapath, HostOptions};
 use warren_netns::netns::Namespace;
@@ -155,12 +156,35 @@ fn hooks(bed: &Bed) -> Vec<u32> {
     let mut names = vec!["tunnel".to_owned()];
     names.extend((1..=SLOTS).map(|slot| format!("tap-{slot}")));
     let ids = names.iter().filter_map(|name| {
-        let link = FdLink::from(PinnedLink::from_pin(links.join(name)).ok()?);
+        let pin = links.join(name);
+        if let Ok(filter) = std::fs::read_link(&pin) {
+            return Some(program_of(&bed.topology.host, filter.to_str()?));
+        }
+        let link = FdLink::from(PinnedLink::from_pin(pin).ok()?);
         let info = link.info().ok()?;
         // What is in the way of one is none.
         (info.link_type().ok()? == LinkType::Tcx).then(|| info.program_id())
     });
     ids.collect()
+}
+
+/// The number of the program of a filter, which a kernel without tcx has: `clsact INTERFACE ingress
+/// PRIORITY`.
+fn program_of(host: &Namespace, filter: &str) -> u32 {
+    let words: Vec<_> = filter.split(' ').collect();
+    let ["clsact", index, hook, priority] = words[..] else { panic!("{filter}") };
+    let index: u32 = index.parse().expect("it is an index");
+    let output = host.run(|| {
+        let interface = if_indextoname(index).expect("it is there");
+        let interface = interface.to_str().expect("it is ASCII").to_owned();
+        Command::new("tc").args(["filter", "show", "dev", &interface, hook]).output()
+    });
+    // A filter's line: ... pref PRIORITY bpf chain 0 handle 0x1 tap direct-action ... id NUMBER ...
+    let text = String::from_utf8(output.expect("tc runs").stdout).expect("it is ASCII");
+    let is_it = |line: &&str| line.contains(&format!(" pref {priority} ")) && line.contains(" id ");
+    let line = text.lines().find(is_it).unwrap_or_else(|| panic!("{filter}: {text}"));
+    let id = line.split(" id ").nth(1).and_then(|rest| rest.split(' ').next());
+    id.and_then(|id| id.parse().ok()).unwrap_or_else(|| panic!("{line}"))
 }
 
 fn try_open(bed: &Bed, options: &HostOptions) -> Result<HostDatapath, Error> {

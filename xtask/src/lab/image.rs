@@ -1,0 +1,110 @@
+//! What a machine of the lab finds in its memory when it boots: two archives, one behind the other,
+//! that the kernel unpacks. The first has the programs, the second what differs between kernels.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::kernels::{Files, remove};
+use crate::build::{results, root};
+use crate::command::{output, run};
+
+/// Modules that tests need; the kernel could not load them by itself.
+const MODULES: [&str; 7] = ["kvm-amd", "tun", "vxlan", "veth", "bridge", "sch_ingress", "cls_bpf"];
+
+/// Results of the build that tests look for beside themselves.
+const RESULTS: [&str; 4] =
+    ["warren-vmm", "warren-guest.elf", "warren-guest-hostile.elf", "warren-ebpf.o"];
+
+/// Programs of this machine that tests start.
+const PROGRAMS: [&str; 2] = ["ip", "tc"];
+
+/// Archives the programs, each where it lies on this machine: tests have paths in them.
+pub fn of_programs(folder: &Path, tests: impl Iterator<Item = PathBuf>) -> Result<PathBuf> {
+    let stage = folder.join("programs");
+    remove(&stage)?;
+    for name in ["dev", "proc", "sys", "tmp", "bin", "lab"] {
+        fs::create_dir_all(stage.join(name))?;
+    }
+    fs::copy("/bin/busybox", stage.join("bin/busybox")).context("package busybox-static")?;
+    fs::copy(root().join("tests/lab/init"), stage.join("init"))?;
+    fs::set_permissions(stage.join("init"), Permissions::from_mode(0o755))?;
+    let programs = PROGRAMS.iter().map(|name| on_path(name)).collect::<Result<Vec<_>>>()?;
+    let mut libraries = BTreeSet::new();
+    for path in RESULTS.map(|name| results().join(name)).into_iter().chain(programs).chain(tests) {
+        let to = inside(&stage, &path)?;
+        if path.extension().is_some() {
+            // The kernel's and guests', which are read as files.
+            fs::copy(&path, &to).with_context(|| format!("no {}", path.display()))?;
+            continue;
+        }
+        // What is for debuggers is most of it.
+        run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(&path))?;
+        let listed = output(Command::new("ldd").arg(&path))?;
+        let paths = listed.split_whitespace().filter(|word| word.starts_with('/'));
+        libraries.extend(paths.map(PathBuf::from));
+    }
+    for path in libraries {
+        fs::copy(&path, inside(&stage, &path)?)?;
+    }
+    let archive = folder.join("programs.cpio");
+    pack(&stage, &archive)?;
+    Ok(archive)
+}
+
+/// Archives a kernel's modules and the list of checks, behind the programs.
+pub fn of_kernel(folder: &Path, programs: &Path, kernel: &Files, checks: &str) -> Result<PathBuf> {
+    let stage = folder.join("image");
+    remove(&stage)?;
+    let modules = stage.join("lab/modules");
+    fs::create_dir_all(&modules)?;
+    let mut list = String::new();
+    for path in kernel.modules(&MODULES)? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(name) = name.strip_suffix(".xz") {
+            let module = File::create(modules.join(name))?;
+            run(Command::new("xz").args(["--decompress", "--stdout"]).arg(&path).stdout(module))?;
+            list += &format!("{name}\n");
+        } else {
+            fs::copy(&path, modules.join(&name))?;
+            list += &format!("{name}\n");
+        }
+    }
+    fs::write(stage.join("lab/modules.list"), list)?;
+    fs::write(stage.join("lab/checks.list"), checks)?;
+    let own = folder.join("own.cpio");
+    pack(&stage, &own)?;
+    let image = folder.join("initrd");
+    let mut file = File::create(&image)?;
+    for part in [programs, &own] {
+        io::copy(&mut File::open(part)?, &mut file)?;
+    }
+    Ok(image)
+}
+
+/// The place of a path in the archive, whose folder is made.
+fn inside(stage: &Path, path: &Path) -> Result<PathBuf> {
+    let path = stage.join(path.strip_prefix("/").unwrap_or(path));
+    fs::create_dir_all(path.parent().unwrap_or(stage))?;
+    Ok(path)
+}
+
+fn pack(stage: &Path, archive: &Path) -> Result<()> {
+    let script = "find . | cpio --quiet --create --format newc";
+    let file = File::create(archive)?;
+    run(Command::new("sh").args(["-c", script]).current_dir(stage).stdout(file))
+}
+
+/// Where a program is.
+fn on_path(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("there is no {name}: run `cargo xtask setup`"))
+}

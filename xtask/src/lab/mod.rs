@@ -1,0 +1,163 @@
+//! `cargo xtask lab`: tests inside machines that qemu emulates, with Debian's kernels and a KVM like
+//! that of any server.
+//!
+//! What `/dev/kvm` is on the machine of a developer, and which kernel that has, is chance. Here is
+//! ordinary KVM, with real SVM semantics, and a kernel without and one with tcx. It is slow: times
+//! in the lab mean nothing.
+
+mod checks;
+mod image;
+mod kernels;
+mod machine;
+mod report;
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use self::checks::{CHECKS, Check};
+use self::kernels::{KERNELS, Kernel};
+use self::machine::{Event, Machine};
+use self::report::{CheckReport, KernelReport};
+use crate::build::target;
+use crate::command::step;
+
+/// How long a machine may take until its first process runs, and from the last one on.
+const BOOT_PATIENCE: Duration = Duration::from_mins(3);
+
+/// How much longer than the machine itself, which kills a check that takes too long, this side waits.
+const MARGIN: Duration = Duration::from_secs(30);
+
+/// What to run.
+#[derive(Default)]
+pub struct Selection {
+    /// One check, whole; without one, all of them in their short form.
+    pub check: Option<String>,
+    /// One kernel; without one, all.
+    pub kernel: Option<String>,
+    /// All checks, whole.
+    pub all: bool,
+    /// Print the results as JSON.
+    pub json: bool,
+}
+
+/// Why there can be no lab here, if there cannot.
+fn missing() -> Option<&'static str> {
+    let is_debian = Path::new("/usr/bin/apt-get").exists();
+    (!is_debian).then_some("the lab's kernels are Debian's, had by apt: run it on Debian")
+}
+
+/// Runs the checks.
+///
+/// # Errors
+/// If one fails: the end of what it said is printed.
+pub fn run(selection: &Selection) -> Result<()> {
+    if let Some(missing) = missing() {
+        bail!(missing);
+    }
+    let checks = pick(&CHECKS, selection.check.as_deref(), |check| check.name, "check")?;
+    let kernels = pick(&KERNELS, selection.kernel.as_deref(), |kernel| kernel.name, "kernel")?;
+    let is_whole = selection.all || selection.check.is_some();
+    let folder = target().join("lab");
+    fs::create_dir_all(&folder)?;
+
+    let tests = checks::programs(&checks)?;
+    let mut list = String::new();
+    for check in &checks {
+        let program = tests.get(check.name).with_context(|| format!("no test {}", check.name))?;
+        let (seconds, words) = (check.patience.as_secs(), check.arguments(is_whole).join(" "));
+        list += &format!("{} {seconds} {} {words}\n", check.name, program.display());
+    }
+    let programs = image::of_programs(&folder, tests.into_values())?;
+    let mut reports = Vec::new();
+    for kernel in kernels {
+        let folder = folder.join(kernel.name);
+        fs::create_dir_all(&folder)?;
+        let files = kernel.files(&folder)?;
+        let initrd = image::of_kernel(&folder, &programs, &files, &list)?;
+        let log = folder.join("console.log");
+        let machine = Machine::boot(&files.image, &initrd, &log)?;
+        reports.push(follow(kernel, machine, &checks, &log)?);
+    }
+    report::print(&reports, selection.json);
+    if reports.iter().all(KernelReport::is_passed) {
+        return Ok(());
+    }
+    bail!("checks failed in the lab; all that the machines said is in {}", folder.display())
+}
+
+/// The one of this name, or all.
+fn pick<T>(
+    all: &'static [T],
+    name: Option<&str>,
+    name_of: impl Fn(&T) -> &'static str,
+    what: &str,
+) -> Result<Vec<&'static T>> {
+    let names = || all.iter().map(&name_of).collect::<Vec<_>>().join(", ");
+    let picked: Vec<_> = all.iter().filter(|it| name.is_none_or(|n| n == name_of(it))).collect();
+    match name {
+        Some(name) if picked.is_empty() => bail!("there is no {what} {name}: {}", names()),
+        _ => Ok(picked),
+    }
+}
+
+/// Follows a machine from its boot until it is off.
+fn follow(
+    kernel: &Kernel,
+    mut machine: Machine,
+    checks: &[&Check],
+    log: &Path,
+) -> Result<KernelReport> {
+    let tell = |text: &str| step("lab", &format!("{:<5} {text}", kernel.name));
+    let began = Instant::now();
+    let mut report = KernelReport::new(kernel.name, log);
+    let mut current: Option<(CheckReport, Instant)> = None;
+    let mut deadline = began + BOOT_PATIENCE;
+    loop {
+        match machine.next(deadline)? {
+            Event::Up(release) => {
+                report.boot = began.elapsed();
+                tell(&format!("Linux {release} is up after {:.1} s", report.boot.as_secs_f64()));
+                report.release = release;
+            }
+            Event::Begin(name) => {
+                let check = checks.iter().find(|check| check.name == name);
+                let check = check.with_context(|| format!("the machine began {name}"))?;
+                tell(&format!("{name}: {}", check.what));
+                deadline = Instant::now() + check.patience + MARGIN;
+                current = Some((CheckReport::new(check.name), Instant::now()));
+            }
+            Event::Line(line) => {
+                if let Some((check, _)) = &mut current {
+                    if line.starts_with("test ") && line.ends_with("... ok") {
+                        tell(&format!("  {line}"));
+                    }
+                    check.hear(line);
+                }
+            }
+            Event::End(_, status) => {
+                if let Some((mut check, began)) = current.take() {
+                    check.end(status, began.elapsed());
+                    tell(&check.summary());
+                    report.checks.push(check);
+                }
+                deadline = Instant::now() + BOOT_PATIENCE;
+            }
+            Event::Off => break,
+        }
+    }
+    if !machine.is_off(Duration::from_secs(5)) {
+        tell("hangs: it is killed");
+    }
+    if let Some((mut check, began)) = current {
+        check.lose(began.elapsed());
+        report.checks.push(check);
+    }
+    let reached: Vec<_> = report.checks.iter().map(|check| check.name).collect();
+    for check in checks.iter().filter(|check| !reached.contains(&check.name)) {
+        report.checks.push(CheckReport::new(check.name));
+    }
+    Ok(report)
+}
