@@ -15,7 +15,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreated, RulesetError, Scope,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr,
+    RulesetCreated, RulesetError, Scope,
 };
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
@@ -78,8 +79,10 @@ pub enum JailError {
         /// Why.
         source: io::Error,
     },
-    /// Landlock refused.
-    #[error("jail: Landlock: {0}")]
+    /// Landlock refused, or is not there.
+    #[error(
+        "jail: Landlock: {0}; has the kernel CONFIG_SECURITY_LANDLOCK, and `landlock` in lsm=?"
+    )]
     Landlock(#[from] RulesetError),
     /// The filter cannot be made or loaded.
     #[error("jail: seccomp: {0}")]
@@ -118,9 +121,12 @@ impl Jail {
         let limits =
             Limits { memory_bytes: memory_bytes + OVERHEAD, cpu_percent: config.cpu_percent };
         let cgroups = Cgroups::open(&config.cgroup, limits)?;
-        // Everything that this kernel knows is denied: the rule set has no rules.
+        // Everything that this kernel knows is denied: the rule set has no rules. Files it must know.
         let abi = ABI::V6;
         let ruleset = Ruleset::default()
+            .set_compatibility(CompatLevel::HardRequirement)
+            .handle_access(AccessFs::from_all(ABI::V1))?
+            .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(abi))?
             .handle_access(AccessNet::from_all(abi))?
             .scope(Scope::from_all(abi))?
