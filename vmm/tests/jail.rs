@@ -127,8 +127,10 @@ fn the_climber() {
             let interfaces = nix::net::if_::if_nameindex().unwrap();
             let names: Vec<_> = interfaces.iter().map(|i| i.name().to_owned()).collect();
             assert_eq!(names, [c"lo".to_owned()]);
-            let error = TcpStream::connect("127.0.0.1:1").unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "Landlock comes first");
+            // Landlock, which knows of TCP from Linux 6.7 on, stands before the missing network.
+            let kind = TcpStream::connect("127.0.0.1:1").unwrap_err().kind();
+            let walls = [io::ErrorKind::PermissionDenied, io::ErrorKind::NetworkUnreachable];
+            assert!(walls.contains(&kind), "{kind:?}");
             let error = std::net::UdpSocket::bind("127.0.0.1:0")
                 .and_then(|socket| socket.send_to(b"x", "127.0.0.1:9"))
                 .unwrap_err();
