@@ -1,6 +1,10 @@
-//! Between the VMM and the no-OS guest: memory map, boot page, identity page, ports, vsock ports.
+//! Between the VMM and its guests: memory map, boot page, identity page, ports, vsock ports.
 //!
-//! The guest runs wholly in ring 3 with identity-mapped memory:
+//! Both kinds of guest have the two pages, the ports [`BARRIER_PORT`] and [`READY_PORT`], and the
+//! devices' registers at the same addresses. In a Linux guest the pages are reserved memory, which
+//! the agent maps from `/dev/mem`; the rest of its memory is Linux's.
+//!
+//! The no-OS guest runs wholly in ring 3 with identity-mapped memory:
 //!
 //! | address | what |
 //! |---|---|
@@ -11,7 +15,7 @@
 //! | 0x20000 | page tables (supervisor) |
 //! | [`PROGRAM_ADDRESS`] | the program, each segment with its own rights, then the heap |
 //! | end of memory - [`STACK_BYTES`] | the stack, with an unmapped page below it |
-//! | [`NET_MMIO`], [`VSOCK_MMIO`] | virtio-mmio registers (virtio 1.2, 4.2.2), one page each |
+//! | [`NET_MMIO`] and up | virtio-mmio registers (virtio 1.2, 4.2.2), one page each |
 
 /// Version of everything in this module except the invocation framing. A guest refuses to boot
 /// under another one, and a template records it.
@@ -34,6 +38,15 @@ pub const NET_MMIO: u64 = 0xd000_0000;
 
 /// Registers of the vsock device.
 pub const VSOCK_MMIO: u64 = 0xd000_1000;
+
+/// Registers of the source of entropy of a Linux guest.
+pub const RNG_MMIO: u64 = 0xd000_2000;
+
+/// Registers of the disk of a Linux guest.
+pub const BLK_MMIO: u64 = 0xd000_3000;
+
+/// Registers of the console of a Linux guest.
+pub const CONSOLE_MMIO: u64 = 0xd000_4000;
 
 /// Size of a device's register window, in bytes.
 pub const MMIO_BYTES: u64 = 0x1000;
@@ -99,6 +112,17 @@ pub const GUEST_CID: u64 = 3;
 /// A connection carries any number of exchanges, one after the other: a little-endian `u32` length
 /// and that many bytes, answered by the same.
 pub const INVOCATION_PORT: u32 = 1024;
+
+/// The vsock port on which a Linux guest's agent serves HTTP: each connection becomes one to the
+/// function's server, at [`HTTP_PORT`] of the guest's loopback.
+pub const HTTP_VSOCK_PORT: u32 = 80;
+
+/// Where a Linux function's HTTP server is to listen, on 127.0.0.1 or all addresses. The function
+/// has it in its environment, as `PORT`.
+pub const HTTP_PORT: u16 = 8080;
+
+/// What a Linux guest's agent runs in the function's image.
+pub const FUNCTION_PROGRAM: &str = "/function";
 
 /// The largest invocation request or reply, in bytes.
 pub const INVOCATION_MAX: u32 = 1 << 20;
