@@ -94,6 +94,8 @@ pub struct HostConfig {
     pub vmm: PathBuf,
     /// The template that microVMs are cloned from: `warren-vmm template` makes it.
     pub template: PathBuf,
+    /// The function's image that a Linux guest's template was made with, if it was.
+    pub disk: Option<PathBuf>,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
 }

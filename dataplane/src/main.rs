@@ -172,6 +172,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     let zygote = ZygoteConfig {
         binary: section.vmm.clone(),
         template: section.template.clone(),
+        disk: section.disk.clone(),
         run_dir: config.run_dir.clone(),
         jail,
     };

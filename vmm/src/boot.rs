@@ -105,7 +105,7 @@ pub fn load(ram: &GuestRam, program: &[u8]) -> Result<u64, BootError> {
 }
 
 /// [`Boot`] as the guest reads it.
-fn boot_bytes(boot: &Boot) -> Vec<u8> {
+pub fn boot_bytes(boot: &Boot) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of::<Boot>());
     bytes.extend(boot.abi_version.to_le_bytes());
     bytes.extend(boot.command.to_le_bytes());

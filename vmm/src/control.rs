@@ -50,6 +50,15 @@ pub enum ZygoteRequest {
     },
 }
 
+/// What runs in a microVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GuestKind {
+    /// The no-OS guest: ring 3 only, polls its devices.
+    NoOs,
+    /// Linux, with interrupts.
+    Linux,
+}
+
 /// How far a microVM is prepared. Each tier is quicker to start from than the one before, and costs
 /// more to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -263,6 +272,13 @@ pub enum EndReason {
         /// Address of the instruction.
         rip: u64,
     },
+    /// A Linux guest powered off.
+    PoweredOff,
+    /// A Linux guest rebooted, which a panic of its kernel does as well.
+    Reset {
+        /// Its last lines on the serial port.
+        said: String,
+    },
     /// The guest ran without an exit for longer than it may.
     Watchdog {
         /// Where it was.
@@ -310,6 +326,8 @@ impl EndReason {
             Self::Setup { .. } => 16,
             Self::Host { .. } => 17,
             Self::Lost => 18,
+            Self::PoweredOff => 19,
+            Self::Reset { .. } => 20,
         }
     }
 }
@@ -330,6 +348,8 @@ impl fmt::Display for EndReason {
             }
             Self::Panic { message } => write!(f, "guest panic: {message}"),
             Self::TripleFault { rip } => write!(f, "triple fault at {rip:#x}"),
+            Self::PoweredOff => f.write_str("the guest powered off"),
+            Self::Reset { said } => write!(f, "the guest rebooted; its last words: {said}"),
             Self::Watchdog { rip, budget_ms } => {
                 write!(f, "watchdog: ran {budget_ms} ms without an exit, at {rip:#x}")
             }

@@ -99,11 +99,15 @@ pub fn boot_state(vcpu: &VcpuFd, entry: u64, memory: u64) -> Result<CpuState, kv
     sregs.cr4 = 0x5_0620;
     sregs.efer = 0xd01;
     let regs = kvm_regs { rip: entry, rsp: memory, rflags: 2, ..kvm_regs::default() };
-    // x87 and MXCSR as after reset: all exceptions masked (Intel SDM volume 1, 8.1.5 and 10.2.3).
+    Ok(CpuState { regs, sregs, xcr0: XCR0, xsave: fresh_xsave() })
+}
+
+/// x87 and MXCSR as after reset: all exceptions masked (Intel SDM volume 1, 8.1.5 and 10.2.3).
+pub fn fresh_xsave() -> Vec<u32> {
     let mut xsave = vec![0; 7];
     xsave[0] = 0x037f;
     xsave[6] = 0x1f80;
-    Ok(CpuState { regs, sregs, xcr0: XCR0, xsave })
+    xsave
 }
 
 /// Reads the state of a processor that does not run.
@@ -138,7 +142,10 @@ pub fn load(vcpu: &VcpuFd, state: &CpuState) -> Result<(), kvm_ioctls::Error> {
     // SAFETY: the kernel reads 4096 bytes, the size of `region`, unless the process asked for
     // dynamically enabled features (arch_prctl), which this one never does.
     unsafe { vcpu.set_xsave(&xsave) }?;
-    count_as_host(vcpu);
+    if let Err(errno) = set_tsc_offset(vcpu, 0) {
+        // KVM without this attribute (PVM) does not virtualise the counter in ring 3.
+        tracing::debug!(%errno, "KVM does not set the offset of the time stamp counter");
+    }
     vcpu.set_regs(&state.regs)
 }
 
@@ -159,11 +166,9 @@ pub fn is_emulated() -> bool {
 
 nix::ioctl_write_ptr!(set_device_attr, kvm_bindings::KVMIO, 0xe1, kvm_device_attr);
 
-/// Lets the guest's time stamp counter count as the host's does, so that the host can name a moment
-/// on the guest's clock (KVM API, devices/vcpu, 5.1: `KVM_VCPU_TSC_OFFSET`, Linux 5.16). KVM without
-/// this attribute (PVM) does not virtualise the counter in ring 3, so there it is so anyway.
-fn count_as_host(vcpu: &VcpuFd) {
-    let offset = 0u64;
+/// Sets what the guest's time stamp counter is ahead of the host's, so that the host can name a moment
+/// on the guest's clock (KVM API, devices/vcpu, 5.1: `KVM_VCPU_TSC_OFFSET`, Linux 5.16).
+pub fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), kvm_ioctls::Error> {
     let attribute = kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
         attr: u64::from(KVM_VCPU_TSC_OFFSET),
@@ -172,7 +177,7 @@ fn count_as_host(vcpu: &VcpuFd) {
     };
     // SAFETY: the descriptor is a vCPU's, and the attribute points to the 8 bytes that the kernel
     // reads for it.
-    if let Err(errno) = unsafe { set_device_attr(vcpu.as_raw_fd(), &raw const attribute) } {
-        tracing::debug!(%errno, "KVM does not set the offset of the time stamp counter");
-    }
+    unsafe { set_device_attr(vcpu.as_raw_fd(), &raw const attribute) }
+        .map(|_| ())
+        .map_err(|errno| kvm_ioctls::Error::new(errno as i32))
 }

@@ -1,5 +1,6 @@
 //! A microVM's life: parked at its barrier, released with an identity, running until it ends.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
@@ -12,12 +13,13 @@ use nix::sys::time::TimeSpec;
 
 use crate::clock::monotonic_ns;
 use crate::control::{
-    EndReason, PublicIdentity, Refusal, ReleaseRequest, Reply, Request, State, Status, TAG_MAX,
-    Tier, Timeline,
+    EndReason, GuestKind, PublicIdentity, Refusal, ReleaseRequest, Reply, Request, State, Status,
+    TAG_MAX, Tier, Timeline,
 };
 use crate::machine::{Exit, Machine, MachineState, Shell, host};
 use crate::memory::{GuestRam, Pages};
 use crate::server::{Event, Server};
+use crate::timer::kick_on_input;
 
 /// How often sockets are looked at while the guest is kept busy by its network.
 const SOCKET_INTERVAL: Duration = Duration::from_millis(1);
@@ -38,6 +40,8 @@ pub struct Origin {
     pub state: MachineState,
     /// The slot's TAP.
     pub tap: OwnedFd,
+    /// The function's image, for a Linux guest that has one.
+    pub disk: Option<File>,
     /// How long the guest may run without an exit.
     pub watchdog: Duration,
 }
@@ -108,10 +112,15 @@ impl Instance {
     /// The tiers one after the other, as far as somebody wants them; then the guest's life. The
     /// machine is the caller's to keep, until the end was told.
     fn live(&mut self, origin: Origin, machine: &mut Option<Machine>) -> Result<Never, EndReason> {
-        let Origin { kvm, cpuid, ram, working_set, in_place, state, tap, watchdog } = origin;
+        let Origin { kvm, cpuid, ram, working_set, in_place, state, tap, disk, watchdog } = origin;
         self.timeline.jailed_ns = monotonic_ns()?;
-        let shell = Shell::new(&kvm, &cpuid)?;
+        let shell = Shell::new(&kvm, &cpuid, state.kind())?;
         drop(kvm);
+        if state.kind() == GuestKind::Linux {
+            // It sleeps within KVM.
+            self.server.kick_guest().map_err(|error| host(&error))?;
+            kick_on_input(&tap).map_err(|errno| host(&errno))?;
+        }
         self.reached(Tier::Shell)?;
 
         self.wait_until_wanted(Tier::Loaded)?;
@@ -119,7 +128,7 @@ impl Instance {
         if self.release.is_none() {
             ram.populate(&working_set).map_err(|error| host(&error))?;
         }
-        let machine = machine.insert(shell.load(ram, &state, Some(tap))?);
+        let machine = machine.insert(shell.load(ram, &state, Some(tap), disk)?);
         machine.set_watchdog(watchdog);
         self.reached(Tier::Loaded)?;
 
@@ -240,6 +249,9 @@ impl Instance {
                 }
                 Exit::Kicked => {
                     self.poll(machine, Some(Duration::ZERO))?;
+                    if machine.has_interrupts() {
+                        machine.exchange()?;
+                    }
                 }
                 exit @ (Exit::Barrier | Exit::Ready) => {
                     return Err(EndReason::Protocol { error: format!("{exit:?} twice") });
@@ -256,6 +268,9 @@ impl Instance {
     ) -> Result<(), EndReason> {
         machine.net.drain();
         self.timeline.released_ns = machine.release(&request.identity)?;
+        if machine.has_interrupts() {
+            machine.exchange()?;
+        }
         machine.run_until(Exit::Ready)?;
         self.timeline.ready_ns = monotonic_ns()?;
         Ok(())
@@ -281,11 +296,7 @@ impl Instance {
     fn serve(&mut self, machine: &mut Machine, timeout: Option<Duration>) -> Result<(), EndReason> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
-            let memory = machine.ram.dma();
-            machine.net.transmit(memory)?;
-            machine.vsock.transmit(memory)?;
-            let mut received = machine.net.receive(memory)?;
-            received |= machine.vsock.receive(memory)?;
+            let received = machine.exchange()?;
             let now = Instant::now();
             let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
             let over = left.is_some_and(|left| left.is_zero()) || self.recycling.is_some();

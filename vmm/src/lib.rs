@@ -4,6 +4,7 @@
 //!   [`client::MicroVm`] releases and stops one, [`client::invoke`] calls its function.
 //! - [`control`]: the messages between the client and the processes.
 //! - [`template`] boots a guest and saves it; [`snapshot`] is the file.
+//! - `linux` has what a Linux guest needs beyond what the no-OS guest does.
 //! - [`zygote`] forks into a [`jail`]; in the child, `instance` lives: a `machine` with its `devices`, and a
 //!   `server` for its socket.
 #![deny(missing_docs)]
@@ -18,6 +19,7 @@ mod cpu;
 pub mod devices;
 mod instance;
 pub mod jail;
+mod linux;
 mod machine;
 mod memory;
 mod server;

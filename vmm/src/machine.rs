@@ -1,5 +1,6 @@
 //! A virtual machine: processor, memory, devices, and what its exits mean.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -16,12 +17,16 @@ use warren_abi::microvm::{
 
 use crate::boot::EXCEPTION_PORT;
 use crate::clock::{monotonic_ns, wall_clock_ns};
-use crate::control::{EndReason, PublicIdentity, WATCHDOG};
+use crate::control::{EndReason, GuestKind, PublicIdentity, WATCHDOG};
 use crate::cpu::{self, CpuState};
+use crate::devices::disk::DiskError;
 use crate::devices::mmio::MmioState;
 use crate::devices::net::Net;
 use crate::devices::vsock::Vsock;
-use crate::devices::{Device as _, QueueError};
+use crate::devices::{Device, QueueError};
+use crate::linux;
+use crate::linux::cpu::PlatformState;
+use crate::linux::pc::{GENERATION_ADDRESS, GENERATION_GSI, Pc, PcState, pulse, virtio_gsi};
 use crate::memory::{GuestRam, Pages};
 use crate::timer::KickTimer;
 
@@ -38,6 +43,24 @@ pub struct MachineState {
     pub net: MmioState,
     /// Vsock device.
     pub vsock: MmioState,
+    /// What a Linux guest has beyond.
+    pub linux: Option<LinuxState>,
+}
+
+/// What a Linux guest's machine has beyond others'.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinuxState {
+    /// Interrupt controllers and registers.
+    pub platform: PlatformState,
+    /// Devices.
+    pub pc: PcState,
+}
+
+impl MachineState {
+    /// What kind of guest it is of.
+    pub fn kind(&self) -> GuestKind {
+        if self.linux.is_some() { GuestKind::Linux } else { GuestKind::NoOs }
+    }
 }
 
 /// Why the guest gave the processor back.
@@ -75,6 +98,9 @@ pub enum MachineError {
     /// A saved device cannot be loaded.
     #[error(transparent)]
     Device(#[from] QueueError),
+    /// The function's disk cannot be used.
+    #[error("the function's image: {0}")]
+    Disk(#[from] DiskError),
 }
 
 /// A virtual machine with one processor.
@@ -82,17 +108,27 @@ pub struct Machine {
     // Dropped in this order: the timer points into the processor, which runs on the memory.
     timer: KickTimer,
     vcpu: VcpuFd,
-    _vm: VmFd,
+    vm: VmFd,
     /// Its memory.
     pub ram: GuestRam,
     /// Its network device.
     pub net: Net,
     /// Its vsock device.
     pub vsock: Vsock,
+    linux: Option<Linux>,
     /// Of the guest's time stamp counter.
     tsc_hz: u64,
     watchdog: Duration,
     last_exit: Instant,
+}
+
+/// What a Linux guest's machine has beyond others'.
+struct Linux {
+    pc: Pc,
+    /// The model-specific registers that are saved.
+    msrs: Vec<u32>,
+    /// What the guest's time stamp counter is ahead of the host's, in two's complement.
+    tsc_ahead: u64,
 }
 
 fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
@@ -108,11 +144,18 @@ pub struct Shell {
 }
 
 impl Shell {
-    /// Makes KVM's objects, of the processor that `cpuid` describes.
-    pub fn new(kvm_fd: &Kvm, cpuid: &CpuId) -> Result<Self, MachineError> {
+    /// Makes KVM's objects for a kind of guest, with the processor that `cpuid` describes.
+    pub fn new(kvm_fd: &Kvm, cpuid: &CpuId, kind: GuestKind) -> Result<Self, MachineError> {
         let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
+        if kind == GuestKind::Linux {
+            linux::cpu::prepare(&vm).map_err(kvm("create interrupt controllers"))?;
+        }
         let mut vcpu = vm.create_vcpu(0).map_err(kvm("create a vCPU"))?;
-        vcpu.set_cpuid2(cpuid).map_err(kvm("describe the processor"))?;
+        let described = match kind {
+            GuestKind::NoOs => vcpu.set_cpuid2(cpuid),
+            GuestKind::Linux => vcpu.set_cpuid2(&linux::cpu::describe(cpuid)),
+        };
+        described.map_err(kvm("describe the processor"))?;
         let timer = KickTimer::new(&mut vcpu)
             .map_err(|errno| MachineError::Host { what: "make a timer", source: errno.into() })?;
         Ok(Self { timer, vcpu, vm })
@@ -120,28 +163,66 @@ impl Shell {
 
     /// Makes it a template's machine, with the processor at a program's entry point.
     pub fn boot(self, ram: GuestRam, entry: u64) -> Result<Machine, MachineError> {
-        let machine = self.with_devices(ram, Net::new(), Vsock::new())?;
+        let machine = self.with_devices(ram, Net::new(), Vsock::new(), None)?;
         let state = cpu::boot_state(&machine.vcpu, entry, machine.ram.bytes())
             .map_err(kvm("read the initial state"))?;
         machine.load_cpu(&state)?;
         Ok(machine)
     }
 
-    /// Makes it a clone: private memory over the template's, its saved state, and a TAP.
-    pub fn load(
+    /// Makes it a Linux template's machine, with the processor at the kernel's entry point.
+    pub fn boot_linux(
         self,
-        ram: GuestRam,
-        state: &MachineState,
-        tap: Option<OwnedFd>,
+        kvm_fd: &Kvm,
+        mut ram: GuestRam,
+        entry: u64,
+        disk: Option<File>,
     ) -> Result<Machine, MachineError> {
-        let net = Net::load(&state.net, ram.dma(), tap)?;
-        let vsock = Vsock::load(&state.vsock, ram.dma())?;
-        let machine = self.with_devices(ram, net, vsock)?;
-        machine.load_cpu(&state.cpu)?;
+        ram.open_to_devices();
+        let (mut net, mut vsock) = (Net::new(), Vsock::new());
+        net.mmio_mut().use_interrupts();
+        vsock.mmio_mut().use_interrupts();
+        let msrs = kvm_fd.get_msr_index_list().map_err(kvm("list the registers"))?;
+        let msrs = msrs.as_slice().to_vec();
+        let linux = Linux { pc: Pc::new(disk)?, msrs, tsc_ahead: 0 };
+        let machine = self.with_devices(ram, net, vsock, Some(linux))?;
+        let state = linux::cpu::boot_state(&machine.vcpu, entry);
+        machine.load_cpu(&state.map_err(kvm("read the initial state"))?)?;
+        linux::cpu::boot_msrs(&machine.vcpu).map_err(kvm("set registers"))?;
         Ok(machine)
     }
 
-    fn with_devices(self, ram: GuestRam, net: Net, vsock: Vsock) -> Result<Machine, MachineError> {
+    /// Makes it a clone: private memory over the template's, its saved state, a TAP, and the disk
+    /// that the template has.
+    pub fn load(
+        self,
+        mut ram: GuestRam,
+        state: &MachineState,
+        tap: Option<OwnedFd>,
+        disk: Option<File>,
+    ) -> Result<Machine, MachineError> {
+        let linux = match &state.linux {
+            Some(saved) => {
+                ram.open_to_devices();
+                let pc = Pc::load(&saved.pc, ram.dma(), disk)?;
+                Some(Linux { pc, msrs: saved.platform.registers(), tsc_ahead: 0 })
+            }
+            None => None,
+        };
+        let net = Net::load(&state.net, ram.dma(), tap)?;
+        let vsock = Vsock::load(&state.vsock, ram.dma())?;
+        let mut machine = self.with_devices(ram, net, vsock, linux)?;
+        machine.load_state(state)?;
+        Ok(machine)
+    }
+
+    fn with_devices(
+        self,
+        ram: GuestRam,
+        net: Net,
+        vsock: Vsock,
+        linux: Option<Linux>,
+    ) -> Result<Machine, MachineError> {
         let Self { timer, vcpu, vm } = self;
         let tsc_hz = vcpu.get_tsc_khz().map_err(kvm("ask for the frequency of its counter"))?;
         let tsc_hz = u64::from(tsc_hz) * 1000;
@@ -155,13 +236,29 @@ impl Shell {
         // SAFETY: the range is `ram`'s mapping, which outlives the VM: fields drop in order.
         unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set the memory region"))?;
         let last_exit = Instant::now();
-        Ok(Machine { timer, vcpu, _vm: vm, ram, net, vsock, tsc_hz, watchdog: WATCHDOG, last_exit })
+        let watchdog = WATCHDOG;
+        Ok(Machine { timer, vcpu, vm, ram, net, vsock, linux, tsc_hz, watchdog, last_exit })
     }
 }
 
 impl Machine {
     fn load_cpu(&self, state: &CpuState) -> Result<(), MachineError> {
         cpu::load(&self.vcpu, state).map_err(kvm("load the processor's state"))
+    }
+
+    /// Loads processor and interrupt controllers.
+    fn load_state(&mut self, state: &MachineState) -> Result<(), MachineError> {
+        self.load_cpu(&state.cpu)?;
+        if let (Some(linux), Some(saved)) = (&mut self.linux, &state.linux) {
+            let ahead = linux::cpu::load(&self.vm, &self.vcpu, &saved.platform);
+            linux.tsc_ahead = ahead.map_err(kvm("load the state of a Linux guest"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the guest is interrupted, instead of polling.
+    pub fn has_interrupts(&self) -> bool {
+        self.linux.is_some()
     }
 
     /// Changes how long the guest may run without an exit.
@@ -173,7 +270,15 @@ impl Machine {
     pub fn save(&mut self) -> Result<MachineState, MachineError> {
         self.complete_exit();
         let cpu = cpu::save(&self.vcpu).map_err(kvm("save the processor's state"))?;
-        Ok(MachineState { cpu, net: self.net.save(), vsock: self.vsock.save() })
+        let linux = match &self.linux {
+            Some(Linux { pc, msrs, .. }) => {
+                let platform = linux::cpu::save(&self.vm, &self.vcpu, msrs);
+                let platform = platform.map_err(kvm("save the state of a Linux guest"))?;
+                Some(LinuxState { platform, pc: pc.save() })
+            }
+            None => None,
+        };
+        Ok(MachineState { cpu, net: self.net.save(), vsock: self.vsock.save(), linux })
     }
 
     /// The state is whole only when the pending port access was completed (KVM API, 5).
@@ -203,8 +308,11 @@ impl Machine {
         let tap = self.net.take_tap();
         self.net = Net::load(&state.net, self.ram.dma(), tap)?;
         self.vsock = Vsock::load(&state.vsock, self.ram.dma())?;
+        if let (Some(linux), Some(saved)) = (&mut self.linux, &state.linux) {
+            linux.pc.reload(&saved.pc, self.ram.dma())?;
+        }
         self.ram.reset(kept).map_err(|error| host(&error))?;
-        Ok(self.load_cpu(&state.cpu)?)
+        Ok(self.load_state(state)?)
     }
 
     /// Gives the guest its identity, fresh entropy and the time, and the command to go. Returns when
@@ -219,6 +327,7 @@ impl Machine {
         let wall_clock_ns = wall_clock_ns()?;
         // SAFETY: reads a counter; x86-64 always has it.
         let tsc = unsafe { core::arch::x86_64::_rdtsc() };
+        let tsc = tsc.wrapping_add(self.linux.as_ref().map_or(0, |linux| linux.tsc_ahead));
         let released_ns = monotonic_ns()?;
         self.write_identity(&Identity {
             wall_clock_ns,
@@ -232,8 +341,20 @@ impl Machine {
             mac: public.mac,
             mtu: public.mtu,
         })?;
+        if self.linux.is_some() {
+            self.change_generation()?;
+        }
         self.resumed();
         Ok(released_ns)
+    }
+
+    /// Tells the kernel of a Linux guest that it is another machine now, if it listens to that.
+    fn change_generation(&self) -> Result<(), EndReason> {
+        let mut generation = [0; 64];
+        getrandom(&mut generation)?;
+        let address = GuestAddress(GENERATION_ADDRESS);
+        self.ram.all().write_slice(&generation[..16], address).map_err(|error| host(&error))?;
+        pulse(&self.vm, GENERATION_GSI)
     }
 
     /// Sets what the guest is to do when it leaves the barrier.
@@ -258,6 +379,9 @@ impl Machine {
         loop {
             match self.run()? {
                 exit if exit == expected => return Ok(()),
+                Exit::Kicked if self.has_interrupts() => {
+                    self.exchange()?;
+                }
                 Exit::Kicked => {}
                 exit => return Err(protocol(format!("{exit:?} instead of {expected:?}"))),
             }
@@ -274,8 +398,9 @@ impl Machine {
             let kicked =
                 matches!(&exit, Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN));
             if kicked {
-                self.vcpu.set_kvm_immediate_exit(0);
-                if self.last_exit.elapsed() >= self.watchdog {
+                KickTimer::kicked(&mut self.vcpu);
+                // A guest with interrupts sleeps within KVM, where nobody can tell that it does.
+                if self.linux.is_none() && self.last_exit.elapsed() >= self.watchdog {
                     let budget_ms = self.watchdog.as_millis() as u64;
                     return Err(EndReason::Watchdog { rip: self.rip(), budget_ms });
                 }
@@ -283,35 +408,56 @@ impl Machine {
             }
             self.last_exit = Instant::now();
             let memory = self.ram.dma();
+            let Self { net, vsock, linux, .. } = self;
+            let is_linux = linux.is_some();
             match exit.map_err(|error| host(&error))? {
-                VcpuExit::MmioRead(address, data) => match device(address) {
-                    Some((Device::Net, offset)) => self.net.read(offset, data),
-                    Some((Device::Vsock, offset)) => self.vsock.read(offset, data),
+                VcpuExit::MmioRead(address, data) => match device(net, vsock, linux, address) {
+                    Some((device, offset)) => device.read(offset, data),
+                    None if is_linux => data.fill(0xff),
                     None => return Err(stray(address)),
                 },
-                VcpuExit::MmioWrite(address, data) => match device(address) {
-                    Some((Device::Net, offset)) => self.net.write(offset, data, memory)?,
-                    Some((Device::Vsock, offset)) => self.vsock.write(offset, data, memory)?,
+                VcpuExit::MmioWrite(address, data) => match device(net, vsock, linux, address) {
+                    Some((device, offset)) => {
+                        device.write(offset, data, memory)?;
+                        self.raise()?;
+                    }
+                    None if is_linux => {}
                     None => return Err(stray(address)),
                 },
                 VcpuExit::IoOut(port, data) => {
                     let value = <[u8; 4]>::try_from(data as &[u8]).ok().map(u32::from_le_bytes);
-                    return match (port, value) {
-                        (BARRIER_PORT, Some(_)) => Ok(Exit::Barrier),
-                        (READY_PORT, Some(_)) => Ok(Exit::Ready),
-                        (WAIT_PORT, Some(WAIT_FOREVER)) => Ok(Exit::Wait(None)),
-                        (WAIT_PORT, Some(us)) => {
+                    return match (port, value, linux) {
+                        (BARRIER_PORT, Some(_), _) => Ok(Exit::Barrier),
+                        (READY_PORT, Some(_), _) => Ok(Exit::Ready),
+                        (_, _, Some(linux)) => {
+                            linux.pc.write_port(port, data)?;
+                            self.raise()?;
+                            continue;
+                        }
+                        (WAIT_PORT, Some(WAIT_FOREVER), None) => Ok(Exit::Wait(None)),
+                        (WAIT_PORT, Some(us), None) => {
                             Ok(Exit::Wait(Some(Duration::from_micros(us.into()))))
                         }
-                        (PANIC_PORT, Some(address)) => Err(self.panic_message(address)),
-                        (EXCEPTION_PORT..0x60, _) => {
+                        (PANIC_PORT, Some(address), None) => Err(self.panic_message(address)),
+                        (EXCEPTION_PORT..0x60, _, None) => {
                             Err(self.exception((port - EXCEPTION_PORT) as u8))
                         }
                         _ => Err(protocol(format!("wrote {} bytes to port {port:#x}", data.len()))),
                     };
                 }
-                VcpuExit::IoIn(port, _) => return Err(protocol(format!("read port {port:#x}"))),
-                VcpuExit::Shutdown => return Err(EndReason::TripleFault { rip: self.rip() }),
+                VcpuExit::IoIn(port, data) => match linux {
+                    Some(linux) => {
+                        linux.pc.read_port(port, data);
+                        self.raise()?;
+                    }
+                    None => return Err(protocol(format!("read port {port:#x}"))),
+                },
+                VcpuExit::Shutdown => {
+                    return Err(match linux {
+                        Some(linux) => linux.pc.reset(),
+                        None => EndReason::TripleFault { rip: self.rip() },
+                    });
+                }
                 other => {
                     let what = format!("unexpected exit {other:?}");
                     return Err(protocol(format!("{what} at {:#x}", self.rip())));
@@ -320,12 +466,62 @@ impl Machine {
         }
     }
 
+    /// Moves packets both ways, and lets devices do what is due; returns whether something came for
+    /// the guest.
+    pub fn exchange(&mut self) -> Result<bool, EndReason> {
+        let memory = self.ram.dma();
+        self.net.transmit(memory)?;
+        self.vsock.transmit(memory)?;
+        let mut received = self.net.receive(memory)?;
+        received |= self.vsock.receive(memory)?;
+        if self.has_interrupts() {
+            self.serve_due()?;
+            self.raise()?;
+        }
+        Ok(received)
+    }
+
+    /// Lets devices do what is due, and has the guest kicked when something is due next.
+    fn serve_due(&mut self) -> Result<(), EndReason> {
+        let Self { net, vsock, linux, ram, timer, .. } = self;
+        let mut next: Option<Instant> = None;
+        for (_, device) in devices(net, vsock, linux) {
+            if device.due().is_some_and(|due| due <= Instant::now()) {
+                device.serve(ram.dma())?;
+            }
+            next = next.into_iter().chain(device.due()).min();
+        }
+        if let Some(next) = next {
+            let left = next.saturating_duration_since(Instant::now());
+            timer.hasten(left).map_err(|errno| host(&errno))?;
+        }
+        Ok(())
+    }
+
+    /// Raises the interrupts that devices want, for a guest that has them.
+    fn raise(&mut self) -> Result<(), EndReason> {
+        let Self { net, vsock, linux, ram, vm, .. } = self;
+        if linux.is_none() {
+            return Ok(());
+        }
+        for (index, device) in devices(net, vsock, linux) {
+            if device.take_interrupt(ram.dma())? {
+                pulse(vm, virtio_gsi(index))?;
+            }
+        }
+        linux.as_mut().map_or(Ok(()), |linux| {
+            linux.pc.log_console();
+            linux.pc.raise_serial(vm)
+        })
+    }
+
     /// Starts the watchdog's budget anew, after the guest was kept waiting.
     pub fn resumed(&mut self) {
         self.last_exit = Instant::now();
     }
 
-    fn rip(&self) -> u64 {
+    /// Where the guest is.
+    pub fn rip(&self) -> u64 {
         self.vcpu.get_regs().map_or(0, |regs| regs.rip)
     }
 
@@ -387,19 +583,30 @@ const NOBODY: Identity = Identity {
 
 const _: () = assert!(size_of::<Identity>() == 3 * 8 + 64 + 16 + 64 + 4 + 4 + 6 + 2);
 
-enum Device {
-    Net,
-    Vsock,
+/// All virtio devices, each with the number of its register page.
+fn devices<'a>(
+    net: &'a mut Net,
+    vsock: &'a mut Vsock,
+    linux: &'a mut Option<Linux>,
+) -> impl Iterator<Item = (u8, &'a mut dyn Device)> {
+    let of_all: [(u8, &mut dyn Device); 2] = [(0, net), (1, vsock)];
+    of_all.into_iter().chain(linux.iter_mut().flat_map(|linux| linux.pc.devices()))
 }
 
 /// The device at an address, and the register's offset.
-fn device(address: u64) -> Option<(Device, u64)> {
-    let offset = |base: u64| address.checked_sub(base).filter(|&offset| offset < MMIO_BYTES);
-    if let Some(offset) = offset(NET_MMIO) {
-        return Some((Device::Net, offset));
-    }
-    offset(VSOCK_MMIO).map(|offset| (Device::Vsock, offset))
+fn device<'a>(
+    net: &'a mut Net,
+    vsock: &'a mut Vsock,
+    linux: &'a mut Option<Linux>,
+    address: u64,
+) -> Option<(&'a mut dyn Device, u64)> {
+    let offset = address.checked_sub(NET_MMIO)?;
+    let (page, offset) = (offset / MMIO_BYTES, offset % MMIO_BYTES);
+    let found = devices(net, vsock, linux).find(|(index, _)| u64::from(*index) == page);
+    found.map(|(_, device)| (device, offset))
 }
+
+const _: () = assert!(VSOCK_MMIO == NET_MMIO + MMIO_BYTES);
 
 fn stray(address: u64) -> EndReason {
     protocol(format!("accessed {address:#x}, where no device is"))

@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
 use warren_vmm::jail::{FIRST_UID, JailConfig};
-use warren_vmm::template;
+use warren_vmm::template::{self, LinuxGuest};
 use warren_vmm::zygote::{self, Options};
 
 /// Snapshot-cloned microVMs.
@@ -28,17 +28,34 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Boots a guest program up to its release barrier and saves it as a template.
+    /// Boots a guest up to its release barrier and saves it as a template: a no-OS guest's program,
+    /// or Linux with Warren's agent.
     Template {
-        /// The guest's program.
-        #[arg(long, value_name = "ELF")]
-        guest: PathBuf,
+        /// A no-OS guest's program.
+        #[arg(long, value_name = "ELF", required_unless_present = "kernel")]
+        guest: Option<PathBuf>,
+        /// A Linux guest's kernel: vmlinuz or vmlinux.
+        #[arg(long, value_name = "FILE", conflicts_with = "guest", requires = "initrd")]
+        kernel: Option<PathBuf>,
+        /// Its initial file system, with Warren's agent as /init.
+        #[arg(long, value_name = "FILE", requires = "kernel")]
+        initrd: Option<PathBuf>,
+        /// The function's image (ext4), which the Linux guest's clones read.
+        #[arg(long, value_name = "FILE", requires = "kernel")]
+        disk: Option<PathBuf>,
+        /// More of the kernel's command line.
+        #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "quiet")]
+        append: String,
+        /// How long Linux may take to its barrier, in seconds.
+        #[arg(long, value_name = "SECONDS", requires = "kernel", default_value_t = 120)]
+        boot_seconds: u64,
         /// Where to write the template.
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
-        /// Guest memory, in MiB: a multiple of 2, 4 to 512.
-        #[arg(long, default_value_t = 16)]
-        memory: u64,
+        /// Guest memory, in MiB: a multiple of 2, 4 to 512; for Linux 64 to 3072 [default: 16, for
+        /// Linux 128]
+        #[arg(long)]
+        memory: Option<u64>,
         /// How to print what was made.
         #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
         output_format: OutputFormat,
@@ -49,6 +66,9 @@ enum Command {
         /// The template.
         #[arg(long, value_name = "FILE")]
         template: PathBuf,
+        /// The function's image that the template was made with.
+        #[arg(long, value_name = "FILE")]
+        disk: Option<PathBuf>,
         /// Directory of the microVMs' sockets.
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
@@ -83,8 +103,26 @@ fn main() -> anyhow::Result<ExitCode> {
         .with_writer(std::io::stderr)
         .init();
     match Arguments::parse().command {
-        Command::Template { guest, output, memory, output_format } => {
-            let summary = template::make(&guest, &output, memory << 20)?;
+        Command::Template {
+            guest,
+            kernel,
+            initrd,
+            disk,
+            append: arguments,
+            boot_seconds,
+            output,
+            memory,
+            output_format,
+        } => {
+            let summary = match (guest, kernel, initrd) {
+                (None, Some(kernel), Some(initrd)) => {
+                    let patience = Duration::from_secs(boot_seconds);
+                    let guest = LinuxGuest { kernel, initrd, disk, arguments, patience };
+                    template::make_linux(&guest, &output, memory.unwrap_or(128) << 20)?
+                }
+                (Some(guest), ..) => template::make(&guest, &output, memory.unwrap_or(16) << 20)?,
+                _ => bail!("give --guest, or --kernel and --initrd"),
+            };
             match output_format {
                 OutputFormat::Json => println!("{}", serde_json::to_string(&summary)?),
                 OutputFormat::Text => println!(
@@ -98,6 +136,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Zygote {
             template,
+            disk,
             run_dir,
             control_fd,
             watchdog_ms,
@@ -108,7 +147,7 @@ fn main() -> anyhow::Result<ExitCode> {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
-            match zygote::run(&Options { template, run_dir, jail, watchdog }, control)? {
+            match zygote::run(&Options { template, disk, run_dir, jail, watchdog }, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }

@@ -122,6 +122,11 @@ impl GuestRam {
         &self.dma
     }
 
+    /// Lets devices reach all of it, for a guest that has no tables of the VMM's.
+    pub fn open_to_devices(&mut self) {
+        self.dma = self.all.clone();
+    }
+
     /// The pages that are in place in this private mapping, in ascending order: those that it has of
     /// its own, because they were written to, and all of them (kernel documentation,
     /// admin-guide/mm/pagemap).

@@ -8,6 +8,7 @@ use nix::poll::PollFlags;
 use nix::sys::socket::{MsgFlags, recv};
 
 use crate::control::{CONTROL_LINE, EndReason, Refusal, Reply, Request, encode_frame, take_frame};
+use crate::timer::kick_on_input;
 
 /// Connections at a time that have not become a vsock stream; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 32;
@@ -20,6 +21,7 @@ pub struct Server {
     listener: UnixListener,
     connections: Vec<Connection>,
     next_id: u64,
+    kicks: bool,
 }
 
 struct Connection {
@@ -42,7 +44,17 @@ impl Server {
     /// Serves a listening socket.
     pub fn new(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, connections: Vec::new(), next_id: 0 })
+        Ok(Self { listener, connections: Vec::new(), next_id: 0, kicks: false })
+    }
+
+    /// Has the guest kicked from now on whenever somebody wants something: see [`kick_on_input`].
+    pub fn kick_guest(&mut self) -> io::Result<()> {
+        self.kicks = true;
+        kick_on_input(&self.listener)?;
+        for connection in &self.connections {
+            kick_on_input(&connection.stream)?;
+        }
+        Ok(())
     }
 
     /// What to wait for: the listener and each connection.
@@ -76,6 +88,9 @@ impl Server {
         while self.connections.len() < CONNECTIONS_MAX {
             let Ok((stream, _)) = self.listener.accept() else { return };
             if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if self.kicks && kick_on_input(&stream).is_err() {
                 continue;
             }
             self.next_id += 1;

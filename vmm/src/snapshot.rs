@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 use warren_abi::microvm::ABI_VERSION;
 
-use crate::boot::MEMORY_MAX;
+use crate::linux::boot::MEMORY_MAX;
 use crate::machine::MachineState;
 use crate::memory::{GuestRam, PAGE, Pages, create_memfd, seal};
 
@@ -33,7 +33,7 @@ use crate::memory::{GuestRam, PAGE, Pages, create_memfd, seal};
 pub const MAGIC: [u8; 8] = *b"WARRENVM";
 
 /// Version of the format. Raise it together with the layout that the test below pins.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const FIXED: usize = 8 + 4 + 4 + 8 + 8;
 const CHECKSUM: usize = 32;
@@ -47,6 +47,8 @@ pub struct Header {
     pub cpu_features: Vec<String>,
     /// Processor and devices.
     pub machine: MachineState,
+    /// BLAKE3 of the disk that a Linux guest was booted with.
+    pub disk: Option<[u8; 32]>,
     /// What a clone wrote to until it first had nothing to do, in ascending order.
     pub working_set: Vec<Pages>,
     /// All that was in place then, what it only read among it.
@@ -268,7 +270,7 @@ mod tests {
     /// BLAKE3 of an encoded [`Header`] whose fields all differ from each other. If this test fails
     /// the format has changed: raise [`VERSION`], then put the new value here.
     const LAYOUT: (u32, &str) =
-        (2, "593aabd78dca2fe8f034e4a9990e368b12421cea4cf971abf61c901f3f7f5c32");
+        (3, "1a4f0509a56026e86421baf6d4128e8a4796ea10d38cd1f6ba922e447cc18372");
 
     fn header() -> Header {
         Header {
@@ -283,7 +285,9 @@ mod tests {
                 },
                 net: Mmio::new(&net::KIND).save(),
                 vsock: Mmio::new(&vsock::KIND).save(),
+                linux: None,
             },
+            disk: Some([14; 32]),
             working_set: vec![Pages { first: 10, count: 11 }],
             in_place: vec![Pages { first: 12, count: 13 }],
         }

@@ -1,15 +1,19 @@
 //! Makes a template: boots a guest up to its release barrier and saves it.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION};
 use kvm_ioctls::Kvm;
 use warren_abi::microvm::ABI_VERSION;
 
 use crate::boot::{self, BootError};
-use crate::control::{EndReason, PublicIdentity};
+use crate::control::{EndReason, GuestKind, PublicIdentity};
 use crate::cpu;
+use crate::linux;
+use crate::linux::boot::{LinuxBootError, Program};
 use crate::machine::{Exit, Machine, MachineError, Shell};
 use crate::memory::{GuestRam, Pages, create_memfd};
 use crate::snapshot::{self, Header, SnapshotError, Template};
@@ -41,6 +45,28 @@ pub enum TemplateError {
         path: PathBuf,
         /// Why.
         source: BootError,
+    },
+    /// The kernel cannot be loaded.
+    #[error("{}: {source}", path.display())]
+    LinuxBoot {
+        /// The kernel.
+        path: PathBuf,
+        /// Why.
+        source: LinuxBootError,
+    },
+    /// This host cannot run it.
+    #[error(
+        "this host's KVM has no hardware virtualisation behind it (neither kvm_intel nor kvm_amd) and \
+         cannot run Linux guests: use a host with VMX or SVM, or a no-OS guest"
+    )]
+    NoLinux,
+    /// The disk is not what the template was made with.
+    #[error("{}: {what}", template.display())]
+    Disk {
+        /// The template.
+        template: PathBuf,
+        /// What is wrong, and what to do.
+        what: String,
     },
     /// No memory for it.
     #[error("guest memory: {0}")]
@@ -85,21 +111,133 @@ pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary,
     let ram = map(true)?;
     let entry = boot::load(&ram, &elf)
         .map_err(|source| TemplateError::Boot { path: program.to_owned(), source })?;
-    let mut booted = Shell::new(&kvm, &cpuid)?.boot(ram, entry)?;
+    let mut booted = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.boot(ram, entry)?;
     booted.run_until(Exit::Barrier).map_err(TemplateError::Guest)?;
+    save(booted, &kvm, &cpuid, &memory, None, output)
+}
+
+/// What a Linux guest is made of.
+#[derive(Clone, Debug)]
+pub struct LinuxGuest {
+    /// `vmlinuz` or `vmlinux`.
+    pub kernel: PathBuf,
+    /// Initial file system, with Warren's agent as `/init`.
+    pub initrd: PathBuf,
+    /// The function's image, which clones read.
+    pub disk: Option<PathBuf>,
+    /// More of the kernel's command line.
+    pub arguments: String,
+    /// How long it may take to its barrier.
+    pub patience: Duration,
+}
+
+/// Boots Linux and saves it at its agent's barrier.
+pub fn make_linux(
+    guest: &LinuxGuest,
+    output: &Path,
+    memory_bytes: u64,
+) -> Result<Summary, TemplateError> {
+    if !linux::is_possible() {
+        return Err(TemplateError::NoLinux);
+    }
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|source| TemplateError::Program { path: path.clone(), source })
+    };
+    let (kernel, initrd) = (read(&guest.kernel)?, read(&guest.initrd)?);
+    let program = Program { kernel, initrd, arguments: guest.arguments.clone() };
+    let disk = guest.disk.as_deref().map(open).transpose()?;
+    let (kvm, cpuid) = open_kvm()?;
+    let memory = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let ram = GuestRam::map(&memory, memory_bytes, true).map_err(TemplateError::Memory)?;
+    let entry = linux::boot::load(&ram, &program)
+        .map_err(|source| TemplateError::LinuxBoot { path: guest.kernel.clone(), source })?;
+    let shell = Shell::new(&kvm, &cpuid, GuestKind::Linux)?;
+    let disk_of_template = disk.as_ref().map(File::try_clone).transpose();
+    let disk_of_template = disk_of_template.map_err(TemplateError::Memory)?;
+    let mut booted = shell.boot_linux(&kvm, ram, entry, disk_of_template)?;
+    run_to_barrier(&mut booted, guest.patience).map_err(TemplateError::Guest)?;
+    save(booted, &kvm, &cpuid, &memory, disk, output)
+}
+
+fn run_to_barrier(machine: &mut Machine, patience: Duration) -> Result<(), EndReason> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match machine.run()? {
+            Exit::Barrier => return Ok(()),
+            Exit::Kicked if Instant::now() < deadline => {
+                machine.exchange()?;
+            }
+            Exit::Kicked => {
+                let budget_ms = patience.as_millis() as u64;
+                return Err(EndReason::Watchdog { rip: machine.rip(), budget_ms });
+            }
+            exit => {
+                return Err(EndReason::Protocol { error: format!("{exit:?} before the barrier") });
+            }
+        }
+    }
+}
+
+/// Saves a machine that stands at its barrier, after a clone of it was tried out.
+fn save(
+    mut booted: Machine,
+    kvm: &Kvm,
+    cpuid: &CpuId,
+    memory: &File,
+    disk: Option<File>,
+    output: &Path,
+) -> Result<Summary, TemplateError> {
     let machine = booted.save()?;
+    let memory_bytes = booted.ram.bytes();
     drop(booted);
-    let clone = Shell::new(&kvm, &cpuid)?.load(map(false)?, &machine, None)?;
+    let digest = disk.as_ref().map(digest).transpose().map_err(TemplateError::Memory)?;
+    let map = |shared| GuestRam::map(memory, memory_bytes, shared).map_err(TemplateError::Memory);
+    let shell = Shell::new(kvm, cpuid, machine.kind())?;
+    let clone = shell.load(map(false)?, &machine, None, disk)?;
     let (working_set, in_place) = try_out(clone)?;
     let (abi_version, cpu_features) = (ABI_VERSION, cpu::required_features());
-    let header = Header { abi_version, cpu_features, machine, working_set, in_place };
+    let header = Header { abi_version, cpu_features, machine, disk: digest, working_set, in_place };
     snapshot::write(output, &header, &map(true)?)?;
     let file_bytes = std::fs::metadata(output).map_or(0, |metadata| metadata.len());
     Ok(Summary { memory_bytes, file_bytes })
 }
 
-/// Parks a clone and runs it until it has nothing to do; returns the pages that it wrote to, and all
-/// that it used.
+fn open(path: &Path) -> Result<File, TemplateError> {
+    File::open(path).map_err(|source| TemplateError::Program { path: path.to_owned(), source })
+}
+
+fn digest(file: &File) -> io::Result<[u8; 32]> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file)?;
+    Ok(*hasher.finalize().as_bytes())
+}
+
+/// Opens the disk that a template's clones are to have, if it is the one that it was made with.
+pub fn open_disk(
+    template: &Path,
+    header: &Header,
+    disk: Option<&Path>,
+) -> Result<Option<File>, TemplateError> {
+    let refuse = |what: String| TemplateError::Disk { template: template.to_owned(), what };
+    match (header.disk, disk) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(refuse("made without a disk: give none".to_owned())),
+        (Some(_), None) => Err(refuse("made with a disk: give the same one".to_owned())),
+        (Some(expected), Some(path)) => {
+            let file = open(path)?;
+            let found = digest(&file)
+                .map_err(|source| TemplateError::Program { path: path.to_owned(), source })?;
+            if found != expected {
+                let path = path.display();
+                return Err(refuse(format!("made with another disk than {path}: make it anew")));
+            }
+            Ok(Some(file))
+        }
+    }
+}
+
+/// Parks a clone and runs it until it has nothing to do, or, as Linux never says so, until it has
+/// acknowledged its identity; returns the pages that it wrote to, and all that it used.
 fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError> {
     let nobody = PublicIdentity {
         hostname: "template".to_owned(),
@@ -113,7 +251,7 @@ fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError
         clone.park()?;
         clone.release(&nobody)?;
         clone.run_until(Exit::Ready)?;
-        while !matches!(clone.run()?, Exit::Wait(_)) {}
+        while !clone.has_interrupts() && !matches!(clone.run()?, Exit::Wait(_)) {}
         Ok(())
     })();
     ended.map_err(TemplateError::Guest)?;
@@ -121,12 +259,14 @@ fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError
 }
 
 /// Loads a template for this host.
-pub fn load(path: &Path) -> Result<Template, SnapshotError> {
+pub fn load(path: &Path) -> Result<Template, TemplateError> {
     let template = snapshot::read(path)?;
     let missing = cpu::missing_features(&template.header.cpu_features);
-    if missing.is_empty() {
-        Ok(template)
-    } else {
-        Err(SnapshotError::Cpu { path: path.to_owned(), missing })
+    if !missing.is_empty() {
+        return Err(SnapshotError::Cpu { path: path.to_owned(), missing }.into());
     }
+    if template.header.machine.kind() == GuestKind::Linux && !linux::is_possible() {
+        return Err(TemplateError::NoLinux);
+    }
+    Ok(template)
 }

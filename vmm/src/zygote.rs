@@ -1,6 +1,7 @@
 //! The zygote: a single-threaded process that holds the verified template and forks microVMs.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -72,6 +73,7 @@ struct Zygote {
     working_set: Vec<Pages>,
     in_place: Vec<Pages>,
     state: MachineState,
+    disk: Option<File>,
     jail: Jail,
     living: Census,
 }
@@ -81,6 +83,8 @@ struct Zygote {
 pub struct Options {
     /// The template.
     pub template: PathBuf,
+    /// The function's image, if a Linux guest was booted with one.
+    pub disk: Option<PathBuf>,
     /// Directory of the microVMs' sockets.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
@@ -119,11 +123,12 @@ impl Zygote {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
-            let Template { header, memory, memory_bytes } =
-                template::load(&options.template).map_err(TemplateError::from)?;
+            let Template { header, memory, memory_bytes } = template::load(&options.template)?;
+            let disk = template::open_disk(&options.template, &header, options.disk.as_deref())?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
-            let jail = Jail::build(&options.jail, memory_bytes, &options.run_dir)?;
+            let jail =
+                Jail::build(&options.jail, header.machine.kind(), memory_bytes, &options.run_dir)?;
             // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
             let mut child = SigSet::empty();
             child.add(Signal::SIGCHLD);
@@ -132,11 +137,11 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            Ok((kvm, cpuid, header, ram, jail, children))
+            Ok((kvm, cpuid, header, disk, ram, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, ram, jail, children)) => Ok(Self {
+            Ok((kvm, cpuid, header, disk, ram, jail, children)) => Ok(Self {
                 control,
                 children,
                 watchdog: options.watchdog,
@@ -146,6 +151,7 @@ impl Zygote {
                 working_set: header.working_set,
                 in_place: header.in_place,
                 state: header.machine,
+                disk,
                 jail,
                 living: Census::default(),
             }),
@@ -252,6 +258,7 @@ impl Zygote {
             working_set,
             in_place,
             state,
+            disk,
             jail,
             ..
         } = self;
@@ -267,7 +274,7 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, tap, watchdog })
+            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, tap, disk, watchdog })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");

@@ -19,6 +19,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{ForkResult, Uid, dup, fork, getgroups, getppid, getresuid, setuid};
+use warren_vmm::control::GuestKind;
 use warren_vmm::jail::{self, FIRST_UID, Jail, JailConfig};
 
 const SLOT: u32 = 7;
@@ -82,7 +83,7 @@ fn the_climber() {
     openat(&outside, "passwd", OFlag::O_RDONLY, Mode::empty())
         .expect("it can be read from outside");
 
-    let mut jail = Jail::build(&config(run_dir), GUEST_MEMORY, run_dir).unwrap();
+    let mut jail = Jail::build(&config(run_dir), GuestKind::NoOs, GUEST_MEMORY, run_dir).unwrap();
     let place = jail.prepare(SLOT, &[]).unwrap();
     let wanted = wall.strip_prefix("call ");
     if wanted.is_some() {

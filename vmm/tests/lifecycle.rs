@@ -237,7 +237,7 @@ async fn damaged_template_is_refused_with_its_name_and_the_remedy() {
     let cases = [
         ("truncated", &bytes[..bytes.len() - 1], "truncated or damaged"),
         ("flipped", &flipped, "wrong checksum"),
-        ("version", &other_version, "template of format 3, this warren-vmm needs 2"),
+        ("version", &other_version, "template of format 4, this warren-vmm needs 3"),
         ("empty", &[], "not a template"),
     ];
     for (name, content, complaint) in cases {

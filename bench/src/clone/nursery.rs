@@ -52,6 +52,7 @@ impl Nursery {
         let config = ZygoteConfig {
             binary: built("warren-vmm")?,
             template: template(&run, GUEST)?,
+            disk: None,
             run_dir,
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
         };

@@ -10,6 +10,7 @@
 //! let config = ZygoteConfig {
 //!     binary: "/usr/bin/warren-vmm".into(),
 //!     template: "/var/lib/warren/probe.template".into(),
+//!     disk: None,
 //!     run_dir: "/run/warren/vm".into(),
 //!     jail: JailConfig::named("example"),
 //! };

@@ -25,6 +25,8 @@ pub struct ZygoteConfig {
     pub binary: PathBuf,
     /// A template that `warren-vmm template` made.
     pub template: PathBuf,
+    /// The function's image that a Linux template was made with, if it was.
+    pub disk: Option<PathBuf>,
     /// Directory of the microVMs' sockets; must exist.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
@@ -66,8 +68,10 @@ impl Zygote {
         .map_err(|errno| spawn_error(errno.into()))?;
         // The control socket is the child's standard input: a descriptor that needs no unsafe code
         // between fork and exec to be inherited.
+        let disk = config.disk.iter().flat_map(|disk| ["--disk".as_ref(), disk.as_os_str()]);
         let child = Command::new(&config.binary)
             .arg("zygote")
+            .args(disk)
             .arg("--template")
             .arg(&config.template)
             .arg("--run-dir")

@@ -142,6 +142,11 @@ impl Blk {
         Ok(Self::with(Mmio::load(&KIND, &state.mmio, memory)?, disk, id))
     }
 
+    /// Gives the base of its disk back.
+    pub fn into_base(self) -> std::fs::File {
+        self.disk.into_base()
+    }
+
     /// Saves the device. No request may be under way: see [`Blk::quiesce`]. The content of the
     /// disk's layer is the owner's to copy.
     pub fn save(&self) -> BlkState {

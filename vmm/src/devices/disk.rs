@@ -115,6 +115,11 @@ impl Disk {
         Ok(Self { layer, ..disk })
     }
 
+    /// Gives the base back.
+    pub fn into_base(self) -> File {
+        self.base
+    }
+
     /// Saves which blocks are in the layer.
     pub fn save(&self) -> DiskState {
         let blocks = self.layer.as_ref().map(|layer| layer.blocks.clone());

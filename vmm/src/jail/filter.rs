@@ -8,13 +8,17 @@
 use std::collections::BTreeMap;
 
 use kvm_bindings::{
-    KVMIO, kvm_cpuid2, kvm_device_attr, kvm_regs, kvm_sregs, kvm_userspace_memory_region, kvm_xcrs,
+    KVMIO, kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_device_attr, kvm_irq_level, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msrs, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    kvm_vcpu_events, kvm_xcrs,
 };
 use nix::{request_code_none, request_code_read, request_code_write};
 use seccompiler::{
     BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
 };
+
+use crate::control::GuestKind;
 
 /// A microVM's calls that are allowed with any argument.
 const ANY: &[libc::c_long] = &[
@@ -70,6 +74,28 @@ const IOCTLS: &[u64] = &[
     libc::TUNSETOFFLOAD,
 ];
 
+/// Calls of a Linux guest's microVM besides: it reads the function's image.
+const LINUX: &[libc::c_long] = &[libc::SYS_pread64];
+
+/// Requests of a Linux guest's machine besides.
+const LINUX_IOCTLS: &[u64] = &[
+    request_code_none!(KVMIO, 0x47), // KVM_SET_TSS_ADDR
+    request_code_none!(KVMIO, 0x60), // KVM_CREATE_IRQCHIP
+    request_code_none!(KVMIO, 0xa2), // KVM_SET_TSC_KHZ
+    // Whose numbers say that it is read, though it is written.
+    request_code_read!(KVMIO, 0x63, size_of::<kvm_irqchip>()), // KVM_SET_IRQCHIP
+    request_code_write!(KVMIO, 0xa2, size_of::<kvm_debugregs>()),
+    request_code_write!(KVMIO, 0x8f, size_of::<kvm_lapic_state>()),
+    request_code_write!(KVMIO, 0x89, size_of::<kvm_msrs>()),
+    request_code_write!(KVMIO, 0x7b, size_of::<kvm_clock_data>()),
+    request_code_write!(KVMIO, 0x99, size_of::<kvm_mp_state>()),
+    request_code_write!(KVMIO, 0xa0, size_of::<kvm_vcpu_events>()),
+    request_code_write!(KVMIO, 0x61, size_of::<kvm_irq_level>()), // KVM_IRQ_LINE
+];
+
+/// What a Linux guest's microVM may do to a descriptor: be signalled when something comes to it.
+const LINUX_FCNTL: &[libc::c_int] = &[libc::F_SETOWN, libc::F_GETFL, libc::F_SETFL];
+
 /// `struct kvm_xsave` without what dynamically enabled features would add.
 const XSAVE_BYTES: usize = 4096;
 
@@ -101,18 +127,26 @@ const ZYGOTE: &[libc::c_long] = &[
 ];
 
 /// A microVM's filter: what is not listed kills the process.
-pub fn of_microvm() -> Result<BpfProgram, Error> {
-    compile(&[])
+pub fn of_microvm(kind: GuestKind) -> Result<BpfProgram, Error> {
+    compile(kind, &[])
 }
 
 /// The zygote's.
-pub fn of_zygote() -> Result<BpfProgram, Error> {
-    compile(ZYGOTE)
+pub fn of_zygote(kind: GuestKind) -> Result<BpfProgram, Error> {
+    compile(kind, ZYGOTE)
 }
 
-fn compile(more: &[libc::c_long]) -> Result<BpfProgram, Error> {
+fn compile(kind: GuestKind, more: &[libc::c_long]) -> Result<BpfProgram, Error> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for &call in ANY.iter().chain(more) {
+    let (calls, ioctls, commands): (&[_], &[_], &[_]) = match kind {
+        GuestKind::NoOs => (&[], &[], &[]),
+        GuestKind::Linux => (LINUX, LINUX_IOCTLS, LINUX_FCNTL),
+    };
+    if !commands.is_empty() {
+        let commands = commands.iter().map(|&command| one_of(1, command as u64));
+        rules.insert(libc::SYS_fcntl, commands.collect::<Result<_, _>>()?);
+    }
+    for &call in ANY.iter().chain(calls).chain(more) {
         rules.insert(call, Vec::new());
     }
     // The third argument of both is the protection.
@@ -132,10 +166,7 @@ fn compile(more: &[libc::c_long]) -> Result<BpfProgram, Error> {
         libc::MREMAP_MAYMOVE as u64,
     )?;
     rules.insert(libc::SYS_mremap, vec![SeccompRule::new(vec![growing])?]);
-    let requests = IOCTLS.iter().map(|&request| {
-        let is = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, request)?;
-        SeccompRule::new(vec![is])
-    });
+    let requests = IOCTLS.iter().chain(ioctls).map(|&request| one_of(1, request));
     rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
     let filter = SeccompFilter::new(
         rules,
@@ -144,4 +175,10 @@ fn compile(more: &[libc::c_long]) -> Result<BpfProgram, Error> {
         TargetArch::x86_64,
     )?;
     Ok(filter.try_into()?)
+}
+
+/// A rule for calls with this value as an argument.
+fn one_of(argument: u8, value: u64) -> Result<SeccompRule, Error> {
+    let is = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+    Ok(SeccompRule::new(vec![is])?)
 }

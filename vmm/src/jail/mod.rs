@@ -23,6 +23,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, setgroups, setresgid, setresuid};
 use seccompiler::BpfProgram;
 
+use crate::control::GuestKind;
 use cgroup::{Cgroups, Limits};
 pub use cgroup::{Place, remove as remove_groups};
 
@@ -98,6 +99,7 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> JailError {
 
 /// What all clones of a zygote share, and what each needs to go in.
 pub struct Jail {
+    kind: GuestKind,
     first_uid: u32,
     cgroups: Cgroups,
     ruleset: RulesetCreated,
@@ -107,14 +109,15 @@ pub struct Jail {
 }
 
 impl Jail {
-    /// Builds the shared walls around this process, which is to fork clones with `memory_bytes` of
-    /// guest memory each. Afterwards its working directory is `run_dir`, and no path leads anywhere
+    /// Builds the shared walls around this process, which is to fork clones of this kind with
+    /// `memory_bytes` of guest memory each. Afterwards its working directory is `run_dir`, and no path leads anywhere
     /// but from there.
     ///
     /// # Errors
     /// It is not root, or the kernel refuses. This process may then be half in, and should end.
     pub fn build(
         config: &JailConfig,
+        kind: GuestKind,
         memory_bytes: u64,
         run_dir: &Path,
     ) -> Result<Self, JailError> {
@@ -131,7 +134,7 @@ impl Jail {
             .handle_access(AccessNet::from_all(abi))?
             .scope(Scope::from_all(abi))?
             .create()?;
-        let filter = filter::of_microvm()?;
+        let filter = filter::of_microvm(kind)?;
         root::separate().map_err(system("namespaces"))?;
         let favor_moves = cgroup::favor_moves(run_dir).map_err(|errno| {
             tracing::info!(%errno, "moving a process to its control group takes milliseconds here");
@@ -155,6 +158,7 @@ impl Jail {
         prctl::set_no_new_privs().map_err(system("no new privileges"))?;
         let favor_moves = favor_moves.ok();
         Ok(Self {
+            kind,
             first_uid: config.first_uid,
             cgroups,
             ruleset,
@@ -168,7 +172,7 @@ impl Jail {
     /// # Errors
     /// [`JailError::Seccomp`].
     pub fn confine(&self) -> Result<(), JailError> {
-        Ok(seccompiler::apply_filter(&filter::of_zygote()?)?)
+        Ok(seccompiler::apply_filter(&filter::of_zygote(self.kind)?)?)
     }
 
     /// In the zygote, before a clone is forked into a slot: finds a place in the jail where nobody is,

@@ -130,7 +130,7 @@ pub fn config(name: &'static str, run_dir: &Path) -> ZygoteConfig {
     // No two directories have the same name.
     let name = run_dir.file_name().unwrap().to_str().unwrap();
     let jail = JailConfig::named(&format!("test{name}"));
-    ZygoteConfig { binary: vmm(), template: path, run_dir: run_dir.to_owned(), jail }
+    ZygoteConfig { binary: vmm(), template: path, disk: None, run_dir: run_dir.to_owned(), jail }
 }
 
 /// An identity that differs from slot to slot.
