@@ -32,6 +32,7 @@ pub fn results() -> PathBuf {
 pub fn all(log_verdicts: bool) -> Result<()> {
     ebpf(log_verdicts)?;
     guest()?;
+    agent()?;
     step("build", "warrend, warren-vmm, warren-control, warren");
     run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))
 }
@@ -73,6 +74,16 @@ fn guest() -> Result<()> {
         keep(&format!("guest/x86_64-unknown-none/release/{name}"), &format!("{name}.elf"))?;
     }
     Ok(())
+}
+
+/// Builds the agent of Linux guests, in which there is no library: statically linked, which no crate
+/// but the last needs to know.
+fn agent() -> Result<()> {
+    step("build", "agent of Linux guests");
+    let mut command = Command::new("cargo");
+    command.current_dir(root()).args(["rustc", "--release", "--package", "warren-agent"]);
+    command.args(["--bin", "warren-agent", "--features", "init"]);
+    run(command.args(["--", "-Ctarget-feature=+crt-static"]))
 }
 
 /// `cargo build` by the compiler that can build for bare targets, in a target folder of its own:

@@ -1,10 +1,13 @@
 //! `cargo xtask`: everything a developer runs.
 
+mod archive;
 mod build;
 mod command;
 mod fuzz;
+mod kernels;
 mod lab;
 mod leftovers;
+mod linux;
 mod run;
 mod setup;
 
@@ -24,7 +27,7 @@ struct Arguments {
 enum Task {
     /// Install what is missing, or list the commands that would
     Setup,
-    /// Build the eBPF programs, the guest and all binaries into target/release
+    /// Build the eBPF programs, the guests' programs and all binaries into target/release
     Build {
         /// Have the eBPF programs log each verdict (`WARREN_LOG=debug` shows them): slow, for debugging
         #[arg(long)]
@@ -71,6 +74,8 @@ enum Task {
         #[arg(long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Set up, build, and make kernels, initrds and a test function's image for Linux guests
+    Linux,
     /// Check formatting and lints
     Lint,
     /// Set up, build, and run a benchmark
@@ -102,6 +107,7 @@ fn main() -> Result<()> {
         Task::Lab { name, kernel, all, output } => {
             run::lab(&lab::Selection { check: name, kernel, all, json: output == Output::Json })
         }
+        Task::Linux => run::linux(),
         Task::Lint => run::lint(),
         Task::Bench { name, json } => run::bench(name, json),
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, results, root};
 use crate::command::{run, step};
-use crate::{lab, leftovers, setup};
+use crate::{lab, leftovers, linux, setup};
 
 fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
     if let Some(file) = json {
@@ -65,6 +65,13 @@ pub fn lab(selection: &lab::Selection) -> Result<()> {
     lab::run(selection)
 }
 
+/// `cargo xtask linux`.
+pub fn linux() -> Result<()> {
+    setup::all()?;
+    build::all(false)?;
+    linux::images()
+}
+
 /// `cargo xtask chaos`.
 pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
     setup::all()?;
@@ -86,7 +93,8 @@ pub fn lint() -> Result<()> {
     step("lint", "clippy");
     let mut command = Command::new("cargo");
     command.current_dir(root()).args(["clippy", "--release", "--quiet", "--all-targets"]);
-    command.args(["--", "--deny", "warnings"]);
+    // The agent's program, too, which no plain build makes.
+    command.args(["--features", "warren-agent/init", "--", "--deny", "warnings"]);
     run(&mut command)
 }
 

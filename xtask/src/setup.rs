@@ -39,6 +39,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("xz-utils", "unpacks those"),
     ("binutils", "strips the tests that run there"),
     ("debian-archive-keyring", "whose kernels they are"),
+    ("e2fsprogs", "makes the image of Linux guests' test function"),
 ];
 
 /// Installs what is missing. Where it may not, it lists the commands and fails.

@@ -23,6 +23,8 @@ pub struct Check {
     whole: &'static [&'static str],
     /// Tests that make no sense there.
     without: &'static [&'static str],
+    /// Whether it boots Linux guests, whose images are made for it then.
+    pub linux_guests: bool,
     /// How long it may take, which only a machine that hangs needs.
     pub patience: Duration,
 }
@@ -36,6 +38,7 @@ pub const CHECKS: [Check; 6] = [
         short: &[],
         whole: &[],
         without: &[],
+        linux_guests: false,
         patience: Duration::from_mins(10),
     },
     Check {
@@ -46,6 +49,7 @@ pub const CHECKS: [Check; 6] = [
         whole: &[],
         // For hours, there.
         without: &["of_four_thousand"],
+        linux_guests: false,
         patience: Duration::from_mins(10),
     },
     Check {
@@ -55,6 +59,7 @@ pub const CHECKS: [Check; 6] = [
         short: &[],
         whole: &[],
         without: &[],
+        linux_guests: false,
         patience: Duration::from_mins(10),
     },
     Check {
@@ -64,6 +69,7 @@ pub const CHECKS: [Check; 6] = [
         short: &[],
         whole: &[],
         without: &[],
+        linux_guests: false,
         patience: Duration::from_mins(10),
     },
     Check {
@@ -74,6 +80,7 @@ pub const CHECKS: [Check; 6] = [
         whole: &[],
         // Other verifiers go through other numbers of instructions.
         without: &["budget::"],
+        linux_guests: false,
         patience: Duration::from_mins(15),
     },
     Check {
@@ -83,6 +90,7 @@ pub const CHECKS: [Check; 6] = [
         short: &["traffic::tcp_and_udp_reach", "lifecycle::what_was_known"],
         whole: &["traffic::", "lifecycle::", "upgrade::an_upgrade_that_fails"],
         without: &[],
+        linux_guests: false,
         patience: Duration::from_mins(20),
     },
 ];

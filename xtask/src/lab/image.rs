@@ -10,9 +10,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::kernels::{Files, remove};
+use crate::archive;
 use crate::build::{results, root};
-use crate::command::{output, run};
+use crate::command::output;
+use crate::kernels::{Files, remove};
 
 /// Modules that tests need; the kernel could not load them by itself.
 const MODULES: [&str; 7] = ["kvm-amd", "tun", "vxlan", "veth", "bridge", "sch_ingress", "cls_bpf"];
@@ -24,8 +25,13 @@ const RESULTS: [&str; 4] =
 /// Programs of this machine that tests start.
 const PROGRAMS: [&str; 2] = ["ip", "tc"];
 
-/// Archives the programs, each where it lies on this machine: tests have paths in them.
-pub fn of_programs(folder: &Path, tests: impl Iterator<Item = PathBuf>) -> Result<PathBuf> {
+/// Archives the programs, each where it lies on this machine: tests have paths in them. Beside those
+/// that all tests need, these results of the build.
+pub fn of_programs(
+    folder: &Path,
+    more: &[String],
+    tests: impl Iterator<Item = PathBuf>,
+) -> Result<PathBuf> {
     let stage = folder.join("programs");
     remove(&stage)?;
     for name in ["dev", "proc", "sys", "tmp", "bin", "lab"] {
@@ -36,15 +42,16 @@ pub fn of_programs(folder: &Path, tests: impl Iterator<Item = PathBuf>) -> Resul
     fs::set_permissions(stage.join("init"), Permissions::from_mode(0o755))?;
     let programs = PROGRAMS.iter().map(|name| on_path(name)).collect::<Result<Vec<_>>>()?;
     let mut libraries = BTreeSet::new();
-    for path in RESULTS.map(|name| results().join(name)).into_iter().chain(programs).chain(tests) {
+    let more = more.iter().map(String::as_str);
+    let results = RESULTS.into_iter().chain(more).map(|name| results().join(name));
+    for path in results.chain(programs).chain(tests) {
         let to = inside(&stage, &path)?;
         if path.extension().is_some() {
             // The kernel's and guests', which are read as files.
             fs::copy(&path, &to).with_context(|| format!("no {}", path.display()))?;
             continue;
         }
-        // What is for debuggers is most of it.
-        run(Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(&path))?;
+        archive::strip(&path, &to)?;
         let listed = output(Command::new("ldd").arg(&path))?;
         let paths = listed.split_whitespace().filter(|word| word.starts_with('/'));
         libraries.extend(paths.map(PathBuf::from));
@@ -53,7 +60,7 @@ pub fn of_programs(folder: &Path, tests: impl Iterator<Item = PathBuf>) -> Resul
         fs::copy(&path, inside(&stage, &path)?)?;
     }
     let archive = folder.join("programs.cpio");
-    pack(&stage, &archive)?;
+    archive::pack(&stage, &archive)?;
     Ok(archive)
 }
 
@@ -61,24 +68,11 @@ pub fn of_programs(folder: &Path, tests: impl Iterator<Item = PathBuf>) -> Resul
 pub fn of_kernel(folder: &Path, programs: &Path, kernel: &Files, checks: &str) -> Result<PathBuf> {
     let stage = folder.join("image");
     remove(&stage)?;
-    let modules = stage.join("lab/modules");
-    fs::create_dir_all(&modules)?;
-    let mut list = String::new();
-    for path in kernel.modules(&MODULES)? {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if let Some(name) = name.strip_suffix(".xz") {
-            let module = File::create(modules.join(name))?;
-            run(Command::new("xz").args(["--decompress", "--stdout"]).arg(&path).stdout(module))?;
-            list += &format!("{name}\n");
-        } else {
-            fs::copy(&path, modules.join(&name))?;
-            list += &format!("{name}\n");
-        }
-    }
+    let list = archive::modules(kernel, &MODULES, &stage.join("lab/modules"))?;
     fs::write(stage.join("lab/modules.list"), list)?;
     fs::write(stage.join("lab/checks.list"), checks)?;
     let own = folder.join("own.cpio");
-    pack(&stage, &own)?;
+    archive::pack(&stage, &own)?;
     let image = folder.join("initrd");
     let mut file = File::create(&image)?;
     for part in [programs, &own] {
@@ -92,12 +86,6 @@ fn inside(stage: &Path, path: &Path) -> Result<PathBuf> {
     let path = stage.join(path.strip_prefix("/").unwrap_or(path));
     fs::create_dir_all(path.parent().unwrap_or(stage))?;
     Ok(path)
-}
-
-fn pack(stage: &Path, archive: &Path) -> Result<()> {
-    let script = "find . | cpio --quiet --create --format newc";
-    let file = File::create(archive)?;
-    run(Command::new("sh").args(["-c", script]).current_dir(stage).stdout(file))
 }
 
 /// Where a program is.

@@ -7,7 +7,6 @@
 
 mod checks;
 mod image;
-mod kernels;
 mod machine;
 mod report;
 
@@ -18,11 +17,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use self::checks::{CHECKS, Check};
-use self::kernels::{KERNELS, Kernel};
 use self::machine::{Event, Machine};
 use self::report::{CheckReport, KernelReport};
 use crate::build::target;
 use crate::command::step;
+use crate::kernels::{KERNELS, Kernel};
+use crate::linux;
 
 /// How long a machine may take until its first process runs, and from the last one on.
 const BOOT_PATIENCE: Duration = Duration::from_mins(3);
@@ -70,7 +70,12 @@ pub fn run(selection: &Selection) -> Result<()> {
         let (seconds, words) = (check.patience.as_secs(), check.arguments(is_whole).join(" "));
         list += &format!("{} {seconds} {} {words}\n", check.name, program.display());
     }
-    let programs = image::of_programs(&folder, tests.into_values())?;
+    let mut more = Vec::new();
+    if checks.iter().any(|check| check.linux_guests) {
+        linux::images()?;
+        more = linux::names();
+    }
+    let programs = image::of_programs(&folder, &more, tests.into_values())?;
     let mut reports = Vec::new();
     for kernel in kernels {
         let folder = folder.join(kernel.name);

@@ -1,4 +1,4 @@
-//! The kernels of the lab: Debian's packages, unpacked below `target/lab` and never installed.
+//! The kernels of the lab and of Linux guests: Debian's packages, unpacked below `target/lab` and never installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,5 @@
+//! `warren-agent`: see the library.
+
+fn main() {
+    warren_agent::main();
+}
