@@ -41,7 +41,8 @@ impl Vmm {
         if found != ABI_VERSION {
             return Err(AgentError::Abi { found, expected: ABI_VERSION });
         }
-        let count = u64::from(PANIC_PORT - BARRIER_PORT) + 1;
+        // The processor asks for each of the four ports that 32 bits go to.
+        let count = u64::from(PANIC_PORT - BARRIER_PORT) + 4;
         // SAFETY: passes integers; the ports are the VMM's, which no driver uses.
         let result = unsafe { libc::ioperm(BARRIER_PORT.into(), count, 1) };
         Errno::result(result).map_err(system("the VMM's ports, by ioperm"))?;

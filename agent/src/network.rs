@@ -89,7 +89,7 @@ impl Link {
     fn change(&self, request: &mut Request, what: &'static str, flags: u32) {
         // struct ifinfomsg: family and type (16 bits each), interface, flags, which of them change.
         let words = [0, self.index, flags, flags];
-        request.message(what, libc::RTM_NEWLINK, &words.map(u32::to_ne_bytes).concat());
+        request.message(what, libc::RTM_SETLINK, &words.map(u32::to_ne_bytes).concat());
     }
 
     /// Begins a route out of the interface.
