@@ -29,59 +29,64 @@ pub struct Check {
     pub patience: Duration,
 }
 
+/// What most checks have.
+const TEST: Check = Check {
+    name: "",
+    what: "",
+    test: "",
+    short: &[],
+    whole: &[],
+    without: &[],
+    linux_guests: false,
+    patience: Duration::from_mins(10),
+};
+
 /// All of them, the quick ones first.
-pub const CHECKS: [Check; 6] = [
+pub const CHECKS: [Check; 7] = [
     Check {
         name: "lifecycle",
         what: "microVMs on ordinary KVM: start, release, calls, end",
         test: "lifecycle",
-        short: &[],
-        whole: &[],
-        without: &[],
-        linux_guests: false,
-        patience: Duration::from_mins(10),
+        ..TEST
     },
     Check {
         name: "clones",
         what: "clones of one template on ordinary KVM share nothing",
         test: "clones",
-        short: &[],
-        whole: &[],
         // For hours, there.
         without: &["of_four_thousand"],
-        linux_guests: false,
-        patience: Duration::from_mins(10),
+        ..TEST
     },
     Check {
         name: "jail",
         what: "each wall of the jail, with control groups of version 2",
         test: "jail",
-        short: &[],
-        whole: &[],
-        without: &[],
-        linux_guests: false,
-        patience: Duration::from_mins(10),
+        ..TEST
     },
     Check {
         name: "hostile",
         what: "guests on ordinary KVM that break the rules",
         test: "hostile",
-        short: &[],
-        whole: &[],
-        without: &[],
-        linux_guests: false,
-        patience: Duration::from_mins(10),
+        ..TEST
+    },
+    Check {
+        name: "linux",
+        what: "Linux guests: boot, snapshot, 8 clones with 8 identities, network",
+        test: "linux",
+        short: &["eight_clones_of_linux_6_12"],
+        linux_guests: true,
+        patience: Duration::from_mins(20),
+        ..TEST
     },
     Check {
         name: "verifier",
         what: "the kernel takes all eBPF programs, and runs them on malformed frames",
         test: "programs",
         short: &["host::a_malformed_sweep"],
-        whole: &[],
         // Other verifiers go through other numbers of instructions.
         without: &["budget::"],
-        linux_guests: false,
         patience: Duration::from_mins(15),
+        ..TEST
     },
     Check {
         name: "datapath",
@@ -89,9 +94,8 @@ pub const CHECKS: [Check; 6] = [
         test: "datapath",
         short: &["traffic::tcp_and_udp_reach", "lifecycle::what_was_known"],
         whole: &["traffic::", "lifecycle::", "upgrade::an_upgrade_that_fails"],
-        without: &[],
-        linux_guests: false,
         patience: Duration::from_mins(20),
+        ..TEST
     },
 ];
 
