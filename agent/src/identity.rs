@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
@@ -45,15 +46,27 @@ pub fn apply(identity: &Identity, link: &Link) -> Result<(), AgentError> {
     // First: everything that draws random numbers does so afterwards.
     seed(identity)?;
     set_clock(identity)?;
-    sethostname(OsStr::from_bytes(hostname(identity))).map_err(system("host name"))?;
-    fs::create_dir_all("/etc").map_err(system("/etc"))?;
-    fs::write("/etc/machine-id", machine_id(identity)).map_err(system("/etc/machine-id"))?;
+    set_names(identity, Path::new("/etc"))?;
     link.apply(identity)
+}
+
+/// Sets the host name, and writes the machine's identifier into a folder, which is made.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn set_names(identity: &Identity, etc: &Path) -> Result<(), AgentError> {
+    sethostname(OsStr::from_bytes(hostname(identity))).map_err(system("host name"))?;
+    fs::create_dir_all(etc).map_err(system(etc.display().to_string()))?;
+    let path = etc.join("machine-id");
+    fs::write(&path, machine_id(identity)).map_err(system(path.display().to_string()))
 }
 
 /// Gives the kernel's random generator the entropy, and has it forget the seed that all clones of a
 /// template share.
-fn seed(identity: &Identity) -> Result<(), AgentError> {
+///
+/// # Errors
+/// The kernel refuses.
+pub fn seed(identity: &Identity) -> Result<(), AgentError> {
     let random = File::options().write(true).open(RANDOM).map_err(system(RANDOM))?;
     let entropy = Entropy {
         bits: (identity.entropy.len() * 8) as i32,

@@ -1,9 +1,13 @@
 //! The first process of a Linux guest, and the only one that does not come from a function's image.
 //!
 //! It loads the drivers and stands at the release barrier: there the VMM takes the template's
-//! snapshot, and there each clone begins. Nothing of a function has run by then, and no random
-//! number was drawn. Then it applies the clone's identity, starts the function, and carries HTTP
-//! from the VMM's vsock to the function's server.
+//! snapshot, and there each clone begins. Then it applies the clone's identity, starts the function,
+//! and carries HTTP from the VMM's vsock to the function's server.
+//!
+//! Nothing of a function has run at the barrier. What was random until then is the same in all clones
+//! of a template: where the kernel and this process lie, and what guards their stacks and heap. What
+//! is drawn later is not, and the agent does not ask for the kernel's `boot_id`, which is drawn when
+//! it is read first.
 
 pub mod barrier;
 pub mod error;
@@ -52,13 +56,13 @@ pub fn main() {
 /// From the boot to the function's end: what that was.
 fn run() -> Result<String, AgentError> {
     prepare::mounts()?;
+    let vmm = Vmm::open()?;
     prepare::modules(Path::new(prepare::MODULES))?;
     prepare::limits()?;
     network::up("lo")?;
     prepare::interface(INTERFACE)?;
     let link = Link::open(INTERFACE)?;
     let listener = serve::listen()?;
-    let vmm = Vmm::open()?;
 
     let identity = vmm.wait(|| prefault::run(&link));
     identity::apply(&identity, &link)?;

@@ -27,6 +27,16 @@ const PACKAGE: &str = "linux-image-cloud-amd64";
 /// Debian's keys, of the package `debian-archive-keyring`.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// Whether they can be had here.
+///
+/// # Errors
+/// They cannot.
+pub fn can_be_had() -> Result<()> {
+    let is_debian = Path::new("/usr/bin/apt-get").exists();
+    ensure!(is_debian, "the kernels are Debian's, had by apt: run this on Debian");
+    Ok(())
+}
+
 /// A kernel's files.
 pub struct Files {
     /// What `uname -r` says there.

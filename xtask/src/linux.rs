@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use crate::archive;
 use crate::build::{results, root, target};
 use crate::command::{run, step};
-use crate::kernels::{Files, KERNELS, Kernel, remove};
+use crate::kernels::{self, Files, KERNELS, Kernel, remove};
 
 /// Drivers of the VMM's devices, and the file system that functions' roots are.
 const MODULES: [&str; 7] = [
@@ -48,6 +48,7 @@ pub fn names() -> Vec<String> {
 /// # Errors
 /// A kernel cannot be had, or a program of [`crate::setup`] is missing.
 pub fn images() -> Result<()> {
+    kernels::can_be_had()?;
     for kernel in &KERNELS {
         step("linux", &format!("kernel {} and its initrd, for guests", kernel.name));
         let folder = target().join("lab").join(kernel.name);

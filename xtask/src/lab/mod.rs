@@ -21,7 +21,7 @@ use self::machine::{Event, Machine};
 use self::report::{CheckReport, KernelReport};
 use crate::build::target;
 use crate::command::step;
-use crate::kernels::{KERNELS, Kernel};
+use crate::kernels::{self, KERNELS, Kernel};
 use crate::linux;
 
 /// How long a machine may take until its first process runs, and from the last one on.
@@ -43,20 +43,12 @@ pub struct Selection {
     pub json: bool,
 }
 
-/// Why there can be no lab here, if there cannot.
-fn missing() -> Option<&'static str> {
-    let is_debian = Path::new("/usr/bin/apt-get").exists();
-    (!is_debian).then_some("the lab's kernels are Debian's, had by apt: run it on Debian")
-}
-
 /// Runs the checks.
 ///
 /// # Errors
 /// If one fails: the end of what it said is printed.
 pub fn run(selection: &Selection) -> Result<()> {
-    if let Some(missing) = missing() {
-        bail!(missing);
-    }
+    kernels::can_be_had()?;
     let checks = pick(&CHECKS, selection.check.as_deref(), |check| check.name, "check")?;
     let kernels = pick(&KERNELS, selection.kernel.as_deref(), |kernel| kernel.name, "kernel")?;
     let is_whole = selection.all || selection.check.is_some();
