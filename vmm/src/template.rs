@@ -1,7 +1,7 @@
 //! Makes a template: boots a guest up to its release barrier and saves it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -206,7 +206,9 @@ fn open(path: &Path) -> Result<File, TemplateError> {
     File::open(path).map_err(|source| TemplateError::Program { path: path.to_owned(), source })
 }
 
-fn digest(file: &File) -> io::Result<[u8; 32]> {
+fn digest(mut file: &File) -> io::Result<[u8; 32]> {
+    // Whoever asked for its size has left it at its end.
+    file.rewind()?;
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(file)?;
     Ok(*hasher.finalize().as_bytes())

@@ -68,7 +68,8 @@ const RW: u16 = 5;
 const CREDIT_UPDATE: u16 = 6;
 const CREDIT_REQUEST: u16 = 7;
 
-/// Both directions (5.10.6.1).
+/// Who says so sends no more; and neither receives any more (5.10.6.1).
+const SHUTDOWN_SEND: u32 = 2;
 const SHUTDOWN_BOTH: u32 = 3;
 
 /// The vsock device and its connections.
@@ -212,7 +213,12 @@ impl Vsock {
             }
             CREDIT_UPDATE => {}
             CREDIT_REQUEST => reply = Some(CREDIT_UPDATE),
-            SHUTDOWN if packet.flags() & SHUTDOWN_BOTH != SHUTDOWN_BOTH => {}
+            SHUTDOWN
+                if (connection.guest_ended | packet.flags()) & SHUTDOWN_BOTH != SHUTDOWN_BOTH =>
+            {
+                connection.guest_ended |= packet.flags();
+                connection.end_if_sent();
+            }
             RST => connection.state = State::Closing,
             // A shutdown of both directions; or what the protocol does not allow here.
             _ => {
@@ -277,6 +283,12 @@ impl Vsock {
             if failed && connection.state == State::Requested {
                 // Nobody waits for the guest's answer any more; it will get a reset for it.
                 connection.state = State::Closing;
+            }
+            if failed
+                && let Some(end) = connection.hang_up()
+                && self.waiting.len() < WAITING_MAX
+            {
+                self.waiting.push_back(end);
             }
             if failed || events.contains(PollFlags::POLLIN) {
                 connection.readable = true;

@@ -75,7 +75,7 @@ const IOCTLS: &[u64] = &[
 ];
 
 /// Calls of a Linux guest's microVM besides: it reads the function's image.
-const LINUX: &[libc::c_long] = &[libc::SYS_pread64];
+const LINUX: &[libc::c_long] = &[libc::SYS_lseek, libc::SYS_pread64];
 
 /// Requests of a Linux guest's machine besides.
 const LINUX_IOCTLS: &[u64] = &[

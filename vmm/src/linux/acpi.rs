@@ -19,8 +19,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 use warren_abi::microvm::{MMIO_BYTES, NET_MMIO};
 
 use super::pc::{
-    GENERATION_ADDRESS, GENERATION_GSI, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SLEEP_PORT,
-    VIRTIO_DEVICES, virtio_gsi,
+    GENERATION_ADDRESS, GENERATION_GSI, SERIAL_GSI, SERIAL_PORT, SLEEP_PORT, VIRTIO_DEVICES,
+    virtio_gsi,
 };
 
 /// Where the tables are: in the area of a PC's firmware.
@@ -57,10 +57,9 @@ pub fn write(memory: &GuestMemoryMmap) -> Result<u64, GuestMemoryError> {
     let register =
         |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port));
     let mut fadt = FADTBuilder::new(OEM, MODEL, REVISION);
-    fadt.reset_reg = register(RESET_PORT);
     fadt.sleep_control_reg = register(SLEEP_PORT);
     fadt.sleep_status_reg = register(SLEEP_PORT);
-    let fadt = fadt.dsdt_64(dsdt).flag(Flags::HwReducedAcpi).flag(Flags::ResetRegSup);
+    let fadt = fadt.dsdt_64(dsdt).flag(Flags::HwReducedAcpi);
     let fadt = place(&fadt.finalize())?;
 
     let mut madt = MADT::new(OEM, MODEL, REVISION, LocalInterruptController::Address(LOCAL_APIC));

@@ -52,9 +52,9 @@ const ENTRY_64: u64 = 0x200;
 /// Type of a boot loader that has no number (boot.rst, `type_of_loader`).
 const UNKNOWN_LOADER: u8 = 0xff;
 
-/// What the command line begins with: console on the serial port, a panic ends the machine, there is
-/// no bus to look for.
-const COMMAND: &str = "console=ttyS0 panic=-1 pci=off";
+/// What the command line begins with: console on the serial port, a panic reboots, which is done by
+/// the keyboard controller, and there is no bus to look for.
+const COMMAND: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
 
 /// The longest that every kernel takes, in bytes (`COMMAND_LINE_SIZE`).
 const COMMAND_MAX: usize = 2048;

@@ -13,6 +13,9 @@ const LINE_MAX: usize = 512;
 /// How many lines are kept to tell why a guest ended.
 const KEPT: usize = 8;
 
+/// What a line of Linux' has that says why it ends.
+const PANIC: &str = "Kernel panic";
+
 /// What a guest may write, in bytes per second and at once.
 const BYTES_PER_SECOND: NonZeroU64 = NonZeroU64::new(64 << 10).unwrap();
 
@@ -21,6 +24,7 @@ pub struct Log {
     source: &'static str,
     line: Vec<u8>,
     last: VecDeque<String>,
+    panic: Option<String>,
     lost: u64,
     limiter: Limiter,
 }
@@ -30,7 +34,7 @@ impl Log {
     pub fn new(source: &'static str) -> Self {
         let bytes = Limit { per_second: BYTES_PER_SECOND, burst: BYTES_PER_SECOND.get() };
         let limiter = Limiter::new(Some(bytes), None, Instant::now());
-        Self { source, line: Vec::new(), last: VecDeque::new(), lost: 0, limiter }
+        Self { source, line: Vec::new(), last: VecDeque::new(), panic: None, lost: 0, limiter }
     }
 
     /// Takes some of what the guest wrote, anything, in whatever parts.
@@ -59,6 +63,9 @@ impl Log {
         if text.is_empty() {
             return;
         }
+        if text.contains(PANIC) {
+            self.panic.get_or_insert_with(|| text.clone());
+        }
         if self.last.len() == KEPT {
             self.last.pop_front();
         }
@@ -75,8 +82,11 @@ impl Log {
         tracing::info!(source = self.source, "{text}");
     }
 
-    /// The last lines.
+    /// The last lines; or why the kernel panicked, which it says before much else.
     pub fn last(&self) -> String {
+        if let Some(panic) = &self.panic {
+            return panic.clone();
+        }
         self.last.iter().map(String::as_str).collect::<Vec<_>>().join(" | ")
     }
 }

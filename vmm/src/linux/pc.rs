@@ -47,12 +47,11 @@ pub const SLEEP_PORT: u16 = 0x600;
 /// In it: go to sleep.
 const SLEEP_ENABLE: u8 = 1 << 5;
 
-/// ACPI's reset register (4.8.3.6): the guest reboots.
-pub const RESET_PORT: u16 = 0x601;
-
-/// The keyboard controller, which a kernel tries as well to reboot.
+/// The keyboard controller, of which there is what reboots: command and status.
 const KEYBOARD_PORT: u16 = 0x64;
 const KEYBOARD_RESET: u8 = 0xfe;
+/// It takes commands.
+const KEYBOARD_READY: u8 = 0;
 
 /// The devices of a PC that runs Linux.
 pub struct Pc {
@@ -188,9 +187,12 @@ impl Pc {
                 written.map_err(|error| host(&format!("serial port: {error:?}")))
             }
             (SLEEP_PORT, &[byte]) if byte & SLEEP_ENABLE != 0 => Err(EndReason::PoweredOff),
-            (RESET_PORT, _) | (KEYBOARD_PORT, [KEYBOARD_RESET]) => Err(self.reset()),
+            (KEYBOARD_PORT, [KEYBOARD_RESET]) => Err(self.reset()),
             // A PC has many more, which drivers try out.
-            _ => Ok(()),
+            _ => {
+                tracing::trace!(port, ?data, "nobody is at this port");
+                Ok(())
+            }
         }
     }
 
@@ -201,6 +203,7 @@ impl Pc {
         match (port, data) {
             (SERIAL_PORT..=0x3ff, [byte]) => *byte = self.serial.read((port - SERIAL_PORT) as u8),
             (SLEEP_PORT, [byte]) => *byte = 0,
+            (KEYBOARD_PORT, [byte]) => *byte = KEYBOARD_READY,
             _ => {}
         }
     }

@@ -3,11 +3,12 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use nix::poll::PollFlags;
 
-use super::{CREDIT, RW, SHUTDOWN, SHUTDOWN_BOTH};
+use super::{CREDIT, RW, SHUTDOWN, SHUTDOWN_BOTH, SHUTDOWN_SEND};
 
 /// The header of a packet for the guest, as far as packets differ in it.
 #[derive(Clone, Copy)]
@@ -37,6 +38,10 @@ pub(super) struct Connection {
     pub(super) state: State,
     /// The stream has ended: nothing more to read from it.
     ended: bool,
+    /// Nor will it take anything any more.
+    hung_up: bool,
+    /// What the guest will not do any more: `SHUTDOWN_*`.
+    pub(super) guest_ended: u32,
     /// The stream may have something to read.
     pub(super) readable: bool,
     /// For the stream, when it does not take it at once.
@@ -61,6 +66,8 @@ impl Connection {
             guest_port,
             state: State::Requested,
             ended: false,
+            hung_up: false,
+            guest_ended: 0,
             readable: false,
             outgoing: VecDeque::new(),
             received: 0,
@@ -89,7 +96,9 @@ impl Connection {
         let wanted = self.state == State::Requested || self.room_in_guest() > 0;
         events.set(PollFlags::POLLIN, wanted && !self.readable);
         events.set(PollFlags::POLLOUT, !self.outgoing.is_empty());
-        (!events.is_empty()).then_some(events)
+        // One that only writes no more may still hang up.
+        let is_half = self.ended && !self.hung_up;
+        (is_half || !events.is_empty()).then_some(events)
     }
 
     /// How much the guest can take now: 0 also if there is nothing to be read.
@@ -122,11 +131,30 @@ impl Connection {
                 None
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => None,
-            // The end, or as good as.
-            Ok(_) | Err(_) => {
+            Ok(_) => {
                 self.ended = true;
+                let flags = if self.hung_up { SHUTDOWN_BOTH } else { SHUTDOWN_SEND };
+                Some((self.header(SHUTDOWN, flags), &[]))
+            }
+            Err(_) => {
+                (self.ended, self.hung_up) = (true, true);
                 Some((self.header(SHUTDOWN, SHUTDOWN_BOTH), &[]))
             }
+        }
+    }
+
+    /// The stream was closed on the other side, for both directions. The packet that says so, unless
+    /// what is still to be read comes before it.
+    pub(super) fn hang_up(&mut self) -> Option<Header> {
+        let is_new = !std::mem::replace(&mut self.hung_up, true);
+        (is_new && self.ended).then(|| self.header(SHUTDOWN, SHUTDOWN_BOTH))
+    }
+
+    /// The guest sends no more: passed on behind what it sent.
+    pub(super) fn end_if_sent(&mut self) {
+        if self.guest_ended & SHUTDOWN_SEND != 0 && self.outgoing.is_empty() {
+            // Fails if the other side is gone.
+            let _ = self.stream.shutdown(Shutdown::Write);
         }
     }
 
@@ -155,6 +183,7 @@ impl Connection {
             self.outgoing.drain(..taken);
             self.forwarded = self.forwarded.wrapping_add(taken as u32);
         }
+        self.end_if_sent();
     }
 }
 
