@@ -1,8 +1,10 @@
 //! virtio-vsock: connections from the host.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+use nix::poll::PollFlags;
 use warren_vmm::devices::Device;
 use warren_vmm::devices::vsock::Vsock;
 
@@ -221,11 +223,43 @@ fn virtio_5_10_6_5_a_shutdown_of_both_directions_ends_the_connection() {
     bed.send(SHUTDOWN, 3, b"");
     assert!(bed.is_closed());
     assert_eq!(bed.next().unwrap().0.op, RST);
-    // And from the host.
+    // And from the host, whose end hangs up.
     let mut bed = Bed::established();
-    bed.host.shutdown(std::net::Shutdown::Both).unwrap();
+    assert_eq!(bed.next(), None);
+    bed.host.shutdown(Shutdown::Both).unwrap();
+    bed.driver.device.polled([PollFlags::POLLHUP].into_iter());
     let (packet, _) = bed.next().unwrap();
     assert_eq!((packet.op, packet.flags), (SHUTDOWN, 3));
+    assert_eq!(bed.next(), None);
+}
+
+#[test]
+fn virtio_5_10_6_5_either_side_may_end_its_own_direction_first() {
+    let mut bed = Bed::established();
+    bed.send(RW, 0, b"last words");
+    bed.send(SHUTDOWN, 2, b"");
+    assert_eq!(bed.host(), b"last words");
+    assert!(bed.is_closed());
+    // The other direction goes on.
+    bed.host.write_all(b"answer").unwrap();
+    assert_eq!(bed.next().unwrap().1, b"answer");
+    bed.send(SHUTDOWN, 1, b"");
+    assert_eq!(bed.next().unwrap().0.op, RST);
+
+    let mut bed = Bed::established();
+    bed.host.write_all(b"question").unwrap();
+    bed.host.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(bed.next().unwrap().1, b"question");
+    let (packet, _) = bed.next().unwrap();
+    assert_eq!((packet.op, packet.flags), (SHUTDOWN, 2));
+    bed.send(RW, 0, b"answer");
+    assert_eq!(bed.host(), b"answer");
+    // That it is gone altogether is told once.
+    assert_eq!(bed.driver.device.poll_fds().count(), 1);
+    bed.driver.device.polled([PollFlags::POLLHUP].into_iter());
+    let (packet, _) = bed.next().unwrap();
+    assert_eq!((packet.op, packet.flags), (SHUTDOWN, 3));
+    assert_eq!((bed.driver.device.poll_fds().count(), bed.next()), (0, None));
 }
 
 #[test]
