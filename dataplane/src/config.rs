@@ -94,6 +94,8 @@ pub struct HostConfig {
     pub vmm: PathBuf,
     /// The template that microVMs are cloned from: `warren-vmm template` makes it.
     pub template: PathBuf,
+    /// Its key file of 32 bytes: nothing that is not encrypted with it is cloned.
+    pub template_key: Option<PathBuf>,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
 }

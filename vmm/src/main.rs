@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
 use warren_vmm::jail::{FIRST_UID, JailConfig};
+use warren_vmm::snapshot::Sources;
 use warren_vmm::template;
 use warren_vmm::zygote::{self, Options};
 
@@ -39,6 +40,9 @@ enum Command {
         /// Guest memory, in MiB: a multiple of 2, 4 to 512.
         #[arg(long, default_value_t = 16)]
         memory: u64,
+        /// A key file of 32 bytes, to encrypt the template with.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
         /// How to print what was made.
         #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
         output_format: OutputFormat,
@@ -49,6 +53,9 @@ enum Command {
         /// The template.
         #[arg(long, value_name = "FILE")]
         template: PathBuf,
+        /// The template's key file.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
         /// Directory of the microVMs' sockets.
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
@@ -83,8 +90,8 @@ fn main() -> anyhow::Result<ExitCode> {
         .with_writer(std::io::stderr)
         .init();
     match Arguments::parse().command {
-        Command::Template { guest, output, memory, output_format } => {
-            let summary = template::make(&guest, &output, memory << 20)?;
+        Command::Template { guest, output, memory, key, output_format } => {
+            let summary = template::make(&guest, &output, memory << 20, key.as_deref())?;
             match output_format {
                 OutputFormat::Json => println!("{}", serde_json::to_string(&summary)?),
                 OutputFormat::Text => println!(
@@ -98,6 +105,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Zygote {
             template,
+            key,
             run_dir,
             control_fd,
             watchdog_ms,
@@ -108,7 +116,8 @@ fn main() -> anyhow::Result<ExitCode> {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
-            match zygote::run(&Options { template, run_dir, jail, watchdog }, control)? {
+            let sources = Sources { template, key };
+            match zygote::run(&Options { sources, run_dir, jail, watchdog }, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }

@@ -12,7 +12,7 @@ use crate::control::{EndReason, PublicIdentity};
 use crate::cpu;
 use crate::machine::{Exit, Machine, MachineError, Shell};
 use crate::memory::{GuestRam, Pages, create_memfd};
-use crate::snapshot::{self, Header, SnapshotError, Template};
+use crate::snapshot::{self, Header, Key, SnapshotError, Sources, Template};
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +75,14 @@ pub fn open_kvm() -> Result<(Kvm, CpuId), TemplateError> {
     Ok((kvm, cpuid))
 }
 
-/// Boots the program and saves it at its barrier.
-pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary, TemplateError> {
+/// Boots the program and saves it at its barrier, encrypted if a key file is named.
+pub fn make(
+    program: &Path,
+    output: &Path,
+    memory_bytes: u64,
+    key: Option<&Path>,
+) -> Result<Summary, TemplateError> {
+    let key = Key::read_optional(key)?;
     let elf = std::fs::read(program)
         .map_err(|source| TemplateError::Program { path: program.to_owned(), source })?;
     let (kvm, cpuid) = open_kvm()?;
@@ -93,7 +99,7 @@ pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary,
     let (working_set, in_place) = try_out(clone)?;
     let (abi_version, cpu_features) = (ABI_VERSION, cpu::required_features());
     let header = Header { abi_version, cpu_features, machine, working_set, in_place };
-    snapshot::write(output, &header, &map(true)?)?;
+    snapshot::write(output, &header, &map(true)?, key.as_ref())?;
     let file_bytes = std::fs::metadata(output).map_or(0, |metadata| metadata.len());
     Ok(Summary { memory_bytes, file_bytes })
 }
@@ -121,12 +127,12 @@ fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError
 }
 
 /// Loads a template for this host.
-pub fn load(path: &Path) -> Result<Template, SnapshotError> {
-    let template = snapshot::read(path)?;
+pub fn load(sources: &Sources) -> Result<Template, SnapshotError> {
+    let template = snapshot::read(sources)?;
     let missing = cpu::missing_features(&template.header.cpu_features);
     if missing.is_empty() {
         Ok(template)
     } else {
-        Err(SnapshotError::Cpu { path: path.to_owned(), missing })
+        Err(SnapshotError::Cpu { path: sources.template.clone(), missing })
     }
 }

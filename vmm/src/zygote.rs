@@ -25,7 +25,7 @@ use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::memory::{GuestRam, Pages};
-use crate::snapshot::Template;
+use crate::snapshot::{Sources, Template};
 use crate::template::{self, TemplateError};
 
 /// Why a zygote cannot go on.
@@ -79,8 +79,8 @@ struct Zygote {
 /// What a zygote is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The template.
-    pub template: PathBuf,
+    /// What clones are made from.
+    pub sources: Sources,
     /// Directory of the microVMs' sockets.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
@@ -120,7 +120,7 @@ impl Zygote {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
             let Template { header, memory, memory_bytes } =
-                template::load(&options.template).map_err(TemplateError::from)?;
+                template::load(&options.sources).map_err(TemplateError::from)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
             let jail = Jail::build(&options.jail, memory_bytes, &options.run_dir)?;

@@ -51,7 +51,7 @@ impl Nursery {
         std::fs::create_dir(&run_dir)?;
         let config = ZygoteConfig {
             binary: built("warren-vmm")?,
-            template: template(&run, GUEST)?,
+            sources: template(&run, GUEST)?.into(),
             run_dir,
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
         };

@@ -2,6 +2,7 @@
 //!
 //! ```no_run
 //! # async fn example(tap: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
+//! use std::path::PathBuf;
 //! use std::time::Duration;
 //! use warren_vmm::client::{self, Zygote, ZygoteConfig};
 //! use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
@@ -9,7 +10,7 @@
 //!
 //! let config = ZygoteConfig {
 //!     binary: "/usr/bin/warren-vmm".into(),
-//!     template: "/var/lib/warren/probe.template".into(),
+//!     sources: PathBuf::from("/var/lib/warren/probe.template").into(),
 //!     run_dir: "/run/warren/vm".into(),
 //!     jail: JailConfig::named("example"),
 //! };

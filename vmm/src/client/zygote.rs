@@ -17,14 +17,15 @@ use tokio::sync::Mutex;
 use super::{ClientError, MicroVm};
 use crate::control::{MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
 use crate::jail::JailConfig;
+use crate::snapshot::Sources;
 
 /// What a zygote is started with.
 #[derive(Clone, Debug)]
 pub struct ZygoteConfig {
     /// The `warren-vmm` program.
     pub binary: PathBuf,
-    /// A template that `warren-vmm template` made.
-    pub template: PathBuf,
+    /// What microVMs are cloned from: a template that `warren-vmm template` made.
+    pub sources: Sources,
     /// Directory of the microVMs' sockets; must exist.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
@@ -66,10 +67,13 @@ impl Zygote {
         .map_err(|errno| spawn_error(errno.into()))?;
         // The control socket is the child's standard input: a descriptor that needs no unsafe code
         // between fork and exec to be inherited.
-        let child = Command::new(&config.binary)
-            .arg("zygote")
-            .arg("--template")
-            .arg(&config.template)
+        let Sources { template, key } = &config.sources;
+        let mut command = Command::new(&config.binary);
+        command.arg("zygote").arg("--template").arg(template);
+        if let Some(key) = key {
+            command.arg("--key").arg(key);
+        }
+        let child = command
             .arg("--run-dir")
             .arg(&config.run_dir)
             .args(["--control-fd", "0"])
