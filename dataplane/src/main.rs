@@ -172,7 +172,11 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
     let zygote = ZygoteConfig {
         binary: section.vmm.clone(),
-        sources: Sources { template: section.template.clone(), key: section.template_key.clone() },
+        sources: Sources {
+            template: section.template.clone(),
+            diff: None,
+            key: section.template_key.clone(),
+        },
         run_dir: config.run_dir.clone(),
         jail,
     };

@@ -169,7 +169,8 @@ impl Machine {
         self.watchdog = budget;
     }
 
-    /// Saves processor and devices. The guest must have just reached the barrier.
+    /// Saves processor and devices. The guest must stand at the barrier, or wait: then it goes on
+    /// behind the port access.
     pub fn save(&mut self) -> Result<MachineState, MachineError> {
         self.complete_exit();
         let cpu = cpu::save(&self.vcpu).map_err(kvm("save the processor's state"))?;

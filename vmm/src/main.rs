@@ -53,7 +53,10 @@ enum Command {
         /// The template.
         #[arg(long, value_name = "FILE")]
         template: PathBuf,
-        /// The template's key file.
+        /// A diff against it: microVMs are clones of the one that it was taken of.
+        #[arg(long, value_name = "FILE")]
+        diff: Option<PathBuf>,
+        /// The key file of both.
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
         /// Directory of the microVMs' sockets.
@@ -105,6 +108,7 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Zygote {
             template,
+            diff,
             key,
             run_dir,
             control_fd,
@@ -116,7 +120,7 @@ fn main() -> anyhow::Result<ExitCode> {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
-            let sources = Sources { template, key };
+            let sources = Sources { template, diff, key };
             match zygote::run(&Options { sources, run_dir, jail, watchdog }, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),

@@ -25,6 +25,7 @@ use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::memory::{GuestRam, Pages};
+use crate::snapshot::diff::Base;
 use crate::snapshot::{Sources, Template};
 use crate::template::{self, TemplateError};
 
@@ -72,6 +73,7 @@ struct Zygote {
     working_set: Vec<Pages>,
     in_place: Vec<Pages>,
     state: MachineState,
+    base: Base,
     jail: Jail,
     living: Census,
 }
@@ -119,7 +121,7 @@ impl Zygote {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
-            let Template { header, memory, memory_bytes } =
+            let Template { header, memory, memory_bytes, base } =
                 template::load(&options.sources).map_err(TemplateError::from)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
@@ -132,11 +134,11 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            Ok((kvm, cpuid, header, ram, jail, children))
+            Ok((kvm, cpuid, header, base, ram, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, ram, jail, children)) => Ok(Self {
+            Ok((kvm, cpuid, header, base, ram, jail, children)) => Ok(Self {
                 control,
                 children,
                 watchdog: options.watchdog,
@@ -146,6 +148,7 @@ impl Zygote {
                 working_set: header.working_set,
                 in_place: header.in_place,
                 state: header.machine,
+                base,
                 jail,
                 living: Census::default(),
             }),
@@ -252,6 +255,7 @@ impl Zygote {
             working_set,
             in_place,
             state,
+            base,
             jail,
             ..
         } = self;
@@ -267,7 +271,7 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, tap, watchdog })
+            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, watchdog })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");

@@ -24,7 +24,8 @@ use crate::snapshot::Sources;
 pub struct ZygoteConfig {
     /// The `warren-vmm` program.
     pub binary: PathBuf,
-    /// What microVMs are cloned from: a template that `warren-vmm template` made.
+    /// What microVMs are cloned from: a template that `warren-vmm template` made, and perhaps a diff
+    /// that [`MicroVm::snapshot`] made.
     pub sources: Sources,
     /// Directory of the microVMs' sockets; must exist.
     pub run_dir: PathBuf,
@@ -67,11 +68,13 @@ impl Zygote {
         .map_err(|errno| spawn_error(errno.into()))?;
         // The control socket is the child's standard input: a descriptor that needs no unsafe code
         // between fork and exec to be inherited.
-        let Sources { template, key } = &config.sources;
+        let Sources { template, diff, key } = &config.sources;
         let mut command = Command::new(&config.binary);
         command.arg("zygote").arg("--template").arg(template);
-        if let Some(key) = key {
-            command.arg("--key").arg(key);
+        for (option, file) in [("--diff", diff), ("--key", key)] {
+            if let Some(file) = file {
+                command.arg(option).arg(file);
+            }
         }
         let child = command
             .arg("--run-dir")

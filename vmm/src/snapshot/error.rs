@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-/// Why a template cannot be used. Each names the file and the remedy.
+/// Why a template or a diff cannot be used. Each names the file and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// Reading or writing failed.
@@ -82,6 +82,17 @@ pub enum SnapshotError {
         path: PathBuf,
         /// Feature names.
         missing: Vec<String>,
+    },
+    /// It was taken of a clone of another template.
+    #[error(
+        "{}: a diff against another template than {}: name the one that it was taken of, as it was",
+        path.display(), template.display()
+    )]
+    Base {
+        /// The diff.
+        path: PathBuf,
+        /// The template.
+        template: PathBuf,
     },
     /// It is encrypted, and there is no key.
     #[error("{}: encrypted: name the file of its key with --key", path.display())]

@@ -1,4 +1,4 @@
-//! The container of a machine: a header, and pages.
+//! The container of templates and diffs: a header, and pages.
 //!
 //! All integers are little-endian.
 //!
@@ -17,8 +17,8 @@
 //! | 16 | tag, in an encrypted one only |
 //! | 32 | BLAKE3 of everything before |
 //!
-//! A file is read once, whole; what was verified is what is used. The checksum tells
-//! damage; who made it only an encrypted one proves.
+//! A file is read once, whole; what was verified is what is used. The checksum tells damage, and
+//! names the file; who made it only an encrypted one proves.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -75,6 +75,9 @@ pub fn plain_bytes(header: &[u8], pages: &[u32]) -> u64 {
     let head = Head { memory_bytes: 0, header: header.len() as u32, pages: pages.len() as u32 };
     FIXED as u64 + head.body() + CHECKSUM as u64
 }
+
+/// The longest file, in bytes.
+pub const BYTES_MAX: u64 = MEMORY_MAX / PAGE * (4 + PAGE) + (1 << 20);
 
 /// Writes a plain file: this header, and these pages of memory.
 pub fn write(
@@ -151,6 +154,8 @@ pub struct Content {
     pages: usize,
     /// Size of guest memory.
     pub memory_bytes: u64,
+    /// The file's checksum: its name.
+    pub checksum: [u8; 32],
 }
 
 impl Content {
@@ -216,7 +221,7 @@ impl Content {
             return Err(malformed(path, kind, "size of memory"));
         }
         let (header, pages) = (header as usize, pages as usize);
-        let content = Self { path, kind, bytes, header, pages, memory_bytes };
+        let content = Self { path, kind, bytes, header, pages, memory_bytes, checksum };
         if content.pages().any(|(number, _)| u64::from(number) >= memory_bytes / PAGE) {
             return Err(content.malformed("page outside of memory"));
         }
@@ -234,6 +239,11 @@ impl Content {
         let (numbers, pages) = self.bytes[FIXED + self.header..].split_at(self.pages * 4);
         let numbers = numbers.chunks_exact(4).filter_map(|number| word(number, 0));
         numbers.zip(pages.chunks_exact(PAGE as usize))
+    }
+
+    /// The file, decrypted.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
     }
 
     /// The content is not what it must be.

@@ -1,9 +1,11 @@
-//! What clones are made from: a template, the machine at its release barrier.
+//! What clones are made from: a template, the machine at its release barrier; and, if they are to be
+//! branches of one that ran, a diff against it.
 //!
-//! [`file`] is its form, [`crypt`] its encryption. What was verified is what fills the sealed memfd
-//! that all clones map.
+//! [`file`] is the form of both, [`diff`] what is special about the second, [`crypt`] their
+//! encryption. What was verified is what fills the sealed memfd that all clones map.
 
 pub mod crypt;
+pub mod diff;
 mod error;
 mod file;
 
@@ -47,26 +49,30 @@ pub struct Header {
 pub struct Sources {
     /// The template.
     pub template: PathBuf,
-    /// Its key, if it is encrypted.
+    /// A diff against it: clones are branches of the microVM that it was taken of.
+    pub diff: Option<PathBuf>,
+    /// The key of both; without it neither may be encrypted.
     pub key: Option<PathBuf>,
 }
 
 impl From<PathBuf> for Sources {
     /// A plain template, and nothing else.
     fn from(template: PathBuf) -> Self {
-        Self { template, key: None }
+        Self { template, diff: None, key: None }
     }
 }
 
 /// A verified template, ready to be cloned.
 #[derive(Debug)]
 pub struct Template {
-    /// Its header.
+    /// Its header; of a diff, if there is one, processor and devices.
     pub header: Header,
     /// Sealed memory.
     pub memory: File,
     /// Size of the memory.
     pub memory_bytes: u64,
+    /// What snapshots of its clones are diffs against.
+    pub base: diff::Base,
 }
 
 /// Writes a template, atomically: the file is there whole or not at all.
@@ -101,17 +107,22 @@ fn used_pages(ram: &GuestRam) -> io::Result<Vec<u32>> {
     Ok(numbers)
 }
 
-/// Reads and verifies a template, and fills a sealed memfd with its memory.
+/// Reads and verifies a template, and fills a sealed memfd with its memory; with a diff, with the
+/// memory that the diff makes of it.
 pub fn read(sources: &Sources) -> Result<Template, SnapshotError> {
-    let Sources { template: path, key } = sources;
+    let Sources { template: path, diff, key } = sources;
     let key = Key::read_optional(key.as_deref())?;
     let io_error = |source| SnapshotError::Io { path: path.clone(), source };
     let content = Content::read(path, &KIND, key.as_ref())?;
-    let header = header(&content)?;
+    let mut header = header(&content)?;
     let memory = create_memfd(content.memory_bytes).map_err(io_error)?;
     fill(&memory, &content).map_err(io_error)?;
+    let mut base = diff::Base { template: content.checksum, pages: Vec::new() };
+    if let Some(diff) = diff {
+        header.machine = diff::apply(diff, key.as_ref(), path, &mut base, &memory)?;
+    }
     seal(&memory).map_err(io_error)?;
-    Ok(Template { header, memory, memory_bytes: content.memory_bytes })
+    Ok(Template { header, memory, memory_bytes: content.memory_bytes, base })
 }
 
 /// A template's header, of this version.

