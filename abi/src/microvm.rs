@@ -19,7 +19,7 @@
 
 /// Version of everything in this module except the invocation framing. A guest refuses to boot
 /// under another one, and a template records it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Where [`Boot`] is.
 pub const BOOT_ADDRESS: u64 = 0x1_0000;
@@ -60,7 +60,7 @@ pub const READY_PORT: u16 = 0x11;
 
 /// Kick and wait in one: the VMM serves all queues and completes the instruction when something
 /// came for the guest, or after the microseconds that were written (32 bits). [`WAIT_FOREVER`]
-/// means no deadline, 0 only serves the queues.
+/// means no deadline, 0 only serves the queues. Then the guest looks at [`Boot::generation`].
 pub const WAIT_PORT: u16 = 0x12;
 
 /// Written (32 bits) with the address of a [`PanicMessage`]; the microVM ends.
@@ -91,6 +91,10 @@ pub struct Boot {
     pub heap_start: u64,
     /// End of the heap, page-aligned.
     pub heap_end: u64,
+    /// Changes only while the guest stands in [`WAIT_PORT`]: then it has become a clone of the one
+    /// that waited. Before it does anything else it follows [`Boot::command`] as at its barrier,
+    /// whose connections, frames and calls in progress are not its own.
+    pub generation: u64,
 }
 
 /// What a panicking guest leaves behind.

@@ -81,6 +81,13 @@ pub enum Operation {
         /// The frame, from the destination MAC on, without FCS.
         frame: Vec<u8>,
     },
+    /// Keep this in memory, in place of what was kept before.
+    Remember {
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Report what is kept; nothing, at first.
+    Recall,
 }
 
 /// A request to the probe.
@@ -143,6 +150,8 @@ pub enum Outcome {
         /// Offset of the first byte that was not `n % 251`, if any (receive only).
         corrupt_at: Option<u64>,
     },
+    /// [`Operation::Recall`].
+    Recalled(Vec<u8>),
 }
 
 /// When things happened, in nanoseconds since release.

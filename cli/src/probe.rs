@@ -77,6 +77,10 @@ pub enum Operation {
         #[arg(value_name = "HEX")]
         frame: Frame,
     },
+    /// Keep a text in memory, in place of what it kept before.
+    Remember { text: String },
+    /// Report what it keeps.
+    Recall,
 }
 
 impl Operation {
@@ -107,6 +111,8 @@ impl Operation {
                 abi::Operation::BulkReceive { to: endpoint(to), bytes }
             }
             Self::SendFrame { frame } => abi::Operation::SendFrame { frame: frame.0 },
+            Self::Remember { text } => abi::Operation::Remember { bytes: text.into_bytes() },
+            Self::Recall => abi::Operation::Recall,
         };
         Ok(Request { operation, timeout_ms })
     }

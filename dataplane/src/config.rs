@@ -96,6 +96,8 @@ pub struct HostConfig {
     pub template: PathBuf,
     /// The function's image that a Linux guest's template was made with, if it was.
     pub disk: Option<PathBuf>,
+    /// Its key file of 32 bytes: nothing that is not encrypted with it is cloned.
+    pub template_key: Option<PathBuf>,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
 }

@@ -29,6 +29,7 @@ use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
 use warren_vmm::client::ZygoteConfig;
 use warren_vmm::jail::{self, JailConfig};
+use warren_vmm::snapshot::Sources;
 
 /// The largest gRPC message: 10,000 routes take up to 1 MB, an invocation 1 MiB.
 const MESSAGE_MAX: usize = 4 << 20;
@@ -171,8 +172,12 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
     let zygote = ZygoteConfig {
         binary: section.vmm.clone(),
-        template: section.template.clone(),
-        disk: section.disk.clone(),
+        sources: Sources {
+            template: section.template.clone(),
+            diff: None,
+            disk: section.disk.clone(),
+            key: section.template_key.clone(),
+        },
         run_dir: config.run_dir.clone(),
         jail,
     };

@@ -22,21 +22,26 @@ const HOT_BUFFER: u64 = 0x2000;
 
 const PAGE: u64 = 4096;
 
-/// Waits for the release, and returns the identity to apply.
-pub fn wait(boot: &Boot) -> Identity {
+/// What the VMM has to say.
+pub fn boot() -> Boot {
+    // SAFETY: the VMM maps the page, has filled it, and changes it only while the guest stands at the
+    // barrier or waits.
+    unsafe { ptr::read_volatile(BOOT_ADDRESS as *const Boot) }
+}
+
+/// Stands at the barrier until it is released, and returns the identity to apply.
+pub fn wait() -> Identity {
     loop {
-        port::barrier();
-        // SAFETY: the VMM maps the page and changes it only while the guest stands at the barrier.
-        let command =
-            unsafe { ptr::read_volatile(&raw const (*(BOOT_ADDRESS as *const Boot)).command) };
-        match command {
-            COMMAND_PREFAULT => prefault(boot),
+        let boot = boot();
+        match boot.command {
+            COMMAND_PREFAULT => prefault(&boot),
             // SAFETY: the VMM wrote a whole Identity before it gave this command.
             COMMAND_RELEASE => unsafe {
                 return ptr::read_volatile(IDENTITY_ADDRESS as *const Identity);
             },
             _ => {}
         }
+        port::barrier();
     }
 }
 

@@ -78,6 +78,8 @@ impl Calls {
                 }
                 VsockEventType::Disconnected { .. } => {
                     self.callers.retain(|caller| caller.peer != peer);
+                    // It is known still if it left something to be read.
+                    let _ = self.manager.force_close(peer, INVOCATION_PORT);
                 }
                 VsockEventType::Received { .. }
                 | VsockEventType::Connected
@@ -145,6 +147,15 @@ impl Calls {
             return Some((peer, request));
         }
         None
+    }
+
+    /// Forgets all callers: they are those of the one that this is a clone of.
+    pub fn forget(&mut self) {
+        for caller in self.callers.drain(..) {
+            // The VMM does not know the connection, and so says nothing to the reset.
+            let _ = self.manager.force_close(caller.peer, INVOCATION_PORT);
+        }
+        self.serving_long = false;
     }
 
     /// The last request was answered.

@@ -2,16 +2,14 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
-use core::ptr::{self, NonNull};
+use core::ptr::NonNull;
 
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::Rng;
 use smoltcp::iface::Interface;
 use virtio_drivers::device::socket::VsockAddr;
 use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
-use warren_abi::microvm::{
-    ABI_VERSION, BOOT_ADDRESS, Boot, Identity, MMIO_BYTES, NET_MMIO, VSOCK_MMIO, WAIT_FOREVER,
-};
+use warren_abi::microvm::{ABI_VERSION, Identity, MMIO_BYTES, NET_MMIO, VSOCK_MMIO, WAIT_FOREVER};
 
 use crate::calls::{Calls, NoCredit};
 use crate::clock::Clock;
@@ -42,12 +40,15 @@ pub struct Machine {
     pub(crate) interface: Interface,
     pub(crate) sockets: Sockets,
     calls: Calls,
+    /// [`warren_abi::microvm::Boot::generation`] of this clone.
+    generation: u64,
+    /// The call in progress was the former one's: nobody waits for its answer.
+    orphaned: bool,
 }
 
 /// Boots, stands at the release barrier, takes its identity and serves calls for ever.
 pub fn run(function: &mut dyn Function) -> ! {
-    // SAFETY: the VMM maps this page and has filled it.
-    let boot = unsafe { ptr::read_volatile(BOOT_ADDRESS as *const Boot) };
+    let boot = barrier::boot();
     // SAFETY: called once, first of all, with what the VMM set aside for the heap.
     unsafe { heap::init(boot.heap_start, boot.heap_end) };
     assert_eq!(boot.abi_version, ABI_VERSION, "guest and VMM must be of one release");
@@ -55,16 +56,31 @@ pub fn run(function: &mut dyn Function) -> ! {
     let calls = Calls::new(transport(VSOCK_MMIO));
     let sockets = Sockets::new();
 
-    let identity = barrier::wait(&boot);
+    let identity = barrier::wait();
     let mut machine = Machine::new(identity, device, sockets, calls);
     port::ready();
     loop {
         while let Some((caller, request)) = machine.calls.next() {
+            machine.orphaned = false;
             let reply = function.call(&mut machine, &request);
             machine.answer(caller, &reply);
         }
         machine.wait(u64::MAX);
     }
+}
+
+/// What follows from an identity: a random generator, what that gave first, and an interface.
+fn personal(
+    identity: &Identity,
+    device: &mut NetDevice,
+    clock: &Clock,
+) -> (ChaCha20Rng, [u8; 32], Interface) {
+    let mut random = identity::random_generator(identity);
+    let mut first_random = [0; 32];
+    random.fill_bytes(&mut first_random);
+    device.mtu = identity.mtu;
+    let interface = net::interface(identity, random.next_u64(), device, clock.instant());
+    (random, first_random, interface)
 }
 
 fn transport(address: u64) -> MmioTransport<'static> {
@@ -76,12 +92,33 @@ fn transport(address: u64) -> MmioTransport<'static> {
 impl Machine {
     fn new(identity: Identity, mut device: NetDevice, sockets: Sockets, calls: Calls) -> Self {
         let clock = Clock::new(&identity);
-        let mut random = identity::random_generator(&identity);
-        let mut first_random = [0; 32];
-        random.fill_bytes(&mut first_random);
-        device.mtu = identity.mtu;
-        let interface = net::interface(&identity, random.next_u64(), &mut device, clock.instant());
-        Self { clock, identity, first_random, random, device, interface, sockets, calls }
+        let (random, first_random, interface) = personal(&identity, &mut device, &clock);
+        Self {
+            clock,
+            identity,
+            first_random,
+            random,
+            device,
+            interface,
+            sockets,
+            calls,
+            generation: barrier::boot().generation,
+            orphaned: false,
+        }
+    }
+
+    /// Becomes the clone of what it was: with another identity, and without whatever tied the former
+    /// one to others.
+    fn become_another(&mut self) {
+        self.identity = barrier::wait();
+        self.generation = barrier::boot().generation;
+        self.clock = Clock::new(&self.identity);
+        self.calls.forget();
+        self.orphaned = true;
+        self.sockets.renew();
+        (self.random, self.first_random, self.interface) =
+            personal(&self.identity, &mut self.device, &self.clock);
+        port::ready();
     }
 
     /// Host name of this clone.
@@ -89,9 +126,9 @@ impl Machine {
         identity::hostname(&self.identity)
     }
 
-    /// Nanoseconds since release.
+    /// Nanoseconds since release; in a call that was another one's, later than any deadline.
     pub fn now_ns(&self) -> u64 {
-        self.clock.now_ns()
+        if self.orphaned { u64::MAX / 2 } else { self.clock.now_ns() }
     }
 
     /// Sends what is queued, then sleeps until something came, a timer of the network is due, or
@@ -109,6 +146,9 @@ impl Machine {
             microseconds = microseconds.min(left);
         }
         port::wait(microseconds as u32);
+        if barrier::boot().generation != self.generation {
+            self.become_another();
+        }
         self.poll();
     }
 
@@ -127,6 +167,10 @@ impl Machine {
     }
 
     fn answer(&mut self, caller: VsockAddr, reply: &[u8]) {
+        // Another caller may have the same address by now.
+        if self.orphaned {
+            return;
+        }
         let header = (reply.len() as u32).to_le_bytes();
         if reply.len() <= COPY_MAX {
             // One packet, one exit.
@@ -140,7 +184,7 @@ impl Machine {
 
     fn send(&mut self, caller: VsockAddr, bytes: &[u8]) {
         let mut sent = 0;
-        while sent < bytes.len() {
+        while sent < bytes.len() && !self.orphaned {
             match self.calls.send(caller, &bytes[sent..]) {
                 Ok(length) => sent += length,
                 Err(NoCredit) => self.wait(u64::MAX),

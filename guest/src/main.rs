@@ -17,5 +17,5 @@
 /// Called by the runtime's entry point.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> ! {
-    warren_guest::run(&mut warren_guest::Probe)
+    warren_guest::run(&mut warren_guest::Probe::default())
 }

@@ -32,7 +32,7 @@ pub const COLD_BYTES: usize = 256 * 1024;
 #[repr(C, align(4096))]
 struct Cold(UnsafeCell<[u8; COLD_BYTES]>);
 
-// SAFETY: there is one thread, and `sockets`, called once, takes the only references.
+// SAFETY: there is one thread, and `Sockets` takes the only references.
 unsafe impl Sync for Cold {}
 
 #[unsafe(link_section = ".bss.cold")]
@@ -59,11 +59,23 @@ pub struct Sockets {
 impl Sockets {
     /// Makes them; called once.
     pub fn new() -> Self {
+        Self::in_set(SocketSet::new(Vec::with_capacity(2)))
+    }
+
+    /// Makes them anew. What the former ones would still send is not sent.
+    pub fn renew(&mut self) {
+        let mut set = core::mem::replace(&mut self.set, SocketSet::new(Vec::new()));
+        drop((set.remove(self.tcp), set.remove(self.udp)));
+        *self = Self::in_set(set);
+    }
+
+    /// Makes them in this set, which is empty.
+    fn in_set(mut set: SocketSet<'static>) -> Self {
         let take = |buffer: &'static Cold| -> &'static mut [u8] {
-            // SAFETY: called once for each buffer, because `machine::run` makes one `Sockets`.
+            // SAFETY: `machine::run` makes one `Sockets`, and the sockets that had the buffers before
+            // are gone when this is called again: nothing else refers to them.
             unsafe { &mut *buffer.0.get() }
         };
-        let mut set = SocketSet::new(Vec::with_capacity(2));
         let mut tcp = tcp::Socket::new(
             tcp::SocketBuffer::new(take(&TCP_RX)),
             tcp::SocketBuffer::new(take(&TCP_TX)),

@@ -99,7 +99,8 @@ pub fn load(ram: &GuestRam, program: &[u8]) -> Result<u64, BootError> {
     tables.map(stack, bytes, data)?;
     let (heap_start, heap_end) = (program_end, stack - PAGE);
     tables.map(heap_start, heap_end, data)?;
-    let boot = Boot { abi_version: ABI_VERSION, command: COMMAND_PARK, heap_start, heap_end };
+    let (abi_version, command, generation) = (ABI_VERSION, COMMAND_PARK, 0);
+    let boot = Boot { abi_version, command, heap_start, heap_end, generation };
     ram.all().write_slice(&boot_bytes(&boot), GuestAddress(BOOT_ADDRESS))?;
     Ok(entry)
 }
@@ -111,6 +112,7 @@ pub fn boot_bytes(boot: &Boot) -> Vec<u8> {
     bytes.extend(boot.command.to_le_bytes());
     bytes.extend(boot.heap_start.to_le_bytes());
     bytes.extend(boot.heap_end.to_le_bytes());
+    bytes.extend(boot.generation.to_le_bytes());
     bytes
 }
 

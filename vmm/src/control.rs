@@ -119,6 +119,9 @@ pub enum Request {
     Recycle,
     /// End. Answered by [`Reply::Ended`].
     Stop,
+    /// Save yourself when your guest waits next, and go on. Answered by [`Reply::Snapshot`]; refused
+    /// before the release.
+    Snapshot,
 }
 
 /// What a microVM answers.
@@ -132,6 +135,12 @@ pub enum Reply {
     Refused(Refusal),
     /// The microVM has ended. Sent unasked to every control connection; the last message.
     Ended(EndReason),
+    /// To [`Request::Snapshot`]: so many bytes follow without a frame, a plain [diff's
+    /// file](crate::snapshot::diff).
+    Snapshot {
+        /// How many.
+        bytes: u64,
+    },
 }
 
 /// The identity a clone is to take.
@@ -235,9 +244,12 @@ pub enum Refusal {
     /// [`Request::Release`] came a second time.
     #[error("the microVM was released before: fork another one")]
     AlreadyReleased,
-    /// [`Request::Recycle`] came before a release.
-    #[error("the microVM was not released: there is nothing to recycle")]
+    /// [`Request::Recycle`] or [`Request::Snapshot`] came before a release.
+    #[error("the microVM was not released: there is nothing to recycle, or to snapshot")]
     NotReleased,
+    /// [`Request::Snapshot`] came to a Linux guest.
+    #[error("a Linux guest that runs cannot be snapshotted: clone its template")]
+    LinuxSnapshot,
     /// A field of the identity is out of its range.
     #[error("identity refused: {0}")]
     Identity(String),

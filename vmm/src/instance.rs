@@ -19,6 +19,7 @@ use crate::control::{
 use crate::machine::{Exit, Machine, MachineState, Shell, host};
 use crate::memory::{GuestRam, Pages};
 use crate::server::{Event, Server};
+use crate::snapshot::diff::{Base, Snapshot};
 use crate::timer::kick_on_input;
 
 /// How often sockets are looked at while the guest is kept busy by its network.
@@ -38,6 +39,8 @@ pub struct Origin {
     pub in_place: Vec<Pages>,
     /// The template's processor and devices.
     pub state: MachineState,
+    /// What its snapshots are diffs against.
+    pub base: Base,
     /// The slot's TAP.
     pub tap: OwnedFd,
     /// The function's image, for a Linux guest that has one.
@@ -60,6 +63,10 @@ struct Instance {
     release: Option<(u64, ReleaseRequest)>,
     /// Who wants it recycled.
     recycling: Option<u64>,
+    /// Who wants a snapshot of it.
+    snapshots: Vec<u64>,
+    /// What that is a diff against.
+    base: Base,
     /// Streams that came before there was a device.
     streams: Vec<(UnixStream, u32)>,
     polled_at: Instant,
@@ -90,6 +97,8 @@ pub fn run(
         advancing: Vec::new(),
         release: None,
         recycling: None,
+        snapshots: Vec::new(),
+        base: Base::default(),
         streams: Vec::new(),
         polled_at: Instant::now(),
     };
@@ -112,7 +121,9 @@ impl Instance {
     /// The tiers one after the other, as far as somebody wants them; then the guest's life. The
     /// machine is the caller's to keep, until the end was told.
     fn live(&mut self, origin: Origin, machine: &mut Option<Machine>) -> Result<Never, EndReason> {
-        let Origin { kvm, cpuid, ram, working_set, in_place, state, tap, disk, watchdog } = origin;
+        let Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, disk, watchdog } =
+            origin;
+        self.base = base;
         self.timeline.jailed_ns = monotonic_ns()?;
         let shell = Shell::new(&kvm, &cpuid, state.kind())?;
         drop(kvm);
@@ -228,7 +239,8 @@ impl Instance {
                 Err(refusal) => self.server.reply(client, &Reply::Refused(refusal)),
             },
             Request::Recycle if self.state == State::Running => self.recycling = Some(client),
-            Request::Recycle => {
+            Request::Snapshot if self.state == State::Running => self.snapshots.push(client),
+            Request::Recycle | Request::Snapshot => {
                 self.server.reply(client, &Reply::Refused(Refusal::NotReleased));
             }
             Request::Stop => return Err(EndReason::Stopped),
@@ -251,6 +263,9 @@ impl Instance {
                     self.poll(machine, Some(Duration::ZERO))?;
                     if machine.has_interrupts() {
                         machine.exchange()?;
+                        for client in self.snapshots.drain(..) {
+                            self.server.reply(client, &Reply::Refused(Refusal::LinuxSnapshot));
+                        }
                     }
                 }
                 exit @ (Exit::Barrier | Exit::Ready) => {
@@ -296,7 +311,11 @@ impl Instance {
     fn serve(&mut self, machine: &mut Machine, timeout: Option<Duration>) -> Result<(), EndReason> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
-            let received = machine.exchange()?;
+            machine.transmit()?;
+            if !self.snapshots.is_empty() {
+                self.take_snapshots(machine)?;
+            }
+            let received = machine.receive()?;
             let now = Instant::now();
             let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
             let over = left.is_some_and(|left| left.is_zero()) || self.recycling.is_some();
@@ -309,6 +328,17 @@ impl Instance {
             }
             self.poll(machine, left)?;
         }
+    }
+
+    /// Saves the machine for all who want that. Its guest waits, all that it sent is on its way, and
+    /// nothing was handed to it that it has not seen.
+    fn take_snapshots(&mut self, machine: &mut Machine) -> Result<(), EndReason> {
+        let snapshot = Snapshot::take(machine, &self.base)?;
+        let reply = Reply::Snapshot { bytes: snapshot.bytes() };
+        for client in std::mem::take(&mut self.snapshots) {
+            self.server.stream(client, &reply, |out| snapshot.write(out));
+        }
+        Ok(())
     }
 
     /// Waits for sockets, streams and TAP, and serves the sockets.

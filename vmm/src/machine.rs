@@ -266,7 +266,8 @@ impl Machine {
         self.watchdog = budget;
     }
 
-    /// Saves processor and devices. The guest must have just reached the barrier.
+    /// Saves processor and devices. The guest must stand at the barrier, or wait: then it goes on
+    /// behind the port access.
     pub fn save(&mut self) -> Result<MachineState, MachineError> {
         self.complete_exit();
         let cpu = cpu::save(&self.vcpu).map_err(kvm("save the processor's state"))?;
@@ -469,9 +470,20 @@ impl Machine {
     /// Moves packets both ways, and lets devices do what is due; returns whether something came for
     /// the guest.
     pub fn exchange(&mut self) -> Result<bool, EndReason> {
+        self.transmit()?;
+        self.receive()
+    }
+
+    /// Takes all packets that the guest queued.
+    pub fn transmit(&mut self) -> Result<(), EndReason> {
         let memory = self.ram.dma();
         self.net.transmit(memory)?;
-        self.vsock.transmit(memory)?;
+        Ok(self.vsock.transmit(memory)?)
+    }
+
+    /// The other half of [`Machine::exchange`].
+    pub fn receive(&mut self) -> Result<bool, EndReason> {
+        let memory = self.ram.dma();
         let mut received = self.net.receive(memory)?;
         received |= self.vsock.receive(memory)?;
         if self.has_interrupts() {

@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
 use warren_vmm::jail::{FIRST_UID, JailConfig};
+use warren_vmm::snapshot::Sources;
 use warren_vmm::template::{self, LinuxGuest};
 use warren_vmm::zygote::{self, Options};
 
@@ -56,6 +57,9 @@ enum Command {
         /// Linux 128]
         #[arg(long)]
         memory: Option<u64>,
+        /// A key file of 32 bytes, to encrypt the template with.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
         /// How to print what was made.
         #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
         output_format: OutputFormat,
@@ -66,9 +70,15 @@ enum Command {
         /// The template.
         #[arg(long, value_name = "FILE")]
         template: PathBuf,
-        /// The function's image that the template was made with.
+        /// A diff against it: microVMs are clones of the one that it was taken of.
+        #[arg(long, value_name = "FILE")]
+        diff: Option<PathBuf>,
+        /// The function's image that a Linux guest's template was made with.
         #[arg(long, value_name = "FILE")]
         disk: Option<PathBuf>,
+        /// The key file of template and diff.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
         /// Directory of the microVMs' sockets.
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
@@ -112,15 +122,19 @@ fn main() -> anyhow::Result<ExitCode> {
             boot_seconds,
             output,
             memory,
+            key,
             output_format,
         } => {
+            let key = key.as_deref();
             let summary = match (guest, kernel, initrd) {
                 (None, Some(kernel), Some(initrd)) => {
                     let patience = Duration::from_secs(boot_seconds);
                     let guest = LinuxGuest { kernel, initrd, disk, arguments, patience };
-                    template::make_linux(&guest, &output, memory.unwrap_or(128) << 20)?
+                    template::make_linux(&guest, &output, memory.unwrap_or(128) << 20, key)?
                 }
-                (Some(guest), ..) => template::make(&guest, &output, memory.unwrap_or(16) << 20)?,
+                (Some(guest), ..) => {
+                    template::make(&guest, &output, memory.unwrap_or(16) << 20, key)?
+                }
                 _ => bail!("give --guest, or --kernel and --initrd"),
             };
             match output_format {
@@ -136,7 +150,9 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Zygote {
             template,
+            diff,
             disk,
+            key,
             run_dir,
             control_fd,
             watchdog_ms,
@@ -147,7 +163,8 @@ fn main() -> anyhow::Result<ExitCode> {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
-            match zygote::run(&Options { template, disk, run_dir, jail, watchdog }, control)? {
+            let sources = Sources { template, diff, disk, key };
+            match zygote::run(&Options { sources, run_dir, jail, watchdog }, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -66,9 +67,7 @@ impl Mapping {
         }
         let length = count as usize * PAGE as usize;
         // SAFETY: the range lies in the mapping, whose bytes this neither frees nor protects.
-        nix::errno::Errno::result(unsafe {
-            libc::madvise(self.page(first).cast(), length, advice)
-        })?;
+        Errno::result(unsafe { libc::madvise(self.page(first).cast(), length, advice) })?;
         Ok(())
     }
 }
@@ -156,6 +155,30 @@ impl GuestRam {
         Ok((own, all))
     }
 
+    /// The pages that differ from what this private mapping began with, in ascending order.
+    ///
+    /// `mincore(2)` tells which may: a page that is in no memory was not written to, unless it was
+    /// swapped out since. Where there is no swap the others are not even looked at, which would
+    /// allocate them for good in a template that has nothing there.
+    pub fn changed(&self) -> io::Result<Vec<u32>> {
+        let Some(image) = &self.image else {
+            return Err(io::Error::other("only a clone differs from where it began"));
+        };
+        let mut resident = vec![0u8; (self.bytes() / PAGE) as usize];
+        let start = self.mapping.address.as_ptr();
+        // SAFETY: the range is the mapping, and the vector has a byte for each page of it.
+        Errno::result(unsafe { libc::mincore(start, self.mapping.size, resident.as_mut_ptr()) })?;
+        let has_swap = has_swap()?;
+        let may_differ = |page: &(u32, u8)| has_swap || page.1 & 1 != 0;
+        let candidates = (0u32..).zip(resident).filter(may_differ).map(|(page, _)| page);
+        // SAFETY: whole pages of two mappings that live. The guest, which alone writes to them, does
+        // not run while this process does something else.
+        let page = |mapping: &Mapping, page| unsafe {
+            std::slice::from_raw_parts(mapping.page(page).cast_const(), PAGE as usize)
+        };
+        Ok(candidates.filter(|&n| page(image, n) != page(&self.mapping, n)).collect())
+    }
+
     /// Takes the faults of these pages now: they become this private mapping's own
     /// (`MADV_POPULATE_WRITE`, Linux 5.14). Pages outside of memory are ignored.
     pub fn populate(&self, pages: &[Pages]) -> io::Result<()> {
@@ -208,6 +231,17 @@ fn restore(from: *const u8, to: *mut u8) {
             std::ptr::copy_nonoverlapping(from, to, PAGE as usize);
         }
     }
+}
+
+/// Whether this host may swap.
+fn has_swap() -> io::Result<bool> {
+    let mut info = std::mem::MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the kernel fills a structure of this kind, of which zeroes are a value.
+    let info = unsafe {
+        Errno::result(libc::sysinfo(info.as_mut_ptr()))?;
+        info.assume_init()
+    };
+    Ok(info.totalswap > 0)
 }
 
 /// A memfd of this size, zero-filled, that can be sealed.
@@ -295,8 +329,28 @@ mod tests {
     }
 
     #[test]
+    fn what_differs_is_told_and_what_was_only_read_is_not() {
+        let memfd = create_memfd(BYTES).unwrap();
+        memfd.write_all_at(b"template", 7 * PAGE).unwrap();
+        seal(&memfd).unwrap();
+        let ram = GuestRam::map(&memfd, BYTES, false).unwrap();
+        assert_eq!(ram.changed().unwrap(), [0u32; 0]);
+        let write =
+            |page, value: u8| ram.all().write_obj(value, GuestAddress(page * PAGE)).unwrap();
+        // Zero where there was something, something where there was nothing, the same as before.
+        ram.all().write_slice(&[0; 8], GuestAddress(7 * PAGE)).unwrap();
+        write(300, 1);
+        write(301, 0);
+        ram.all().read_obj::<u8>(GuestAddress(302 * PAGE)).unwrap();
+        assert_eq!(ram.changed().unwrap(), [7, 300]);
+        let other = GuestRam::map(&memfd, BYTES, false).unwrap();
+        assert_eq!(other.changed().unwrap(), [0u32; 0]);
+    }
+
+    #[test]
     fn what_is_not_a_clone_cannot_go_back() {
         let memfd = create_memfd(BYTES).unwrap();
-        assert!(GuestRam::map(&memfd, BYTES, true).unwrap().reset(&[]).is_err());
+        let ram = GuestRam::map(&memfd, BYTES, true).unwrap();
+        assert!(ram.reset(&[]).is_err() && ram.changed().is_err());
     }
 }

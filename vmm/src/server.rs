@@ -1,11 +1,14 @@
 //! The microVM's socket: who connects, and what is asked on control connections.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
 
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::signal::SigSet;
 use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::time::TimeSpec;
 
 use crate::control::{CONTROL_LINE, EndReason, Refusal, Reply, Request, encode_frame, take_frame};
 use crate::timer::kick_on_input;
@@ -15,6 +18,9 @@ const CONNECTIONS_MAX: usize = 32;
 
 /// The longest first line of a connection, in bytes.
 const GREETING_MAX: usize = 32;
+
+/// How long a client may take to read on from a long answer. The guest stands still meanwhile.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The listening socket and its connections.
 pub struct Server {
@@ -139,6 +145,28 @@ impl Server {
         }
     }
 
+    /// Answers a request, and writes more behind the answer. A client that does not read on loses its
+    /// connection.
+    pub fn stream(
+        &mut self,
+        id: u64,
+        reply: &Reply,
+        more: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) {
+        let Some(index) = self.connections.iter().position(|connection| connection.id == id) else {
+            return;
+        };
+        let mut out = BufWriter::with_capacity(64 << 10, Patient(&self.connections[index].stream));
+        let written = out.write_all(&encode_frame(reply)).and_then(|()| more(&mut out));
+        let written = written.and_then(|()| out.flush());
+        // What is left in there after a failure is for nobody.
+        drop(out.into_parts());
+        if let Err(error) = written {
+            tracing::warn!(%error, "a client did not take its answer");
+            self.connections.remove(index);
+        }
+    }
+
     /// Stops listening, and tells every control connection, also those that are just coming, why the
     /// microVM ended.
     pub fn ended(mut self, reason: &EndReason) {
@@ -151,6 +179,30 @@ impl Server {
                 let _ = connection.stream.write(&frame);
             }
         }
+    }
+}
+
+/// A socket that is waited for if it takes no more.
+struct Patient<'s>(&'s UnixStream);
+
+impl Write for Patient<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+            match ppoll(&mut fds, Some(TimeSpec::from(PATIENCE)), None::<SigSet>) {
+                Ok(0) => return Err(ErrorKind::TimedOut.into()),
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -16,7 +16,7 @@ use crate::linux;
 use crate::linux::boot::{LinuxBootError, Program};
 use crate::machine::{Exit, Machine, MachineError, Shell};
 use crate::memory::{GuestRam, Pages, create_memfd};
-use crate::snapshot::{self, Header, SnapshotError, Template};
+use crate::snapshot::{self, Header, Key, SnapshotError, Sources, Template};
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -101,8 +101,14 @@ pub fn open_kvm() -> Result<(Kvm, CpuId), TemplateError> {
     Ok((kvm, cpuid))
 }
 
-/// Boots the program and saves it at its barrier.
-pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary, TemplateError> {
+/// Boots the program and saves it at its barrier, encrypted if a key file is named.
+pub fn make(
+    program: &Path,
+    output: &Path,
+    memory_bytes: u64,
+    key: Option<&Path>,
+) -> Result<Summary, TemplateError> {
+    let key = Key::read_optional(key)?;
     let elf = std::fs::read(program)
         .map_err(|source| TemplateError::Program { path: program.to_owned(), source })?;
     let (kvm, cpuid) = open_kvm()?;
@@ -113,7 +119,7 @@ pub fn make(program: &Path, output: &Path, memory_bytes: u64) -> Result<Summary,
         .map_err(|source| TemplateError::Boot { path: program.to_owned(), source })?;
     let mut booted = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.boot(ram, entry)?;
     booted.run_until(Exit::Barrier).map_err(TemplateError::Guest)?;
-    save(booted, &kvm, &cpuid, &memory, None, output)
+    save(booted, &kvm, &cpuid, &memory, None, output, key.as_ref())
 }
 
 /// What a Linux guest is made of.
@@ -136,10 +142,12 @@ pub fn make_linux(
     guest: &LinuxGuest,
     output: &Path,
     memory_bytes: u64,
+    key: Option<&Path>,
 ) -> Result<Summary, TemplateError> {
     if !linux::is_possible() {
         return Err(TemplateError::NoLinux);
     }
+    let key = Key::read_optional(key)?;
     let read = |path: &PathBuf| {
         std::fs::read(path).map_err(|source| TemplateError::Program { path: path.clone(), source })
     };
@@ -156,7 +164,7 @@ pub fn make_linux(
     let disk_of_template = disk_of_template.map_err(TemplateError::Memory)?;
     let mut booted = shell.boot_linux(&kvm, ram, entry, disk_of_template)?;
     run_to_barrier(&mut booted, guest.patience).map_err(TemplateError::Guest)?;
-    save(booted, &kvm, &cpuid, &memory, disk, output)
+    save(booted, &kvm, &cpuid, &memory, disk, output, key.as_ref())
 }
 
 fn run_to_barrier(machine: &mut Machine, patience: Duration) -> Result<(), EndReason> {
@@ -186,6 +194,7 @@ fn save(
     memory: &File,
     disk: Option<File>,
     output: &Path,
+    key: Option<&Key>,
 ) -> Result<Summary, TemplateError> {
     let machine = booted.save()?;
     let memory_bytes = booted.ram.bytes();
@@ -197,7 +206,7 @@ fn save(
     let (working_set, in_place) = try_out(clone)?;
     let (abi_version, cpu_features) = (ABI_VERSION, cpu::required_features());
     let header = Header { abi_version, cpu_features, machine, disk: digest, working_set, in_place };
-    snapshot::write(output, &header, &map(true)?)?;
+    snapshot::write(output, &header, &map(true)?, key)?;
     let file_bytes = std::fs::metadata(output).map_or(0, |metadata| metadata.len());
     Ok(Summary { memory_bytes, file_bytes })
 }
@@ -215,20 +224,16 @@ fn digest(mut file: &File) -> io::Result<[u8; 32]> {
 }
 
 /// Opens the disk that a template's clones are to have, if it is the one that it was made with.
-pub fn open_disk(
-    template: &Path,
-    header: &Header,
-    disk: Option<&Path>,
-) -> Result<Option<File>, TemplateError> {
-    let refuse = |what: String| TemplateError::Disk { template: template.to_owned(), what };
-    match (header.disk, disk) {
+pub fn open_disk(sources: &Sources, header: &Header) -> Result<Option<File>, TemplateError> {
+    let refuse = |what: String| TemplateError::Disk { template: sources.template.clone(), what };
+    match (header.disk, &sources.disk) {
         (None, None) => Ok(None),
         (None, Some(_)) => Err(refuse("made without a disk: give none".to_owned())),
         (Some(_), None) => Err(refuse("made with a disk: give the same one".to_owned())),
         (Some(expected), Some(path)) => {
             let file = open(path)?;
             let found = digest(&file)
-                .map_err(|source| TemplateError::Program { path: path.to_owned(), source })?;
+                .map_err(|source| TemplateError::Program { path: path.clone(), source })?;
             if found != expected {
                 let path = path.display();
                 return Err(refuse(format!("made with another disk than {path}: make it anew")));
@@ -261,11 +266,11 @@ fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError
 }
 
 /// Loads a template for this host.
-pub fn load(path: &Path) -> Result<Template, TemplateError> {
-    let template = snapshot::read(path)?;
+pub fn load(sources: &Sources) -> Result<Template, TemplateError> {
+    let template = snapshot::read(sources)?;
     let missing = cpu::missing_features(&template.header.cpu_features);
     if !missing.is_empty() {
-        return Err(SnapshotError::Cpu { path: path.to_owned(), missing }.into());
+        return Err(SnapshotError::Cpu { path: sources.template.clone(), missing }.into());
     }
     if template.header.machine.kind() == GuestKind::Linux && !linux::is_possible() {
         return Err(TemplateError::NoLinux);

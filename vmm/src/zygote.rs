@@ -26,7 +26,8 @@ use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::memory::{GuestRam, Pages};
-use crate::snapshot::Template;
+use crate::snapshot::diff::Base;
+use crate::snapshot::{Sources, Template};
 use crate::template::{self, TemplateError};
 
 /// Why a zygote cannot go on.
@@ -73,6 +74,7 @@ struct Zygote {
     working_set: Vec<Pages>,
     in_place: Vec<Pages>,
     state: MachineState,
+    base: Base,
     disk: Option<File>,
     jail: Jail,
     living: Census,
@@ -81,10 +83,8 @@ struct Zygote {
 /// What a zygote is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The template.
-    pub template: PathBuf,
-    /// The function's image, if a Linux guest was booted with one.
-    pub disk: Option<PathBuf>,
+    /// What clones are made from.
+    pub sources: Sources,
     /// Directory of the microVMs' sockets.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
@@ -123,8 +123,8 @@ impl Zygote {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
-            let Template { header, memory, memory_bytes } = template::load(&options.template)?;
-            let disk = template::open_disk(&options.template, &header, options.disk.as_deref())?;
+            let Template { header, memory, memory_bytes, base } = template::load(&options.sources)?;
+            let disk = template::open_disk(&options.sources, &header)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
             let jail =
@@ -137,11 +137,11 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            Ok((kvm, cpuid, header, disk, ram, jail, children))
+            Ok((kvm, cpuid, header, base, disk, ram, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, disk, ram, jail, children)) => Ok(Self {
+            Ok((kvm, cpuid, header, base, disk, ram, jail, children)) => Ok(Self {
                 control,
                 children,
                 watchdog: options.watchdog,
@@ -151,6 +151,7 @@ impl Zygote {
                 working_set: header.working_set,
                 in_place: header.in_place,
                 state: header.machine,
+                base,
                 disk,
                 jail,
                 living: Census::default(),
@@ -258,6 +259,7 @@ impl Zygote {
             working_set,
             in_place,
             state,
+            base,
             disk,
             jail,
             ..
@@ -274,7 +276,7 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, tap, disk, watchdog })
+            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, disk, watchdog })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");

@@ -229,7 +229,7 @@ async fn damaged_template_is_refused_with_its_name_and_the_remedy() {
     }
     let directory = tempfile::tempdir().unwrap();
     let good = config(GUEST, directory.path());
-    let bytes = std::fs::read(&good.template).unwrap();
+    let bytes = std::fs::read(&good.sources.template).unwrap();
     let mut flipped = bytes.clone();
     flipped[bytes.len() / 2] ^= 0x10;
     let mut other_version = bytes.clone();
@@ -244,7 +244,7 @@ async fn damaged_template_is_refused_with_its_name_and_the_remedy() {
         let path = directory.path().join(name);
         std::fs::write(&path, content).unwrap();
         let mut config = good.clone();
-        config.template.clone_from(&path);
+        config.sources.template.clone_from(&path);
         let Err(ClientError::Zygote(error)) = Zygote::spawn(&config).await else {
             panic!("{name} was taken");
         };
@@ -278,4 +278,45 @@ fn what_is_no_guest_makes_no_template() {
     assert!(make(&common::guest(GUEST), "7").contains("multiple of 2 MiB"));
     assert!(make(&common::vmm(), "64").contains("not a static x86-64 ELF executable"));
     assert!(!output.exists());
+}
+
+/// A template that `--key` encrypted is cloned with the key, and with nothing else.
+#[tokio::test]
+async fn encrypted_template_is_cloned_with_its_key_only() {
+    if !kvm() {
+        return;
+    }
+    let host = Host::with(|config| {
+        for name in ["key", "other"] {
+            std::fs::write(config.run_dir.join(name), blake3::hash(name.as_bytes()).as_bytes())
+                .unwrap();
+        }
+        let sources = &mut config.sources;
+        sources.template = config.run_dir.join("encrypted");
+        sources.key = Some(config.run_dir.join("key"));
+        common::make_template(GUEST, sources);
+    })
+    .await;
+    let mut microvm = host.running(1).await;
+    let echo = invoke(microvm.path(), b"opened", Duration::from_secs(5)).await.unwrap();
+    assert_eq!(echo, b"opened");
+    assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
+
+    let plain = config(GUEST, host.run_dir.path()).sources.template;
+    let encrypted = &host.config.sources.template;
+    let key = |name: &str| Some(host.run_dir.path().join(name));
+    let cases = [
+        (encrypted, None, "--key"),
+        (encrypted, key("other"), "encrypted with another key"),
+        (&plain, key("key"), "not encrypted"),
+        (encrypted, Some(plain.clone()), "a key has 32 bytes"),
+    ];
+    for (template, key, complaint) in cases {
+        let mut config = host.config.clone();
+        (config.sources.template, config.sources.key) = (template.clone(), key);
+        let Err(ClientError::Zygote(error)) = Zygote::spawn(&config).await else {
+            panic!("no complaint of {complaint:?}");
+        };
+        assert!(error.contains(complaint), "{error}");
+    }
 }

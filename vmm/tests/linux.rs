@@ -23,6 +23,7 @@ use warren_abi::microvm::HTTP_VSOCK_PORT;
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::{EndReason, State, Tier};
 use warren_vmm::jail::{self, JailConfig};
+use warren_vmm::snapshot::Sources;
 
 /// The kernels that `cargo xtask linux` has.
 const KERNELS: [&str; 2] = ["6.1", "6.12"];
@@ -94,8 +95,7 @@ impl Linux {
         let name = directory.path().file_name().unwrap().to_str().unwrap();
         let config = ZygoteConfig {
             binary: common::vmm(),
-            template: path,
-            disk: Some(file("linux-function.ext4")),
+            sources: Sources { disk: Some(file("linux-function.ext4")), ..Sources::from(path) },
             run_dir: directory.path().to_owned(),
             jail: JailConfig::named(&format!("test{name}")),
         };
@@ -267,7 +267,8 @@ async fn a_linux_guest_transfers_over_its_tap_and_is_recycled() {
         let other = linux.directory.path().join("other.ext4");
         std::fs::write(&other, vec![0; 8 << 20]).unwrap();
         for (disk, complaint) in [(None, "made with a disk"), (Some(other), "another disk")] {
-            let config = ZygoteConfig { disk, ..linux.config.clone() };
+            let mut config = linux.config.clone();
+            config.sources.disk = disk;
             let Err(ClientError::Zygote(error)) = Zygote::spawn(&config).await else {
                 panic!("taken without its disk");
             };

@@ -51,8 +51,7 @@ impl Nursery {
         std::fs::create_dir(&run_dir)?;
         let config = ZygoteConfig {
             binary: built("warren-vmm")?,
-            template: template(&run, GUEST)?,
-            disk: None,
+            sources: template(&run, GUEST)?.into(),
             run_dir,
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
         };

@@ -59,8 +59,7 @@ pub fn measure(paths: &mut [Path], run: &RunDir, rounds: u32, figures: &mut Figu
             let binary = built("warren-vmm")?;
             let jail =
                 JailConfig { cgroup: run.cgroup().join(kind.key()), ..JailConfig::named("") };
-            let config =
-                ZygoteConfig { binary, template: template.clone(), disk: None, run_dir, jail };
+            let config = ZygoteConfig { binary, sources: template.clone().into(), run_dir, jail };
             let tap = path.take_microvm_tap()?.into();
             guests.push(Guest::start(&config, tap, path.vpc()).await?);
         }

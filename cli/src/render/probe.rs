@@ -54,6 +54,7 @@ fn outcome_text(outcome: &Outcome) -> String {
         Outcome::Bulk { bytes, corrupt_at: Some(offset) } => {
             format!("{bytes} bytes, the first wrong one at offset {offset}")
         }
+        Outcome::Recalled(bytes) => String::from_utf8_lossy(bytes).into_owned(),
     }
 }
 
@@ -84,6 +85,7 @@ fn outcome_json(outcome: &Outcome) -> Value {
         Outcome::Bulk { bytes, corrupt_at } => {
             json!({ "bulk": { "bytes": bytes, "corrupt_at": corrupt_at } })
         }
+        Outcome::Recalled(bytes) => json!({ "recalled": String::from_utf8_lossy(bytes) }),
     }
 }
 

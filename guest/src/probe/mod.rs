@@ -19,8 +19,10 @@ use warren_abi::probe::{
 use crate::machine::{Function, Machine, Timeout};
 
 /// Serves the network probe.
-#[derive(Debug)]
-pub struct Probe;
+#[derive(Debug, Default)]
+pub struct Probe {
+    remembered: Vec<u8>,
+}
 
 /// Why an operation has no outcome.
 enum Failure {
@@ -46,6 +48,13 @@ impl Function for Probe {
     fn call(&mut self, machine: &mut Machine, request: &[u8]) -> Vec<u8> {
         let mut timings = Timings { start_ns: machine.now_ns(), ..Timings::default() };
         let outcome = match decode::<Request>(request) {
+            Ok(Request { operation: Operation::Remember { bytes }, .. }) => {
+                self.remembered = bytes;
+                Ok(Outcome::Done)
+            }
+            Ok(Request { operation: Operation::Recall, .. }) => {
+                Ok(Outcome::Recalled(self.remembered.clone()))
+            }
             Ok(request) => perform(machine, &request, &mut timings),
             Err(error @ Malformed) => Err(format!("{error}")),
         };
@@ -79,6 +88,7 @@ fn perform(
             tcp::bulk_receive(machine, *to, *bytes, deadline, timings)
         }
         Operation::SendFrame { frame } => send_frame(machine, frame, deadline),
+        Operation::Remember { .. } | Operation::Recall => Ok(Outcome::Done),
     };
     result.map_err(|failure| match failure {
         Failure::Timeout => format!("no answer within {} ms", request.timeout_ms),

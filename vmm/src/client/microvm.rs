@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::ClientError;
@@ -13,6 +14,7 @@ use crate::control::{
     CONTROL_LINE, EndReason, ReleaseRequest, Reply, Request, Status, Tier, Timeline, encode_frame,
     socket_path, socket_slot, take_frame,
 };
+use crate::snapshot::diff;
 
 /// How long [`discover`] waits for a microVM to say who it is.
 const DISCOVER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -103,6 +105,33 @@ impl MicroVm {
     /// [`ClientError::Refused`] if it was not released.
     pub async fn recycle(&mut self) -> Result<Status, ClientError> {
         self.ask_status(&Request::Recycle).await
+    }
+
+    /// Saves it as it is when its guest waits next, as a [diff](crate::snapshot::diff) against its
+    /// template; it goes on, and notices nothing but the time that passes. The file is there whole or
+    /// not at all, encrypted if a key file is named. Returns its length, in bytes.
+    ///
+    /// The client writes it and not the microVM, which has no files and no key.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if it was not released; [`ClientError::Snapshot`].
+    pub async fn snapshot(&mut self, path: &Path, key: Option<&Path>) -> Result<u64, ClientError> {
+        let bytes = match self.ask(&Request::Snapshot).await? {
+            Reply::Snapshot { bytes } if bytes <= diff::BYTES_MAX => bytes as usize,
+            other => return Err(unexpected(other)),
+        };
+        let mut content = std::mem::take(&mut self.received);
+        self.received = content.split_off(bytes.min(content.len()));
+        content.reserve_exact(bytes - content.len());
+        while content.len() < bytes {
+            let left = bytes - content.len();
+            if (&mut self.stream).take(left as u64).read_buf(&mut content).await? == 0 {
+                return Err(ClientError::Ended(EndReason::Lost));
+            }
+        }
+        let (path, key) = (path.to_owned(), key.map(Path::to_owned));
+        let kept = spawn_blocking(move || diff::keep(&path, content, key.as_deref())).await;
+        Ok(kept.map_err(io::Error::from)??)
     }
 
     /// Ends it; returns why it ended, which is [`EndReason::Stopped`] unless it was faster.

@@ -2,6 +2,7 @@
 //!
 //! ```no_run
 //! # async fn example(tap: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
+//! use std::path::PathBuf;
 //! use std::time::Duration;
 //! use warren_vmm::client::{self, Zygote, ZygoteConfig};
 //! use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
@@ -9,8 +10,7 @@
 //!
 //! let config = ZygoteConfig {
 //!     binary: "/usr/bin/warren-vmm".into(),
-//!     template: "/var/lib/warren/probe.template".into(),
-//!     disk: None,
+//!     sources: PathBuf::from("/var/lib/warren/probe.template").into(),
 //!     run_dir: "/run/warren/vm".into(),
 //!     jail: JailConfig::named("example"),
 //! };
@@ -35,6 +35,7 @@ pub use microvm::{MicroVm, discover};
 pub use zygote::{Zygote, ZygoteConfig};
 
 use crate::control::{EndReason, Refusal};
+use crate::snapshot::SnapshotError;
 
 /// Why a microVM or the zygote did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +80,9 @@ pub enum ClientError {
     /// An invocation or its reply is longer than [`warren_abi::microvm::INVOCATION_MAX`].
     #[error("invocation or reply of {0} bytes is longer than 1 MiB")]
     TooLong(u64),
+    /// A snapshot came and cannot be kept.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// No answer in time.
     #[error("no answer within {0:?}")]
     Timeout(std::time::Duration),

@@ -17,16 +17,16 @@ use tokio::sync::Mutex;
 use super::{ClientError, MicroVm};
 use crate::control::{MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
 use crate::jail::JailConfig;
+use crate::snapshot::Sources;
 
 /// What a zygote is started with.
 #[derive(Clone, Debug)]
 pub struct ZygoteConfig {
     /// The `warren-vmm` program.
     pub binary: PathBuf,
-    /// A template that `warren-vmm template` made.
-    pub template: PathBuf,
-    /// The function's image that a Linux template was made with, if it was.
-    pub disk: Option<PathBuf>,
+    /// What microVMs are cloned from: a template that `warren-vmm template` made, and perhaps a diff
+    /// that [`MicroVm::snapshot`] made.
+    pub sources: Sources,
     /// Directory of the microVMs' sockets; must exist.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
@@ -68,12 +68,15 @@ impl Zygote {
         .map_err(|errno| spawn_error(errno.into()))?;
         // The control socket is the child's standard input: a descriptor that needs no unsafe code
         // between fork and exec to be inherited.
-        let disk = config.disk.iter().flat_map(|disk| ["--disk".as_ref(), disk.as_os_str()]);
-        let child = Command::new(&config.binary)
-            .arg("zygote")
-            .args(disk)
-            .arg("--template")
-            .arg(&config.template)
+        let Sources { template, diff, disk, key } = &config.sources;
+        let mut command = Command::new(&config.binary);
+        command.arg("zygote").arg("--template").arg(template);
+        for (option, file) in [("--diff", diff), ("--disk", disk), ("--key", key)] {
+            if let Some(file) = file {
+                command.arg(option).arg(file);
+            }
+        }
+        let child = command
             .arg("--run-dir")
             .arg(&config.run_dir)
             .args(["--control-fd", "0"])

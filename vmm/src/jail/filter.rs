@@ -36,7 +36,9 @@ const ANY: &[libc::c_long] = &[
     // Memory of its own, of which none is executable (below).
     libc::SYS_brk,
     libc::SYS_madvise,
+    libc::SYS_mincore,
     libc::SYS_munmap,
+    libc::SYS_sysinfo,
     // Time, randomness, its end.
     libc::SYS_clock_gettime,
     libc::SYS_exit_group,
@@ -63,7 +65,9 @@ const IOCTLS: &[u64] = &[
     request_code_write!(KVMIO, 0x90, size_of::<kvm_cpuid2>()), // KVM_SET_CPUID2
     request_code_read!(KVMIO, 0x83, size_of::<kvm_sregs>()),   // KVM_GET_SREGS
     request_code_write!(KVMIO, 0x84, size_of::<kvm_sregs>()),  // KVM_SET_SREGS
+    request_code_read!(KVMIO, 0xa6, size_of::<kvm_xcrs>()),    // KVM_GET_XCRS
     request_code_write!(KVMIO, 0xa7, size_of::<kvm_xcrs>()),   // KVM_SET_XCRS
+    request_code_read!(KVMIO, 0xa4, XSAVE_BYTES),              // KVM_GET_XSAVE
     request_code_write!(KVMIO, 0xa5, XSAVE_BYTES),             // KVM_SET_XSAVE
     request_code_write!(KVMIO, 0xe1, size_of::<kvm_device_attr>()), // KVM_SET_DEVICE_ATTR
     request_code_write!(KVMIO, 0x82, size_of::<kvm_regs>()),   // KVM_SET_REGS

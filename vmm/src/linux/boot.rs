@@ -146,7 +146,8 @@ pub fn load(ram: &GuestRam, program: &Program) -> Result<u64, LinuxBootError> {
         memory.write_obj(descriptor, GuestAddress(GDT + index * 8))?;
     }
     // The agent has no use for a heap's place.
-    let boot = Boot { abi_version: ABI_VERSION, command: COMMAND_PARK, heap_start: 0, heap_end: 0 };
+    let (abi_version, command, generation) = (ABI_VERSION, COMMAND_PARK, 0);
+    let boot = Boot { abi_version, command, heap_start: 0, heap_end: 0, generation };
     memory.write_slice(&boot_bytes(&boot), GuestAddress(BOOT_ADDRESS))?;
     Ok(entry)
 }

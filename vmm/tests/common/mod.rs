@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::{self, JailConfig};
+use warren_vmm::snapshot::Sources;
 
 /// Whether this machine can run microVMs. If not it says so, loudly; under `WARREN_REQUIRE_KVM=1`
 /// that is a failure.
@@ -61,6 +62,7 @@ pub struct Host {
     pub zygote: Zygote,
     pub run_dir: TempDir,
     pub jail: JailConfig,
+    pub config: ZygoteConfig,
     pids: Mutex<Vec<i32>>,
 }
 
@@ -82,8 +84,20 @@ impl Host {
     pub async fn with_watchdog(guest: &'static str, watchdog: Duration) -> Self {
         let run_dir = tempfile::tempdir().unwrap();
         let config = config(guest, run_dir.path());
+        Self::start(config, run_dir, watchdog).await
+    }
+
+    /// A zygote of what `choose` makes its sources.
+    pub async fn with(choose: impl FnOnce(&mut ZygoteConfig)) -> Self {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut config = config_of(PathBuf::new().into(), run_dir.path());
+        choose(&mut config);
+        Self::start(config, run_dir, Duration::from_secs(5)).await
+    }
+
+    async fn start(config: ZygoteConfig, run_dir: TempDir, watchdog: Duration) -> Self {
         let zygote = Zygote::spawn_with_watchdog(&config, watchdog).await.unwrap();
-        Self { zygote, run_dir, jail: config.jail, pids: Mutex::new(Vec::new()) }
+        Self { zygote, run_dir, jail: config.jail.clone(), config, pids: Mutex::new(Vec::new()) }
     }
 
     /// Lets the zygote go and starts another one, as a restarted `warrend` does.
@@ -120,17 +134,30 @@ impl Host {
 
 /// What a zygote needs: a template of the guest program, in the directory of the sockets.
 pub fn config(name: &'static str, run_dir: &Path) -> ZygoteConfig {
-    let path = run_dir.join(name);
-    if !path.exists() {
-        let mut command = Command::new(vmm());
-        command.arg("template").arg("--guest").arg(guest(name)).arg("--output").arg(&path);
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let sources = Sources::from(run_dir.join(name));
+    if !sources.template.exists() {
+        make_template(name, &sources);
     }
+    config_of(sources, run_dir)
+}
+
+fn config_of(sources: Sources, run_dir: &Path) -> ZygoteConfig {
     // No two directories have the same name.
     let name = run_dir.file_name().unwrap().to_str().unwrap();
     let jail = JailConfig::named(&format!("test{name}"));
-    ZygoteConfig { binary: vmm(), template: path, disk: None, run_dir: run_dir.to_owned(), jail }
+    ZygoteConfig { binary: vmm(), sources, run_dir: run_dir.to_owned(), jail }
+}
+
+/// Makes a template of a guest program, encrypted if there is a key.
+pub fn make_template(name: &str, sources: &Sources) {
+    let mut command = Command::new(vmm());
+    command.arg("template").arg("--guest").arg(guest(name));
+    command.arg("--output").arg(&sources.template);
+    if let Some(key) = &sources.key {
+        command.arg("--key").arg(key);
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// An identity that differs from slot to slot.

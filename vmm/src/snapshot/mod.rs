@@ -1,0 +1,147 @@
+//! What clones are made from: a template, the machine at its release barrier; and, if they are to be
+//! branches of one that ran, a diff against it.
+//!
+//! [`file`] is the form of both, [`diff`] what is special about the second, [`crypt`] their
+//! encryption. What was verified is what fills the sealed memfd that all clones map.
+
+pub mod crypt;
+pub mod diff;
+mod error;
+mod file;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+use warren_abi::microvm::ABI_VERSION;
+
+pub use crypt::Key;
+pub use error::SnapshotError;
+pub use file::VERSION;
+use file::{Content, Kind};
+
+use crate::machine::MachineState;
+use crate::memory::{GuestRam, PAGE, Pages, create_memfd, seal};
+
+/// A template's file.
+static KIND: Kind = Kind { magic: *b"WARRENVM", name: "template", maker: "`warren-vmm template`" };
+
+/// What a template knows besides its memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`ABI_VERSION`] that the guest was built with.
+    pub abi_version: u32,
+    /// Processor features that the guest needs.
+    pub cpu_features: Vec<String>,
+    /// Processor and devices.
+    pub machine: MachineState,
+    /// BLAKE3 of the disk that a Linux guest was booted with.
+    pub disk: Option<[u8; 32]>,
+    /// What a clone wrote to until it first had nothing to do, in ascending order.
+    pub working_set: Vec<Pages>,
+    /// All that was in place then, what it only read among it.
+    pub in_place: Vec<Pages>,
+}
+
+/// The files that clones are made from.
+#[derive(Clone, Debug)]
+pub struct Sources {
+    /// The template.
+    pub template: PathBuf,
+    /// A diff against it: clones are branches of the microVM that it was taken of.
+    pub diff: Option<PathBuf>,
+    /// The disk that a Linux guest's template was made with, if it was.
+    pub disk: Option<PathBuf>,
+    /// The key of template and diff; without it neither may be encrypted.
+    pub key: Option<PathBuf>,
+}
+
+impl From<PathBuf> for Sources {
+    /// A plain template, and nothing else.
+    fn from(template: PathBuf) -> Self {
+        Self { template, diff: None, disk: None, key: None }
+    }
+}
+
+/// A verified template, ready to be cloned.
+#[derive(Debug)]
+pub struct Template {
+    /// Its header; of a diff, if there is one, processor and devices.
+    pub header: Header,
+    /// Sealed memory.
+    pub memory: File,
+    /// Size of the memory.
+    pub memory_bytes: u64,
+    /// What snapshots of its clones are diffs against.
+    pub base: diff::Base,
+}
+
+/// Writes a template, atomically: the file is there whole or not at all.
+pub fn write(
+    path: &Path,
+    header: &Header,
+    ram: &GuestRam,
+    key: Option<&Key>,
+) -> Result<(), SnapshotError> {
+    let io_error = |source| SnapshotError::Io { path: path.to_owned(), source };
+    let pages = used_pages(ram).map_err(io_error)?;
+    let header =
+        postcard::to_allocvec(header).map_err(|error| io_error(io::Error::other(error)))?;
+    let mut bytes = Vec::with_capacity(file::plain_bytes(&header, &pages) as usize);
+    file::write(&mut bytes, &KIND, &header, &pages, ram).map_err(io_error)?;
+    if let Some(key) = key {
+        file::encrypt(&mut bytes, key).map_err(io_error)?;
+    }
+    file::put(path, &bytes)
+}
+
+/// Numbers of the pages that are not zero.
+fn used_pages(ram: &GuestRam) -> io::Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    let mut page = [0; PAGE as usize];
+    for number in 0..ram.bytes() / PAGE {
+        ram.all().read_slice(&mut page, GuestAddress(number * PAGE)).map_err(io::Error::other)?;
+        if page.iter().any(|&byte| byte != 0) {
+            numbers.push(number as u32);
+        }
+    }
+    Ok(numbers)
+}
+
+/// Reads and verifies a template, and fills a sealed memfd with its memory; with a diff, with the
+/// memory that the diff makes of it.
+pub fn read(sources: &Sources) -> Result<Template, SnapshotError> {
+    let Sources { template: path, diff, key, .. } = sources;
+    let key = Key::read_optional(key.as_deref())?;
+    let io_error = |source| SnapshotError::Io { path: path.clone(), source };
+    let content = Content::read(path, &KIND, key.as_ref())?;
+    let mut header = header(&content)?;
+    let memory = create_memfd(content.memory_bytes).map_err(io_error)?;
+    fill(&memory, &content).map_err(io_error)?;
+    let mut base = diff::Base { template: content.checksum, pages: Vec::new() };
+    if let Some(diff) = diff {
+        header.machine = diff::apply(diff, key.as_ref(), path, &mut base, &memory)?;
+    }
+    seal(&memory).map_err(io_error)?;
+    Ok(Template { header, memory, memory_bytes: content.memory_bytes, base })
+}
+
+/// A template's header, of this version.
+fn header(content: &Content) -> Result<Header, SnapshotError> {
+    let header: Header = content.header()?;
+    content.check_abi(header.abi_version, ABI_VERSION)?;
+    Ok(header)
+}
+
+/// Copies the pages of a file to where they belong.
+fn fill(memory: &File, content: &Content) -> io::Result<()> {
+    content
+        .pages()
+        .try_for_each(|(number, page)| memory.write_all_at(page, u64::from(number) * PAGE))
+}
+
+#[cfg(test)]
+mod tests;
