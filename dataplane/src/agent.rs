@@ -98,6 +98,8 @@ impl Agent {
             Self::Host(host) => {
                 let mut registry = metrics::registry("host", snapshot);
                 host.starts().register(&mut registry);
+                let help = "MicroVMs that no daemon knew any more, and were ended";
+                registry.register("orphans_reaped", help, host.orphans_reaped().clone());
                 let host = host.clone();
                 registry.register_collector(Box::new(Flows(move || host.flow_metrics())));
                 registry

@@ -11,6 +11,7 @@ use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use warren_dataplane::agent::Agent;
+use warren_dataplane::boot::BootId;
 use warren_dataplane::config::Config;
 use warren_dataplane::datapath::{
     DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
@@ -23,7 +24,7 @@ use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::{Policy, Tiers};
 use warren_dataplane::services::Services as LinkLocal;
-use warren_dataplane::{flowlog, heartbeat};
+use warren_dataplane::{boot, flowlog, heartbeat};
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
@@ -85,8 +86,12 @@ fn start(arguments: &Arguments) -> Result<()> {
 async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     std::fs::create_dir_all(&config.run_dir)
         .map_err(|error| anyhow!("cannot make run_dir {}: {error}", config.run_dir.display()))?;
+    let boot = BootId::current()?;
+    for path in boot::settle(&config.run_dir, &boot)? {
+        tracing::info!("removed {}: it is of another boot of this machine", path.display());
+    }
     let agent = match arguments.role {
-        Role::Host => host(arguments, &config).await?,
+        Role::Host => host(arguments, &config, boot).await?,
         Role::Proxy => proxy(arguments, &config)?,
     };
     let Some(agent) = agent else { return Ok(()) };
@@ -131,7 +136,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     Ok(())
 }
 
-async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
+async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Option<Agent>> {
     let section = config.host.as_ref();
     let section = section.context("--role host needs a [host] section in the configuration")?;
     let timeouts = &config.nat.timeouts;
@@ -163,6 +168,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     };
     if arguments.uninstall {
         HostDatapath::uninstall(&options)?;
+        boot::discard(&config.run_dir)?;
         jail::remove_groups(&jail.cgroup);
         return Ok(None);
     }
@@ -191,7 +197,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         host.logs_flows(log);
     }
     tokio::spawn(sweep(host.clone()));
-    tokio::spawn(LinkLocal::open(&host.services(), host.clone())?.run());
+    tokio::spawn(LinkLocal::open(&host.services(boot), host.clone())?.run());
     Ok(Some(Agent::Host(host)))
 }
 
@@ -205,6 +211,7 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     };
     if arguments.uninstall {
         ProxyDatapath::uninstall(&options)?;
+        boot::discard(&config.run_dir)?;
         return Ok(None);
     }
     let datapath = ProxyDatapath::open(&options)?;

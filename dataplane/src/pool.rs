@@ -1,16 +1,22 @@
 //! The pool of microVMs that wait for an instance, in three tiers, and the slots they stand on.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{Notify, RwLock};
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::Tier;
+use warren_vmm::jail::{self, Inhabitant};
+use warren_vmm::make::Make;
 
 use crate::datapath::{self, HostDatapath};
+use crate::recovery::Orphan;
 use crate::refill::{Policy, Refill, Tiers};
 
 /// A microVM that was told to stop is killed after this time.
@@ -76,6 +82,7 @@ pub struct Pool {
     policy: Policy,
     state: Mutex<State>,
     changed: Notify,
+    orphans_reaped: Counter,
 }
 
 impl Pool {
@@ -87,8 +94,18 @@ impl Pool {
         policy: Policy,
     ) -> Result<Self, PoolError> {
         let zygote = RwLock::new(Zygote::spawn(&config).await?);
-        let (state, changed) = (Mutex::default(), Notify::new());
-        Ok(Self { datapath, config, zygote, policy, state, changed })
+        let (state, changed, orphans_reaped) = Default::default();
+        Ok(Self { datapath, config, zygote, policy, state, changed, orphans_reaped })
+    }
+
+    /// What microVMs of this pool are of.
+    pub async fn make(&self) -> Make {
+        self.zygote.read().await.make()
+    }
+
+    /// MicroVMs that were ended because nobody knew them.
+    pub fn orphans_reaped(&self) -> &Counter {
+        &self.orphans_reaped
     }
 
     /// MicroVMs in each tier now.
@@ -135,6 +152,34 @@ impl Pool {
         let slot = microvm.slot();
         stop(microvm).await;
         self.free(slot);
+    }
+
+    /// Ends a microVM that is nobody's. Its slot, if there is one, is free afterwards but for being said
+    /// so.
+    pub async fn end_orphan(&self, microvm: MicroVm, orphan: Orphan) {
+        let (slot, pid, path) = (microvm.slot(), microvm.pid(), microvm.path().to_owned());
+        tracing::warn!(slot, pid, "ending an orphaned microVM: {orphan}");
+        stop(microvm).await;
+        // Nobody listens there any more, and its zygote may be gone.
+        std::fs::remove_file(path).ok();
+        self.orphans_reaped.inc();
+    }
+
+    /// Kills all microVMs of this host, found by its jail, but those that somebody knows, by slot and
+    /// process.
+    pub fn reap(&self, is_known: impl Fn(u32, i32) -> bool) {
+        for Inhabitant { slot, pid } in jail::inhabitants(&self.config.jail) {
+            if is_known(slot, pid.as_raw()) {
+                continue;
+            }
+            tracing::warn!(slot, %pid, "killing an orphaned microVM: {}", Orphan::Unreachable);
+            match kill(pid, Signal::SIGKILL) {
+                Ok(()) => drop(self.orphans_reaped.inc()),
+                // It ended by itself.
+                Err(Errno::ESRCH) => {}
+                Err(error) => tracing::error!(slot, %pid, "cannot kill the microVM: {error}"),
+            }
+        }
     }
 
     /// Keeps the pool full, for ever.
@@ -205,17 +250,28 @@ impl Pool {
     }
 
     async fn fork_once(&self, slot: u32, tier: Tier) -> Result<MicroVm, PoolError> {
+        let tap = match self.open_tap(slot).await {
+            Err(error) if is_busy(&error) => {
+                // Nobody that this host knows is in a slot that is free.
+                self.reap(|other, _| other != slot);
+                self.open_tap(slot).await?
+            }
+            opened => opened?,
+        };
+        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+    }
+
+    /// Opens a slot's TAP, which the microVM that was on it may have for a moment still.
+    async fn open_tap(&self, slot: u32) -> Result<OwnedFd, datapath::Error> {
         let deadline = Instant::now() + TAP_PATIENCE;
-        let tap = loop {
+        loop {
             match self.datapath.open_tap(slot) {
-                Ok(tap) => break tap,
                 Err(error) if is_busy(&error) && Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                Err(error) => return Err(error.into()),
+                opened => return opened,
             }
-        };
-        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+        }
     }
 
     /// Starts another zygote, unless somebody else has by now. MicroVMs do not notice.

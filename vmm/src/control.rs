@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::make::Make;
+
 /// What a client sends first on a control connection.
 pub const CONTROL_LINE: &[u8] = b"CONTROL\n";
 
@@ -80,6 +82,8 @@ pub enum ZygoteReply {
     Loaded {
         /// Guest memory of each microVM, in bytes.
         memory_bytes: u64,
+        /// What all of its microVMs are of.
+        make: Make,
     },
     /// The microVM's process exists and its socket takes connections.
     Forked {
@@ -110,6 +114,8 @@ pub enum Request {
     Recycle,
     /// End. Answered by [`Reply::Ended`].
     Stop,
+    /// What are you of? Answered by [`Reply::Make`]. Those of versions before it refuse.
+    Make,
 }
 
 /// What a microVM answers.
@@ -123,6 +129,8 @@ pub enum Reply {
     Refused(Refusal),
     /// The microVM has ended. Sent unasked to every control connection; the last message.
     Ended(EndReason),
+    /// To [`Request::Make`].
+    Make(Make),
 }
 
 /// The identity a clone is to take.

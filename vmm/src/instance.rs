@@ -16,6 +16,7 @@ use crate::control::{
     Tier, Timeline,
 };
 use crate::machine::{Exit, Machine, MachineState, Shell, host};
+use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
 use crate::server::{Event, Server};
 
@@ -45,6 +46,7 @@ pub struct Origin {
 /// One microVM with its socket.
 struct Instance {
     slot: u32,
+    make: Make,
     server: Server,
     timeline: Timeline,
     state: State,
@@ -68,6 +70,7 @@ struct Instance {
 /// its socket. What takes long, giving memory and machine back to the kernel, comes after.
 pub fn run(
     slot: u32,
+    make: Make,
     tier: Tier,
     timeline: Timeline,
     listener: UnixListener,
@@ -79,6 +82,7 @@ pub fn run(
     };
     let mut instance = Instance {
         slot,
+        make,
         server,
         timeline,
         state: State::Pooled(Tier::Shell),
@@ -201,6 +205,7 @@ impl Instance {
     fn answer(&mut self, client: u64, request: Request) -> Result<(), EndReason> {
         match request {
             Request::Status => self.status(client),
+            Request::Make => self.server.reply(client, &Reply::Make(self.make)),
             Request::Advance(tier) => match self.state {
                 State::Pooled(reached) if reached < tier => {
                     self.wanted = self.wanted.max(tier);

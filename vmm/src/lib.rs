@@ -19,6 +19,7 @@ pub mod devices;
 mod instance;
 pub mod jail;
 mod machine;
+pub mod make;
 mod memory;
 mod server;
 pub mod snapshot;

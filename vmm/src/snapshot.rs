@@ -62,6 +62,8 @@ pub struct Template {
     pub memory: File,
     /// Size of the memory.
     pub memory_bytes: u64,
+    /// BLAKE3 of its file.
+    pub checksum: [u8; CHECKSUM],
 }
 
 /// Why a template cannot be used. Each names the file and the remedy.
@@ -190,12 +192,14 @@ pub fn read(path: &Path) -> Result<Template, SnapshotError> {
         std::os::unix::fs::FileExt::write_all_at(&memory, page, offset).map_err(io_error)?;
     }
     seal(&memory).map_err(io_error)?;
-    Ok(Template { header: content.header, memory, memory_bytes: content.memory_bytes })
+    let Content { header, memory_bytes, checksum, .. } = content;
+    Ok(Template { header, memory, memory_bytes, checksum })
 }
 
 struct Content<'a> {
     header: Header,
     memory_bytes: u64,
+    checksum: [u8; CHECKSUM],
     numbers: &'a [u8],
     pages: &'a [u8],
 }
@@ -232,7 +236,8 @@ fn verify<'a>(path: &Path, file: &'a [u8]) -> Result<Content<'a>, SnapshotError>
     }
     // The lengths are right, so these cannot be out of range.
     let (content, checksum) = file.split_at(file.len() - CHECKSUM);
-    if blake3::hash(content).as_bytes() != checksum {
+    let hash = *blake3::hash(content).as_bytes();
+    if hash != checksum {
         return Err(SnapshotError::Checksum { path: path() });
     }
     let (header, body) = body.split_at(header_len as usize);
@@ -252,7 +257,7 @@ fn verify<'a>(path: &Path, file: &'a [u8]) -> Result<Content<'a>, SnapshotError>
     if !numbers.chunks_exact(4).all(in_memory) {
         return Err(malformed("page outside of memory"));
     }
-    Ok(Content { header, memory_bytes, numbers, pages })
+    Ok(Content { header, memory_bytes, checksum: hash, numbers, pages })
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use crate::cpu;
 use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
+use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
 use crate::snapshot::Template;
 use crate::template::{self, TemplateError};
@@ -72,6 +73,7 @@ struct Zygote {
     working_set: Vec<Pages>,
     in_place: Vec<Pages>,
     state: MachineState,
+    make: Make,
     jail: Jail,
     living: Census,
 }
@@ -102,8 +104,8 @@ pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
             return Err(error);
         }
     };
-    let memory_bytes = zygote.ram.bytes();
-    reply(&zygote.control, &ZygoteReply::Loaded { memory_bytes })
+    let (memory_bytes, make) = (zygote.ram.bytes(), zygote.make);
+    reply(&zygote.control, &ZygoteReply::Loaded { memory_bytes, make })
         .map_err(system("control socket"))?;
     loop {
         match zygote.serve()? {
@@ -119,10 +121,11 @@ impl Zygote {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
-            let Template { header, memory, memory_bytes } =
+            let Template { header, memory, memory_bytes, checksum } =
                 template::load(&options.template).map_err(TemplateError::from)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
+            let make = Make::new(&checksum, &options.jail);
             let jail = Jail::build(&options.jail, memory_bytes, &options.run_dir)?;
             // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
             let mut child = SigSet::empty();
@@ -132,11 +135,11 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            Ok((kvm, cpuid, header, ram, jail, children))
+            Ok((kvm, cpuid, header, ram, make, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, ram, jail, children)) => Ok(Self {
+            Ok((kvm, cpuid, header, ram, make, jail, children)) => Ok(Self {
                 control,
                 children,
                 watchdog: options.watchdog,
@@ -146,6 +149,7 @@ impl Zygote {
                 working_set: header.working_set,
                 in_place: header.in_place,
                 state: header.machine,
+                make,
                 jail,
                 living: Census::default(),
             }),
@@ -252,6 +256,7 @@ impl Zygote {
             working_set,
             in_place,
             state,
+            make,
             jail,
             ..
         } = self;
@@ -261,7 +266,7 @@ impl Zygote {
         let _span = tracing::info_span!("microvm", slot).entered();
         let forked_ns = monotonic_ns().unwrap_or_default();
         let timeline = Timeline { asked_ns, forked_ns, ..Timeline::default() };
-        let reason = instance::run(slot, tier, timeline, listener, || {
+        let reason = instance::run(slot, make, tier, timeline, listener, || {
             setsid()
                 .and_then(|_| sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None))
                 .map_err(|errno| host(&errno))?;
