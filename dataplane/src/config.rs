@@ -76,9 +76,12 @@ pub struct HostConfig {
     /// TAP slots, and so microVMs at once: 1 to [`MAX_SLOTS`].
     #[serde(default = "default_slots")]
     pub slots: u32,
-    /// MicroVMs held ready at their barrier; at most `slots`.
+    /// MicroVMs held ready at their barrier, at least; at most `slots`.
     #[serde(default = "default_parked")]
     pub parked: u32,
+    /// The most that the control plane may have held ready so, when many starts come; without it, all
+    /// slots. With less than `parked`, `parked` counts.
+    pub parked_most: Option<u32>,
     /// MicroVMs held ready beside them that have the template's memory and state and did not run.
     #[serde(default)]
     pub loaded: u32,

@@ -228,6 +228,17 @@ impl Host {
         self.pool.tiers()
     }
 
+    /// MicroVMs that are to be parked now.
+    pub fn parked_target(&self) -> u32 {
+        self.pool.target().parked
+    }
+
+    /// Has so many microVMs parked, at least, as far as the configuration lets it, until it is told
+    /// otherwise or nothing for a while.
+    pub fn want_parked(&self, parked: u32) {
+        self.pool.want_parked(parked);
+    }
+
     /// The instances, those that ended by themselves among them.
     pub fn instances(&self) -> Vec<v1::Instance> {
         let state = self.state();
@@ -292,6 +303,7 @@ impl Host {
             slots: self.slots(),
             free: self.pool.free_slots(),
             pooled: self.pooled(),
+            parked_target: self.parked_target(),
             instances: instances as u32,
             flows: self.flows.load(Ordering::Relaxed),
         }

@@ -26,8 +26,8 @@ use warren_dataplane::refill::{Policy, Tiers};
 use warren_dataplane::services::Services as LinkLocal;
 use warren_dataplane::{boot, flowlog, heartbeat};
 use warren_proto::server::{Listeners, Services};
-use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
+use warren_proto::v1::{HeartbeatRequest, HeartbeatResponse};
 use warren_vmm::client::ZygoteConfig;
 use warren_vmm::jail::{self, JailConfig};
 
@@ -106,7 +106,9 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     if let (Some(control), Some(endpoint)) = (config.control.clone(), config.advertised()) {
         let endpoint = endpoint.to_string();
         let (name, underlay) = (config.name.clone(), config.underlay.address.to_string());
-        tokio::spawn(heartbeat::run(control, move || {
+        let listener = agent.clone();
+        let heard = move |answer: HeartbeatResponse| listener.want_parked(answer.parked);
+        let report = move || {
             let report = agent.report();
             HeartbeatRequest {
                 name: name.clone(),
@@ -120,8 +122,10 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 port_use: report.port_use,
                 owned: report.owned,
                 load: report.load,
+                parked_target: report.parked_target,
             }
-        }));
+        };
+        tokio::spawn(heartbeat::run(control, report, heard));
     }
     tokio::spawn(watchdog());
     tracing::info!(name = config.name, "ready");
@@ -182,7 +186,8 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
         jail,
     };
     let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
-    let policy = Policy { target: Tiers { shells, loaded, parked } };
+    let parked_most = section.parked_most.unwrap_or(section.slots);
+    let policy = Policy::new(Tiers { shells, loaded, parked }, parked_most, section.slots);
     let host =
         Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {

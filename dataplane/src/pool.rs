@@ -26,6 +26,9 @@ const TAP_PATIENCE: Duration = Duration::from_secs(2);
 /// What could not be prepared is tried again after this time.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// What the control plane wanted is forgotten after this time without a word of it.
+const MEMORY: Duration = Duration::from_secs(30);
+
 /// Why there is no microVM to be had.
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
@@ -56,6 +59,8 @@ struct State {
     loaded: VecDeque<MicroVm>,
     parked: VecDeque<MicroVm>,
     last_taken: Option<Instant>,
+    /// How many the control plane wants parked, and since when.
+    wanted: Option<(u32, Instant)>,
 }
 
 impl State {
@@ -65,6 +70,12 @@ impl State {
             Tier::Loaded => &mut self.loaded,
             Tier::Parked => &mut self.parked,
         }
+    }
+
+    /// How many the control plane wants parked, unless that is too old.
+    fn wanted(&self) -> Option<u32> {
+        let (parked, since) = self.wanted?;
+        (since.elapsed() < MEMORY).then_some(parked)
     }
 
     fn count(&self) -> Tiers {
@@ -111,6 +122,19 @@ impl Pool {
     /// MicroVMs in each tier now.
     pub fn tiers(&self) -> Tiers {
         self.state().count()
+    }
+
+    /// MicroVMs that each tier is to hold now.
+    pub fn target(&self) -> Tiers {
+        self.policy.target(self.state().wanted())
+    }
+
+    /// The control plane wants so many parked.
+    pub fn want_parked(&self, parked: u32) {
+        let before = self.state().wanted.replace((parked, Instant::now()));
+        if before.is_none_or(|(before, _)| before != parked) {
+            self.changed.notify_one();
+        }
     }
 
     /// Slots without a microVM.
@@ -184,15 +208,23 @@ impl Pool {
 
     /// Keeps the pool full, for ever.
     pub async fn fill(self: Arc<Self>) {
+        let began = Instant::now();
         loop {
-            let (now, quiet) = {
+            let (now, quiet, wanted) = {
                 let state = self.state();
-                let quiet = state.last_taken.map_or(Duration::MAX, |taken| taken.elapsed());
-                (state.count(), quiet)
+                let quiet = state.last_taken.unwrap_or(began).elapsed();
+                (state.count(), quiet, state.wanted())
             };
-            match self.policy.refill(now, quiet) {
-                Refill::Full => self.changed.notified().await,
+            match self.policy.refill(now, quiet, wanted) {
+                // What is wanted may become too old without a word.
+                Refill::Full => drop(tokio::time::timeout(MEMORY, self.changed.notified()).await),
                 Refill::After(pause) => tokio::time::sleep(pause).await,
+                Refill::End(tier) => {
+                    let surplus = self.state().tier(tier).pop_back();
+                    if let Some(microvm) = surplus {
+                        self.discard(microvm).await;
+                    }
+                }
                 Refill::Now(from, to) => match self.prepare(from, to).await {
                     Ok(()) => {}
                     Err(PoolError::NoSlot) => self.changed.notified().await,
@@ -302,4 +334,18 @@ pub async fn stop(mut microvm: MicroVm) {
 fn is_busy(error: &datapath::Error) -> bool {
     matches!(error, datapath::Error::System { source, .. }
         if source.kind() == std::io::ErrorKind::ResourceBusy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_wanted_long_ago_is_not_wanted_any_more() {
+        let now = Instant::now();
+        let wanted = |since| State { wanted: Some((5, since)), ..State::default() }.wanted();
+        assert_eq!(wanted(now), Some(5));
+        assert_eq!(wanted(now.checked_sub(MEMORY).expect("the machine is up so long")), None);
+        assert_eq!(State::default().wanted(), None);
+    }
 }

@@ -216,15 +216,18 @@ impl Fleet {
         Ok(std::fs::write(path, config + text)?)
     }
 
-    /// Replaces a value of a daemon's configuration; it reads it when it starts.
+    /// Replaces a value of a daemon's configuration, or adds it at its top; it reads it when it starts.
     pub fn configure(&self, daemon: Daemon, key: &str, value: &str) -> Result<()> {
         let path = config_file(&self.run, daemon);
         let config = std::fs::read_to_string(&path)?;
-        let set = |line: &str| {
-            let is_it = line.split_once(" = ").is_some_and(|(other, _)| other == key);
-            if is_it { format!("{key} = {value}\n") } else { format!("{line}\n") }
-        };
-        Ok(std::fs::write(path, config.lines().map(set).collect::<String>())?)
+        let is_it = |line: &str| line.split_once(" = ").is_some_and(|(other, _)| other == key);
+        let set = format!("{key} = {value}");
+        let mut lines: Vec<&str> = config.lines().collect();
+        match lines.iter().position(|line| is_it(line)) {
+            Some(index) => lines[index] = &set,
+            None => lines.insert(0, &set),
+        }
+        Ok(std::fs::write(path, lines.join("\n") + "\n")?)
     }
 
     /// What Prometheus would be told of a metric without labels.
@@ -488,9 +491,10 @@ fn write_config(
     );
     if daemon == Daemon::Host {
         text += &format!(
-            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n\
+            "[host]\nslots = {}\nparked = {}\nparked_most = {}\nvmm = '{}'\ntemplate = '{}'\n\
              [host.flow_log]\npath = '{}'\n[host.jail]\ncgroup = '{}'\n",
             options.slots,
+            options.parked,
             options.parked,
             built("warren-vmm")?.display(),
             template.display(),
