@@ -26,6 +26,9 @@ pub struct Config {
     pub listen: Vec<Endpoint>,
     /// Where the control plane reaches this agent; by default the first TCP endpoint of `listen`.
     pub advertise: Option<Endpoint>,
+    /// How the log is written.
+    #[serde(default)]
+    pub log_format: LogFormat,
     /// Where Prometheus finds `/metrics`; without it nothing is served. Anybody who can connect may
     /// read them.
     pub metrics: Option<SocketAddr>,
@@ -48,6 +51,17 @@ pub struct Config {
     /// The NAT, which is on hosts.
     #[serde(default)]
     pub nat: Nat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// Lines of JSON for programs, with one for each span that closes.
+    Json,
 }
 
 /// The underlay network.
@@ -294,6 +308,7 @@ mod tests {
         assert_eq!(config.run_dir, Path::new("/run/warren"));
         assert_eq!(config.listen, ["unix:/run/warren/agent.sock".parse().unwrap()]);
         assert_eq!(config.metrics, None);
+        assert_eq!(config.log_format, LogFormat::Text);
         assert_eq!(config.nat.timeouts, Timeouts::default());
         let config = parse(&format!("{SMALL}[nat.timeouts]\nudp = 600")).unwrap();
         assert_eq!(config.nat.timeouts, Timeouts { udp: 600, ..Timeouts::default() });
@@ -320,6 +335,7 @@ mod tests {
             ("name = 'h'".to_owned(), "underlay"),
             (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
             (format!("metrics = '127.0.0.1'\n{SMALL}"), "metrics"),
+            (format!("log_format = 'xml'\n{SMALL}"), "log_format"),
             (format!("{SMALL}[proxy]\nassign_command = ['eni']"), "assign_command"),
             (format!("{SMALL}[nat.timeouts]\nudp = 30"), "nat.timeouts.udp"),
             (format!("{SMALL}[nat.timeouts]\nsctp = 300"), "sctp"),

@@ -19,6 +19,7 @@ use prometheus_client::metrics::counter::Counter;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 use uuid::Uuid;
 use warren_proto::security::Security;
 use warren_proto::v1;
@@ -35,6 +36,7 @@ use crate::metrics::{Levels, Starts};
 use crate::pool::{self, Pool, PoolError, Taken};
 use crate::refill::{Policy, Tiers};
 use crate::services::{self, Naming};
+use crate::trace;
 
 pub use guards::Own;
 use traffic::Accounts;
@@ -351,13 +353,15 @@ impl Host {
     ) -> Result<Started, HostError> {
         let mut timings =
             v1::StartTimings { requested_unix_ns: clock.unix_ns, ..v1::StartTimings::default() };
-        let ready = self.make_ready(clock, &mut timings, &record).await;
+        let span = trace::start(record.id, &record.vpc);
+        let ready = self.make_ready(clock, &mut timings, &record).instrument(span.clone()).await;
         match &ready {
             Ok((_, _, timeline)) => self.starts.ready(&timings, timeline),
             Err(_) => self.starts.failed(),
         }
         let (microvm, slot, timeline) = ready?;
         timings.prepared = stages(&timeline);
+        trace::ready(&span, record.id, slot.number, clock, &timings, &timeline);
         tracing::info!(
             id = %record.id,
             slot = slot.number,

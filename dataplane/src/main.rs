@@ -10,9 +10,10 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
 use warren_dataplane::agent::Agent;
 use warren_dataplane::boot::BootId;
-use warren_dataplane::config::Config;
+use warren_dataplane::config::{Config, LogFormat};
 use warren_dataplane::datapath::{
     DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
     ProxyOptions,
@@ -71,16 +72,21 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: &Arguments) -> Result<()> {
-    let filter = EnvFilter::try_from_env("WARREN_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,hickory_proto=error"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
     let config = Config::load(&arguments.config)?;
+    log(config.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(run(arguments, config))
+}
+
+/// Writes the log to standard error from now on.
+fn log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("WARREN_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,hickory_proto=error"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().with_span_events(FmtSpan::CLOSE).init(),
+    }
 }
 
 async fn run(arguments: &Arguments, config: Config) -> Result<()> {

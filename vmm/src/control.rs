@@ -215,7 +215,12 @@ impl Timeline {
     /// The stages of its preparation that it went through, each with the time that it took, in
     /// nanoseconds.
     pub fn stages(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        let stage = |name, from: u64, to: u64| (to > 0).then(|| (name, to.saturating_sub(from)));
+        self.intervals().map(|(name, from_ns, to_ns)| (name, to_ns.saturating_sub(from_ns)))
+    }
+
+    /// The same, each with when it began and ended.
+    pub fn intervals(&self) -> impl Iterator<Item = (&'static str, u64, u64)> {
+        let stage = |name, from: u64, to: u64| (to > 0).then_some((name, from, to));
         [
             stage("fork", self.asked_ns, self.forked_ns),
             stage("jail", self.forked_ns, self.jailed_ns),

@@ -23,6 +23,22 @@ async fn wait_for_pool(fleet: &Fleet, expected: u32) {
     }
 }
 
+/// The log has a span for each stage of an instance's start, in that of the start.
+fn assert_spans(log: &str, id: &str) {
+    let closed = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok();
+    let spans: Vec<_> = log
+        .lines()
+        .filter_map(closed)
+        .filter(|l| l["span"]["instance"] == id && l["fields"]["message"] == "close")
+        .collect();
+    let (whole, stages) = spans.split_last().expect("spans in the log");
+    assert_eq!((&whole["span"]["name"], &whole["span"]["vpc"]), (&"start".into(), &VPCS[0].into()));
+    let names: Vec<_> = stages.iter().filter_map(|line| line["span"]["stage"].as_str()).collect();
+    let expected = ["fork", "jail", "shell", "load", "park", "clone", "attach", "release", "ready"];
+    assert_eq!(names, expected, "{log}");
+    assert!(stages.iter().all(|line| line["span"]["duration_ns"].as_u64() > Some(0)), "{log}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_with_many_starts_holds_more_ready() {
     if !kvm_or_skip("a_host_with_many_starts_holds_more_ready") {
@@ -30,6 +46,7 @@ async fn a_host_with_many_starts_holds_more_ready() {
     }
     let mut fleet = Fleet::start(OPTIONS).await.unwrap();
     fleet.configure(Daemon::Host, "parked_most", &MOST.to_string()).unwrap();
+    fleet.configure(Daemon::Host, "log_format", "'json'").unwrap();
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     wait_for_pool(&fleet, OPTIONS.parked).await;
     let mut started = Vec::new();
@@ -37,6 +54,7 @@ async fn a_host_with_many_starts_holds_more_ready() {
         let (response, _) = fleet.run(VPCS[0], None).await.unwrap();
         started.push(response.instance.unwrap().id);
     }
+    assert_spans(&fleet.process(Daemon::Host).log(), &started[0]);
     // Half as many again as were started, but not more than the host is configured to.
     wait_for_pool(&fleet, MOST).await;
     assert_eq!(fleet.metric(Daemon::Host, "warren_parked_target").unwrap(), u64::from(MOST));
