@@ -21,6 +21,7 @@ use crate::instances::Instances;
 use crate::leasing::Use;
 use crate::name::{self, InvalidName};
 use crate::placement::{Candidate, PlacementError, place};
+use crate::pooling;
 use crate::ports::Demand;
 use crate::store::{Store, StoreError, Write, decode};
 use crate::vpc::SharedAddress;
@@ -69,11 +70,14 @@ struct Member {
     version: String,
     slots: u32,
     parked: u32,
+    parked_target: u32,
     instances: Instances,
     /// By VNI.
     port_use: BTreeMap<u32, v1::PortUse>,
     /// Starts under way.
     starting: u32,
+    /// Starts that were placed here.
+    demand: pooling::Demand,
     /// Shared addresses that a proxy owns.
     owned: u32,
     /// Whether it is to own none.
@@ -96,9 +100,11 @@ impl Member {
             version: String::new(),
             slots: 0,
             parked: 0,
+            parked_target: 0,
             instances: Instances::default(),
             port_use: BTreeMap::new(),
             starting: 0,
+            demand: pooling::Demand::default(),
             owned: 0,
             drained: false,
             load: None,
@@ -229,6 +235,8 @@ pub struct Fleet {
     deadline: Duration,
     /// Until then, members that are known from the store may still be about to come back.
     settled_at: Instant,
+    /// Seconds of demand are counted from here.
+    began: Instant,
     members: Mutex<Members>,
     changed: watch::Sender<()>,
     closing: watch::Sender<bool>,
@@ -257,6 +265,7 @@ impl Fleet {
             store,
             deadline,
             settled_at: Instant::now() + deadline,
+            began: Instant::now(),
             members: Mutex::new(Members { by_name, last_session: 0 }),
             changed: watch::Sender::new(()),
             closing: watch::Sender::new(false),
@@ -337,7 +346,7 @@ impl Fleet {
                 name,
                 alive: member.open.is_some(),
                 slots: member.slots,
-                taken: member.instances.running() + member.starting,
+                taken: member.taken(),
             })
             .collect();
         let host = place(&candidates, wanted)?.name.to_owned();
@@ -346,6 +355,7 @@ impl Fleet {
         let OpenSession { number, agent } = member.open.as_ref().ok_or_else(dead)?;
         let (session, agent) = (*number, agent.clone());
         member.starting += 1;
+        member.demand.start(self.began.elapsed().as_secs());
         Ok(Reservation { fleet: self.clone(), host, session, agent })
     }
 
@@ -397,6 +407,7 @@ impl Fleet {
             underlay_address: member.registration.underlay_address.to_string(),
             slots: member.slots,
             parked: member.parked,
+            parked_target: member.parked_target,
             instances: member.instances.running(),
             alive: member.open.is_some(),
             heartbeat_age_ms: member.last_heartbeat.map_or(0, |at| at.elapsed().as_millis() as u64),
@@ -552,6 +563,7 @@ impl Registered {
         member.last_heartbeat = Some(Instant::now());
         member.slots = heartbeat.slots;
         member.parked = heartbeat.parked;
+        member.parked_target = heartbeat.parked_target;
         member.version = heartbeat.version;
         member.owned = heartbeat.owned;
         member.load = heartbeat.load;
@@ -564,6 +576,16 @@ impl Registered {
         Ok(())
     }
 
+    /// How many microVMs it should hold parked.
+    pub fn parked(&self) -> u32 {
+        let second = self.fleet.began.elapsed().as_secs();
+        let members = self.fleet.lock();
+        let of = |member: &Member| {
+            member.demand.parked(second, member.slots.saturating_sub(member.taken()))
+        };
+        members.by_name.get(&self.name).map(of).unwrap_or_default()
+    }
+
     /// The member's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -571,6 +593,11 @@ impl Registered {
 }
 
 impl Member {
+    /// Slots of instances, and of those that start.
+    fn taken(&self) -> u32 {
+        self.instances.running() + self.starting
+    }
+
     fn is_in(&self, session: Session) -> bool {
         self.open.as_ref().is_some_and(|open| open.number == session)
     }

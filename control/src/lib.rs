@@ -5,7 +5,7 @@
 //! ([`security`]), who the hosts and proxies are. [`fleet`] knows from
 //! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
 //! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
-//! host of an instance, [`drops`] collects what was dropped, [`flows`] who talks to whom.
+//! host of an instance, [`pooling`] says how many are parked ahead, [`drops`] collects what was dropped, [`flows`] who talks to whom.
 #![deny(missing_docs)]
 
 pub mod api;
@@ -21,6 +21,7 @@ pub mod leasing;
 pub mod name;
 pub mod placement;
 pub mod plan;
+pub mod pooling;
 pub mod ports;
 pub mod routes;
 pub mod scaling;

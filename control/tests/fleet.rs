@@ -26,7 +26,8 @@ async fn registered_members_are_listed() {
     let hosts = world.client().await.list_hosts(ListHostsRequest {}).await.unwrap().into_inner();
     let [h1, p1] = &hosts.hosts[..] else { panic!("{hosts:?}") };
     assert_eq!((h1.name.as_str(), h1.role(), h1.alive), ("h1", Role::Host, true));
-    assert_eq!((h1.slots, h1.parked, h1.version.as_str()), (4, 2, "1.2.3"));
+    assert_eq!((h1.slots, h1.parked, h1.parked_target), (4, 2, 3));
+    assert_eq!(h1.version, "1.2.3");
     assert_eq!(h1.underlay_address, "192.0.2.1");
     assert!(h1.endpoint.starts_with("unix:/") && h1.endpoint.ends_with("h1.sock"));
     assert_eq!((p1.name.as_str(), p1.role()), ("p1", Role::Proxy));

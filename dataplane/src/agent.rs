@@ -38,6 +38,8 @@ pub struct Report {
     pub slots: u32,
     /// MicroVMs parked at their barrier; 0 on a proxy.
     pub parked: u32,
+    /// How many are to be parked now; 0 on a proxy.
+    pub parked_target: u32,
     /// Instances; none on a proxy.
     pub instances: Vec<v1::Instance>,
     /// What is used of VPCs' ports; none on a proxy.
@@ -56,6 +58,7 @@ impl Agent {
                 role: v1::Role::Host,
                 slots: host.slots(),
                 parked: host.pooled().parked,
+                parked_target: host.parked_target(),
                 instances: host.instances(),
                 port_use: host.port_use(),
                 owned: 0,
@@ -65,11 +68,19 @@ impl Agent {
                 role: v1::Role::Proxy,
                 slots: 0,
                 parked: 0,
+                parked_target: 0,
                 instances: Vec::new(),
                 port_use: Vec::new(),
                 owned: proxy.owned(),
                 load: Some(proxy.load()),
             },
+        }
+    }
+
+    /// The control plane wants so many microVMs parked, at least, for now.
+    pub fn want_parked(&self, parked: u32) {
+        if let Self::Host(host) = self {
+            host.want_parked(parked);
         }
     }
 
@@ -98,6 +109,8 @@ impl Agent {
             Self::Host(host) => {
                 let mut registry = metrics::registry("host", snapshot);
                 host.starts().register(&mut registry);
+                let help = "MicroVMs that no daemon knew any more, and were ended";
+                registry.register("orphans_reaped", help, host.orphans_reaped().clone());
                 let host = host.clone();
                 registry.register_collector(Box::new(Flows(move || host.flow_metrics())));
                 registry

@@ -24,6 +24,11 @@ impl Clock {
         monotonic_ns.saturating_sub(self.start_ns)
     }
 
+    /// A moment on `CLOCK_MONOTONIC`, perhaps before the beginning, in nanoseconds since 1970.
+    pub fn unix_at(self, monotonic_ns: u64) -> u64 {
+        self.unix_ns.wrapping_add(monotonic_ns.wrapping_sub(self.start_ns))
+    }
+
     /// Nanoseconds from the beginning until now.
     pub fn elapsed(self) -> u64 {
         self.since(monotonic_ns())

@@ -26,6 +26,9 @@ pub struct Config {
     pub listen: Vec<Endpoint>,
     /// Where the control plane reaches this agent; by default the first TCP endpoint of `listen`.
     pub advertise: Option<Endpoint>,
+    /// How the log is written.
+    #[serde(default)]
+    pub log_format: LogFormat,
     /// Where Prometheus finds `/metrics`; without it nothing is served. Anybody who can connect may
     /// read them.
     pub metrics: Option<SocketAddr>,
@@ -48,6 +51,17 @@ pub struct Config {
     /// The NAT, which is on hosts.
     #[serde(default)]
     pub nat: Nat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people.
+    #[default]
+    Text,
+    /// Lines of JSON for programs, with one for each span that closes.
+    Json,
 }
 
 /// The underlay network.
@@ -76,9 +90,12 @@ pub struct HostConfig {
     /// TAP slots, and so microVMs at once: 1 to [`MAX_SLOTS`].
     #[serde(default = "default_slots")]
     pub slots: u32,
-    /// MicroVMs held ready at their barrier; at most `slots`.
+    /// MicroVMs held ready at their barrier, at least; at most `slots`.
     #[serde(default = "default_parked")]
     pub parked: u32,
+    /// The most that the control plane may have held ready so, when many starts come; without it, all
+    /// slots. With less than `parked`, `parked` counts.
+    pub parked_most: Option<u32>,
     /// MicroVMs held ready beside them that have the template's memory and state and did not run.
     #[serde(default)]
     pub loaded: u32,
@@ -295,6 +312,7 @@ mod tests {
         assert_eq!(config.run_dir, Path::new("/run/warren"));
         assert_eq!(config.listen, ["unix:/run/warren/agent.sock".parse().unwrap()]);
         assert_eq!(config.metrics, None);
+        assert_eq!(config.log_format, LogFormat::Text);
         assert_eq!(config.nat.timeouts, Timeouts::default());
         let config = parse(&format!("{SMALL}[nat.timeouts]\nudp = 600")).unwrap();
         assert_eq!(config.nat.timeouts, Timeouts { udp: 600, ..Timeouts::default() });
@@ -321,6 +339,7 @@ mod tests {
             ("name = 'h'".to_owned(), "underlay"),
             (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
             (format!("metrics = '127.0.0.1'\n{SMALL}"), "metrics"),
+            (format!("log_format = 'xml'\n{SMALL}"), "log_format"),
             (format!("{SMALL}[proxy]\nassign_command = ['eni']"), "assign_command"),
             (format!("{SMALL}[nat.timeouts]\nudp = 30"), "nat.timeouts.udp"),
             (format!("{SMALL}[nat.timeouts]\nsctp = 300"), "sctp"),

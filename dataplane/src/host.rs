@@ -1,5 +1,6 @@
 //! A host: the instances that run, the VPCs they are in.
 
+mod adopt;
 mod capture;
 mod directory;
 mod flows;
@@ -14,18 +15,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use prometheus_client::metrics::counter::Counter;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 use uuid::Uuid;
 use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
-use warren_vmm::control::{
-    EndReason, PublicIdentity, ReleaseRequest, State as VmState, Status, Tier, Timeline,
-    socket_path,
-};
+use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline, socket_path};
 
+use crate::boot::BootId;
 use crate::capture::CaptureError;
 use crate::clock::Clock;
 use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
@@ -35,6 +36,7 @@ use crate::metrics::{Levels, Starts};
 use crate::pool::{self, Pool, PoolError, Taken};
 use crate::refill::{Policy, Tiers};
 use crate::services::{self, Naming};
+use crate::trace;
 
 pub use guards::Own;
 use traffic::Accounts;
@@ -182,8 +184,8 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host over an open data path. Finds the microVMs that an earlier
-    /// daemon left running, and starts to fill the pool.
+    /// A host over an open data path. Takes over the microVMs that an earlier daemon left running, ends
+    /// those that do not fit ([`crate::recovery`]), and starts to fill the pool.
     pub async fn new(options: HostOptions, datapath: HostDatapath) -> Result<Arc<Self>, HostError> {
         let datapath = Arc::new(datapath);
         let zygote = options.zygote.clone();
@@ -195,33 +197,26 @@ impl Host {
         let names = names.collect();
         let accounts = Mutex::new(Accounts::new(datapath.all_carried()?));
         let state = Mutex::new(State { vpcs, names, ..State::default() });
-        let found = client::discover(&options.zygote.run_dir).await?;
-        for slot in datapath.slots() {
-            if !found.iter().any(|(microvm, _)| microvm.slot() == slot.number) {
-                pool.free(slot.number);
-            }
-        }
         let (starts, log, flows) = (Starts::default(), OnceLock::new(), AtomicU32::new(0));
         let captures = Arc::new(Semaphore::new(capture::CAPTURES));
         let ports = ports::Counted::default();
         let host =
             Self { options, datapath, pool, state, starts, log, accounts, flows, ports, captures };
         let host = Arc::new(host);
-        for (microvm, status) in found {
-            host.adopt(microvm, &status).await;
-        }
+        host.recover().await?;
         host.tidy_policies()?;
         tokio::spawn(host.pool.clone().fill());
         Ok(host)
     }
 
     /// What link-local services for this host are made from.
-    pub fn services(&self) -> services::Options {
+    pub fn services(&self, boot: BootId) -> services::Options {
         services::Options {
             device: self.datapath.services_device().to_owned(),
             mtu: self.datapath.mtu(),
             run_dir: self.options.zygote.run_dir.clone(),
             host: self.options.name.clone(),
+            boot,
         }
     }
 
@@ -233,6 +228,17 @@ impl Host {
     /// MicroVMs that wait for an instance, in each tier.
     pub fn pooled(&self) -> Tiers {
         self.pool.tiers()
+    }
+
+    /// MicroVMs that are to be parked now.
+    pub fn parked_target(&self) -> u32 {
+        self.pool.target().parked
+    }
+
+    /// Has so many microVMs parked, at least, as far as the configuration lets it, until it is told
+    /// otherwise or nothing for a while.
+    pub fn want_parked(&self, parked: u32) {
+        self.pool.want_parked(parked);
     }
 
     /// The instances, those that ended by themselves among them.
@@ -299,9 +305,15 @@ impl Host {
             slots: self.slots(),
             free: self.pool.free_slots(),
             pooled: self.pooled(),
+            parked_target: self.parked_target(),
             instances: instances as u32,
             flows: self.flows.load(Ordering::Relaxed),
         }
+    }
+
+    /// MicroVMs that were ended because nobody knew them.
+    pub fn orphans_reaped(&self) -> &Counter {
+        self.pool.orphans_reaped()
     }
 
     /// How starts went.
@@ -341,13 +353,15 @@ impl Host {
     ) -> Result<Started, HostError> {
         let mut timings =
             v1::StartTimings { requested_unix_ns: clock.unix_ns, ..v1::StartTimings::default() };
-        let ready = self.make_ready(clock, &mut timings, &record).await;
+        let span = trace::start(record.id, &record.vpc);
+        let ready = self.make_ready(clock, &mut timings, &record).instrument(span.clone()).await;
         match &ready {
             Ok((_, _, timeline)) => self.starts.ready(&timings, timeline),
             Err(_) => self.starts.failed(),
         }
         let (microvm, slot, timeline) = ready?;
         timings.prepared = stages(&timeline);
+        trace::ready(&span, record.id, slot.number, clock, &timings, &timeline);
         tracing::info!(
             id = %record.id,
             slot = slot.number,
@@ -578,27 +592,6 @@ impl Host {
     fn forget_owner(&self, slot: u32) {
         if let Some(generation) = self.generation(slot) {
             self.state().owners.detached(slot, generation);
-        }
-    }
-
-    /// Takes over a microVM of an earlier daemon.
-    async fn adopt(self: &Arc<Self>, mut microvm: MicroVm, status: &Status) {
-        let number = microvm.slot();
-        if !self.datapath.slots().iter().any(|slot| slot.number == number) {
-            tracing::warn!(slot = number, "a microVM on a slot that is no more: ending it");
-            microvm.stop().await.ok();
-            return;
-        }
-        match (status.state, serde_json::from_slice::<Record>(&status.tag)) {
-            (VmState::Pooled(tier), _) => self.pool.keep(microvm, tier),
-            (VmState::Running, Ok(record)) => {
-                tracing::info!(id = %record.id, slot = number, "instance found again");
-                self.enlist(record, self.slot(number), microvm);
-            }
-            (VmState::Running, Err(error)) => {
-                tracing::error!(slot = number, "a microVM with an unreadable record: {error}");
-                self.pool.discard(microvm).await;
-            }
         }
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! [`datapath`] is what the kernel runs: programs, maps, slots, the tunnel device. [`host`] and
 //! [`proxy`] are the two roles over it; [`agent`] serves them by gRPC, [`heartbeat`] tells the
-//! control plane of them, [`services`] is what guests reach beside their VPC, [`metrics`] tells Prometheus,
+//! control plane of them, [`recovery`] is what it finds when it starts, [`services`] is what guests reach beside their VPC, [`metrics`] tells Prometheus, [`trace`] subscribers of spans,
 //! [`flowlog`] writes down who talked to whom, [`capture`] shows what a slot sends and receives,
 //! [`config`] is what an operator writes.
 #![deny(missing_docs)]
 
 pub mod agent;
 pub mod announce;
+pub mod boot;
 pub mod capture;
 pub mod clock;
 pub mod config;
@@ -21,5 +22,7 @@ pub mod host;
 pub mod metrics;
 pub mod pool;
 pub mod proxy;
+pub mod recovery;
 pub mod refill;
 pub mod services;
+pub mod trace;

@@ -10,8 +10,10 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Parser, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
 use warren_dataplane::agent::Agent;
-use warren_dataplane::config::Config;
+use warren_dataplane::boot::BootId;
+use warren_dataplane::config::{Config, LogFormat};
 use warren_dataplane::datapath::{
     DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
     ProxyOptions,
@@ -23,10 +25,10 @@ use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::{Policy, Tiers};
 use warren_dataplane::services::Services as LinkLocal;
-use warren_dataplane::{flowlog, heartbeat};
+use warren_dataplane::{boot, flowlog, heartbeat};
 use warren_proto::server::{Listeners, Services};
-use warren_proto::v1::HeartbeatRequest;
 use warren_proto::v1::agent_service_server::AgentServiceServer;
+use warren_proto::v1::{HeartbeatRequest, HeartbeatResponse};
 use warren_vmm::client::ZygoteConfig;
 use warren_vmm::jail::{self, JailConfig};
 use warren_vmm::snapshot::Sources;
@@ -71,23 +73,32 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: &Arguments) -> Result<()> {
-    let filter = EnvFilter::try_from_env("WARREN_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,hickory_proto=error"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
     let config = Config::load(&arguments.config)?;
+    log(config.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(run(arguments, config))
+}
+
+/// Writes the log to standard error from now on.
+fn log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("WARREN_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,hickory_proto=error"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().with_span_events(FmtSpan::CLOSE).init(),
+    }
 }
 
 async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     std::fs::create_dir_all(&config.run_dir)
         .map_err(|error| anyhow!("cannot make run_dir {}: {error}", config.run_dir.display()))?;
+    let boot = BootId::current()?;
+    for path in boot::settle(&config.run_dir, &boot)? {
+        tracing::info!("removed {}: it is of another boot of this machine", path.display());
+    }
     let agent = match arguments.role {
-        Role::Host => host(arguments, &config).await?,
+        Role::Host => host(arguments, &config, boot).await?,
         Role::Proxy => proxy(arguments, &config)?,
     };
     let Some(agent) = agent else { return Ok(()) };
@@ -102,7 +113,9 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     if let (Some(control), Some(endpoint)) = (config.control.clone(), config.advertised()) {
         let endpoint = endpoint.to_string();
         let (name, underlay) = (config.name.clone(), config.underlay.address.to_string());
-        tokio::spawn(heartbeat::run(control, move || {
+        let listener = agent.clone();
+        let heard = move |answer: HeartbeatResponse| listener.want_parked(answer.parked);
+        let report = move || {
             let report = agent.report();
             HeartbeatRequest {
                 name: name.clone(),
@@ -116,8 +129,10 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 port_use: report.port_use,
                 owned: report.owned,
                 load: report.load,
+                parked_target: report.parked_target,
             }
-        }));
+        };
+        tokio::spawn(heartbeat::run(control, report, heard));
     }
     tokio::spawn(watchdog());
     tracing::info!(name = config.name, "ready");
@@ -132,7 +147,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     Ok(())
 }
 
-async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
+async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Option<Agent>> {
     let section = config.host.as_ref();
     let section = section.context("--role host needs a [host] section in the configuration")?;
     let timeouts = &config.nat.timeouts;
@@ -164,6 +179,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     };
     if arguments.uninstall {
         HostDatapath::uninstall(&options)?;
+        boot::discard(&config.run_dir)?;
         jail::remove_groups(&jail.cgroup);
         return Ok(None);
     }
@@ -182,7 +198,8 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         jail,
     };
     let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
-    let policy = Policy { target: Tiers { shells, loaded, parked } };
+    let parked_most = section.parked_most.unwrap_or(section.slots);
+    let policy = Policy::new(Tiers { shells, loaded, parked }, parked_most, section.slots);
     let host =
         Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {
@@ -197,7 +214,7 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
         host.logs_flows(log);
     }
     tokio::spawn(sweep(host.clone()));
-    tokio::spawn(LinkLocal::open(&host.services(), host.clone())?.run());
+    tokio::spawn(LinkLocal::open(&host.services(boot), host.clone())?.run());
     Ok(Some(Agent::Host(host)))
 }
 
@@ -211,6 +228,7 @@ fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     };
     if arguments.uninstall {
         ProxyDatapath::uninstall(&options)?;
+        boot::discard(&config.run_dir)?;
         return Ok(None);
     }
     let datapath = ProxyDatapath::open(&options)?;

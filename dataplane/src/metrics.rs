@@ -142,6 +142,8 @@ pub struct Levels {
     pub free: u32,
     /// MicroVMs that wait for an instance.
     pub pooled: Tiers,
+    /// How many of them are to be parked.
+    pub parked_target: u32,
     /// Instances that run.
     pub instances: u32,
     /// Flows that the last sweep of the table left in it.
@@ -190,13 +192,14 @@ impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Scraped<F> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let Snapshot { levels, drops } = (self.0)();
         if let Some(levels) = levels {
-            let Levels { slots, free, pooled, instances, flows } = levels;
+            let Levels { slots, free, pooled, parked_target, instances, flows } = levels;
             for (name, help, level) in [
                 ("slots", "TAP slots in all", slots),
                 ("free_slots", "Slots without a microVM", free),
                 ("shell_microvms", "MicroVMs with KVM's objects, not loaded", pooled.shells),
                 ("loaded_microvms", "MicroVMs that are loaded and did not run", pooled.loaded),
                 ("parked_microvms", "MicroVMs ready at their barrier", pooled.parked),
+                ("parked_target", "MicroVMs that are to be parked now", parked_target),
                 ("instances", "Instances that run", instances),
                 ("flows", "Flows that the last sweep left in the table", flows),
             ] {
@@ -306,7 +309,8 @@ mod tests {
     #[test]
     fn a_host_tells_its_levels_and_adds_up_its_slots() {
         let pooled = Tiers { shells: 2, loaded: 3, parked: 55 };
-        let levels = Levels { slots: 128, free: 60, pooled, instances: 8, flows: 9 };
+        let levels =
+            Levels { slots: 128, free: 60, pooled, parked_target: 64, instances: 8, flows: 9 };
         let registry =
             registry("host", move || Snapshot { levels: Some(levels), drops: Some(drops()) });
         assert_lines(
@@ -323,6 +327,7 @@ mod tests {
                 "warren_shell_microvms 2",
                 "warren_loaded_microvms 3",
                 "warren_parked_microvms 55",
+                "warren_parked_target 64",
                 "warren_instances 8",
                 "warren_flows 9",
                 "# TYPE warren_dropped_packets counter",

@@ -1,16 +1,22 @@
 //! The pool of microVMs that wait for an instance, in three tiers, and the slots they stand on.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{Notify, RwLock};
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::Tier;
+use warren_vmm::jail::{self, Inhabitant};
+use warren_vmm::make::Make;
 
 use crate::datapath::{self, HostDatapath};
+use crate::recovery::Orphan;
 use crate::refill::{Policy, Refill, Tiers};
 
 /// A microVM that was told to stop is killed after this time.
@@ -19,6 +25,9 @@ const STOP_PATIENCE: Duration = Duration::from_secs(2);
 const TAP_PATIENCE: Duration = Duration::from_secs(2);
 /// What could not be prepared is tried again after this time.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// What the control plane wanted is forgotten after this time without a word of it.
+const MEMORY: Duration = Duration::from_secs(30);
 
 /// Why there is no microVM to be had.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +59,8 @@ struct State {
     loaded: VecDeque<MicroVm>,
     parked: VecDeque<MicroVm>,
     last_taken: Option<Instant>,
+    /// How many the control plane wants parked, and since when.
+    wanted: Option<(u32, Instant)>,
 }
 
 impl State {
@@ -59,6 +70,12 @@ impl State {
             Tier::Loaded => &mut self.loaded,
             Tier::Parked => &mut self.parked,
         }
+    }
+
+    /// How many the control plane wants parked, unless that is too old.
+    fn wanted(&self) -> Option<u32> {
+        let (parked, since) = self.wanted?;
+        (since.elapsed() < MEMORY).then_some(parked)
     }
 
     fn count(&self) -> Tiers {
@@ -76,6 +93,7 @@ pub struct Pool {
     policy: Policy,
     state: Mutex<State>,
     changed: Notify,
+    orphans_reaped: Counter,
 }
 
 impl Pool {
@@ -87,13 +105,36 @@ impl Pool {
         policy: Policy,
     ) -> Result<Self, PoolError> {
         let zygote = RwLock::new(Zygote::spawn(&config).await?);
-        let (state, changed) = (Mutex::default(), Notify::new());
-        Ok(Self { datapath, config, zygote, policy, state, changed })
+        let (state, changed, orphans_reaped) = Default::default();
+        Ok(Self { datapath, config, zygote, policy, state, changed, orphans_reaped })
+    }
+
+    /// What microVMs of this pool are of.
+    pub async fn make(&self) -> Make {
+        self.zygote.read().await.make()
+    }
+
+    /// MicroVMs that were ended because nobody knew them.
+    pub fn orphans_reaped(&self) -> &Counter {
+        &self.orphans_reaped
     }
 
     /// MicroVMs in each tier now.
     pub fn tiers(&self) -> Tiers {
         self.state().count()
+    }
+
+    /// MicroVMs that each tier is to hold now.
+    pub fn target(&self) -> Tiers {
+        self.policy.target(self.state().wanted())
+    }
+
+    /// The control plane wants so many parked.
+    pub fn want_parked(&self, parked: u32) {
+        let before = self.state().wanted.replace((parked, Instant::now()));
+        if before.is_none_or(|(before, _)| before != parked) {
+            self.changed.notify_one();
+        }
     }
 
     /// Slots without a microVM.
@@ -137,17 +178,53 @@ impl Pool {
         self.free(slot);
     }
 
+    /// Ends a microVM that is nobody's. Its slot, if there is one, is free afterwards but for being said
+    /// so.
+    pub async fn end_orphan(&self, microvm: MicroVm, orphan: Orphan) {
+        let (slot, pid, path) = (microvm.slot(), microvm.pid(), microvm.path().to_owned());
+        tracing::warn!(slot, pid, "ending an orphaned microVM: {orphan}");
+        stop(microvm).await;
+        // Nobody listens there any more, and its zygote may be gone.
+        std::fs::remove_file(path).ok();
+        self.orphans_reaped.inc();
+    }
+
+    /// Kills all microVMs of this host, found by its jail, but those that somebody knows, by slot and
+    /// process.
+    pub fn reap(&self, is_known: impl Fn(u32, i32) -> bool) {
+        for Inhabitant { slot, pid } in jail::inhabitants(&self.config.jail) {
+            if is_known(slot, pid.as_raw()) {
+                continue;
+            }
+            tracing::warn!(slot, %pid, "killing an orphaned microVM: {}", Orphan::Unreachable);
+            match kill(pid, Signal::SIGKILL) {
+                Ok(()) => drop(self.orphans_reaped.inc()),
+                // It ended by itself.
+                Err(Errno::ESRCH) => {}
+                Err(error) => tracing::error!(slot, %pid, "cannot kill the microVM: {error}"),
+            }
+        }
+    }
+
     /// Keeps the pool full, for ever.
     pub async fn fill(self: Arc<Self>) {
+        let began = Instant::now();
         loop {
-            let (now, quiet) = {
+            let (now, quiet, wanted) = {
                 let state = self.state();
-                let quiet = state.last_taken.map_or(Duration::MAX, |taken| taken.elapsed());
-                (state.count(), quiet)
+                let quiet = state.last_taken.unwrap_or(began).elapsed();
+                (state.count(), quiet, state.wanted())
             };
-            match self.policy.refill(now, quiet) {
-                Refill::Full => self.changed.notified().await,
+            match self.policy.refill(now, quiet, wanted) {
+                // What is wanted may become too old without a word.
+                Refill::Full => drop(tokio::time::timeout(MEMORY, self.changed.notified()).await),
                 Refill::After(pause) => tokio::time::sleep(pause).await,
+                Refill::End(tier) => {
+                    let surplus = self.state().tier(tier).pop_back();
+                    if let Some(microvm) = surplus {
+                        self.discard(microvm).await;
+                    }
+                }
                 Refill::Now(from, to) => match self.prepare(from, to).await {
                     Ok(()) => {}
                     Err(PoolError::NoSlot) => self.changed.notified().await,
@@ -205,17 +282,28 @@ impl Pool {
     }
 
     async fn fork_once(&self, slot: u32, tier: Tier) -> Result<MicroVm, PoolError> {
+        let tap = match self.open_tap(slot).await {
+            Err(error) if is_busy(&error) => {
+                // Nobody that this host knows is in a slot that is free.
+                self.reap(|other, _| other != slot);
+                self.open_tap(slot).await?
+            }
+            opened => opened?,
+        };
+        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+    }
+
+    /// Opens a slot's TAP, which the microVM that was on it may have for a moment still.
+    async fn open_tap(&self, slot: u32) -> Result<OwnedFd, datapath::Error> {
         let deadline = Instant::now() + TAP_PATIENCE;
-        let tap = loop {
+        loop {
             match self.datapath.open_tap(slot) {
-                Ok(tap) => break tap,
                 Err(error) if is_busy(&error) && Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                Err(error) => return Err(error.into()),
+                opened => return opened,
             }
-        };
-        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+        }
     }
 
     /// Starts another zygote, unless somebody else has by now. MicroVMs do not notice.
@@ -246,4 +334,18 @@ pub async fn stop(mut microvm: MicroVm) {
 fn is_busy(error: &datapath::Error) -> bool {
     matches!(error, datapath::Error::System { source, .. }
         if source.kind() == std::io::ErrorKind::ResourceBusy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_wanted_long_ago_is_not_wanted_any_more() {
+        let now = Instant::now();
+        let wanted = |since| State { wanted: Some((5, since)), ..State::default() }.wanted();
+        assert_eq!(wanted(now), Some(5));
+        assert_eq!(wanted(now.checked_sub(MEMORY).expect("the machine is up so long")), None);
+        assert_eq!(State::default().wanted(), None);
+    }
 }

@@ -7,6 +7,9 @@ use warren_vmm::control::Tier;
 /// While starts arrive closer together than this, refilling waits: it would take their CPU.
 const QUIET: Duration = Duration::from_millis(100);
 
+/// What is too much is kept for so long after the last start.
+const IDLE: Duration = Duration::from_mins(1);
+
 /// So many microVMs in each tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tiers {
@@ -32,8 +35,10 @@ impl Tiers {
 /// What the pool is to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// MicroVMs wanted in each tier.
-    pub target: Tiers,
+    /// MicroVMs in each tier at least.
+    least: Tiers,
+    /// MicroVMs that are parked at most, whoever wants more.
+    parked_most: u32,
 }
 
 /// What to do about the pool now.
@@ -45,20 +50,39 @@ pub enum Refill {
     Now(Option<Tier>, Tier),
     /// Starts are arriving: look again after this time.
     After(Duration),
+    /// End one of this tier: there are more than are wanted.
+    End(Tier),
 }
 
 impl Policy {
-    /// Decides from the microVMs that there are and the time since the last start.
+    /// At least so many in each tier, at most so many parked, and all together not more than there are
+    /// slots: what is configured comes before what is wanted.
+    pub fn new(least: Tiers, parked_most: u32, slots: u32) -> Self {
+        let room = slots.saturating_sub(least.shells).saturating_sub(least.loaded);
+        Self { least, parked_most: parked_most.min(room).max(least.parked) }
+    }
+
+    /// MicroVMs in each tier, if the control plane wants so many parked; none: it did not say.
+    pub fn target(self, wanted: Option<u32>) -> Tiers {
+        let parked = wanted.unwrap_or_default().clamp(self.least.parked, self.parked_most);
+        Tiers { parked, ..self.least }
+    }
+
+    /// Decides from the microVMs that there are, the time since the last start, and what the control
+    /// plane wants.
     ///
     /// The highest tier is filled first, and from the next lower one that has any. Below a quarter of
     /// its target a tier no longer waits for a quiet moment: an empty pool costs the next start more
-    /// than a busy CPU does.
-    pub fn refill(self, now: Tiers, since_start: Duration) -> Refill {
-        let lacking = |tier: &Tier| now.of(*tier) < self.target.of(*tier);
-        let Some(to) = [Tier::Parked, Tier::Loaded, Tier::Shell].into_iter().find(lacking) else {
-            return Refill::Full;
+    /// than a busy CPU does. What there is too much of is kept as long as starts come.
+    pub fn refill(self, now: Tiers, since_start: Duration, wanted: Option<u32>) -> Refill {
+        let target = self.target(wanted);
+        let lacking = |tier: &Tier| now.of(*tier) < target.of(*tier);
+        let tiers = [Tier::Parked, Tier::Loaded, Tier::Shell];
+        let Some(to) = tiers.into_iter().find(lacking) else {
+            let surplus = tiers.into_iter().find(|tier| now.of(*tier) > target.of(*tier));
+            return surplus.filter(|_| since_start >= IDLE).map_or(Refill::Full, Refill::End);
         };
-        if now.of(to) >= self.target.of(to).div_ceil(4) && since_start < QUIET {
+        if now.of(to) >= target.of(to).div_ceil(4) && since_start < QUIET {
             return Refill::After(QUIET.saturating_sub(since_start));
         }
         let from = [Tier::Loaded, Tier::Shell].into_iter().find(|t| *t < to && now.of(*t) > 0);
@@ -68,6 +92,8 @@ impl Policy {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const BUSY: Duration = Duration::from_millis(1);
@@ -76,10 +102,13 @@ mod tests {
         Tiers { shells, loaded, parked }
     }
 
+    fn policy(shells: u32, loaded: u32, parked: u32) -> Policy {
+        Policy::new(tiers(shells, loaded, parked), 100, 1000)
+    }
+
     #[test]
     fn waits_for_quiet_only_while_enough_are_parked() {
-        let policy = Policy { target: tiers(0, 0, 64) };
-        let refill = |parked, since| policy.refill(tiers(0, 0, parked), since);
+        let refill = |parked, since| policy(0, 0, 64).refill(tiers(0, 0, parked), since, None);
         assert_eq!(refill(64, BUSY), Refill::Full);
         assert_eq!(refill(16, BUSY), Refill::After(Duration::from_millis(99)));
         assert_eq!(refill(15, BUSY), Refill::Now(None, Tier::Parked));
@@ -88,22 +117,53 @@ mod tests {
 
     #[test]
     fn a_pool_of_none_is_full_and_a_pool_of_one_is_refilled_at_once() {
-        let none = Policy { target: Tiers::default() };
-        assert_eq!(none.refill(Tiers::default(), Duration::ZERO), Refill::Full);
-        let one = Policy { target: tiers(0, 0, 1) };
-        let now = Refill::Now(None, Tier::Parked);
-        assert_eq!(one.refill(Tiers::default(), Duration::ZERO), now);
+        let refill = |policy: Policy| policy.refill(Tiers::default(), Duration::ZERO, None);
+        assert_eq!(refill(policy(0, 0, 0)), Refill::Full);
+        assert_eq!(refill(policy(0, 0, 1)), Refill::Now(None, Tier::Parked));
     }
 
-    /// Whatever there is at first, the pool comes to hold what it is to, and no step undoes another.
     #[test]
-    fn every_tier_fills_up_from_the_one_below_or_anew() {
-        let target = tiers(3, 2, 4);
-        for now in [tiers(0, 0, 0), tiers(3, 0, 0), tiers(0, 2, 1), tiers(5, 5, 0)] {
-            let mut now = now;
-            let mut steps = 0;
-            while let Refill::Now(from, to) = (Policy { target }).refill(now, QUIET) {
-                for (tier, change) in from.map(|from| (from, -1)).into_iter().chain([(to, 1)]) {
+    fn more_are_parked_while_they_are_wanted_and_ended_when_it_is_idle() {
+        let policy = policy(0, 0, 4);
+        let refill = |parked, since, wanted| policy.refill(tiers(0, 0, parked), since, wanted);
+        assert_eq!(refill(4, QUIET, Some(10)), Refill::Now(None, Tier::Parked));
+        assert_eq!(refill(10, QUIET, Some(10)), Refill::Full);
+        assert_eq!(refill(10, QUIET, None), Refill::Full);
+        assert_eq!(refill(10, IDLE, None), Refill::End(Tier::Parked));
+        assert_eq!(refill(4, IDLE, Some(1)), Refill::Full);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_configured_is_held_to_whatever_is_wanted(
+            (shells, loaded, parked) in (0_u32..20, 0_u32..20, 0_u32..20),
+            (most, more) in (0_u32..100, 0_u32..100),
+            wanted in prop::option::of(any::<u32>()),
+        ) {
+            let (least, slots) = (tiers(shells, loaded, parked), shells + loaded + parked + more);
+            let target = Policy::new(least, most, slots).target(wanted);
+            prop_assert_eq!((target.shells, target.loaded), (shells, loaded));
+            prop_assert!(target.parked >= parked && target.parked <= parked.max(most));
+            prop_assert!(target.shells + target.loaded + target.parked <= slots);
+            prop_assert!(target.parked >= wanted.unwrap_or(0).min(most).min(parked + more));
+        }
+
+        /// Whatever there is at first, the pool comes to hold what it is to, and no step undoes another.
+        #[test]
+        fn every_tier_comes_to_hold_what_it_is_to(
+            (shells, loaded, parked) in (0_u32..6, 0_u32..6, 0_u32..6),
+            wanted in prop::option::of(0_u32..9),
+        ) {
+            let policy = policy(3, 2, 4);
+            let mut now = tiers(shells, loaded, parked);
+            for _ in 0..40 {
+                let (less, more) = match policy.refill(now, IDLE, wanted) {
+                    Refill::Now(from, to) => (from, Some(to)),
+                    Refill::End(tier) => (Some(tier), None),
+                    _ => break,
+                };
+                let changes = less.map(|tier| (tier, -1)).into_iter();
+                for (tier, change) in changes.chain(more.map(|tier| (tier, 1))) {
                     let field = match tier {
                         Tier::Shell => &mut now.shells,
                         Tier::Loaded => &mut now.loaded,
@@ -112,12 +172,8 @@ mod tests {
                     *field =
                         field.checked_add_signed(change).expect("only from where there is one");
                 }
-                steps += 1;
-                assert!(steps < 30, "it does not come to an end");
             }
-            for tier in [Tier::Shell, Tier::Loaded, Tier::Parked] {
-                assert!(now.of(tier) >= target.of(tier), "{now:?}");
-            }
+            prop_assert_eq!(now, policy.target(wanted));
         }
     }
 }

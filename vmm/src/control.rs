@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::make::Make;
+
 /// What a client sends first on a control connection.
 pub const CONTROL_LINE: &[u8] = b"CONTROL\n";
 
@@ -89,6 +91,8 @@ pub enum ZygoteReply {
     Loaded {
         /// Guest memory of each microVM, in bytes.
         memory_bytes: u64,
+        /// What all of its microVMs are of.
+        make: Make,
     },
     /// The microVM's process exists and its socket takes connections.
     Forked {
@@ -122,6 +126,8 @@ pub enum Request {
     /// Save yourself when your guest waits next, and go on. Answered by [`Reply::Snapshot`]; refused
     /// before the release.
     Snapshot,
+    /// What are you of? Answered by [`Reply::Make`]. Those of versions before it refuse.
+    Make,
 }
 
 /// What a microVM answers.
@@ -141,6 +147,8 @@ pub enum Reply {
         /// How many.
         bytes: u64,
     },
+    /// To [`Request::Make`].
+    Make(Make),
 }
 
 /// The identity a clone is to take.
@@ -225,7 +233,12 @@ impl Timeline {
     /// The stages of its preparation that it went through, each with the time that it took, in
     /// nanoseconds.
     pub fn stages(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        let stage = |name, from: u64, to: u64| (to > 0).then(|| (name, to.saturating_sub(from)));
+        self.intervals().map(|(name, from_ns, to_ns)| (name, to_ns.saturating_sub(from_ns)))
+    }
+
+    /// The same, each with when it began and ended.
+    pub fn intervals(&self) -> impl Iterator<Item = (&'static str, u64, u64)> {
+        let stage = |name, from: u64, to: u64| (to > 0).then_some((name, from, to));
         [
             stage("fork", self.asked_ns, self.forked_ns),
             stage("jail", self.forked_ns, self.jailed_ns),

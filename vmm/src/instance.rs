@@ -17,6 +17,7 @@ use crate::control::{
     TAG_MAX, Tier, Timeline,
 };
 use crate::machine::{Exit, Machine, MachineState, Shell, host};
+use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
 use crate::server::{Event, Server};
 use crate::snapshot::diff::{Base, Snapshot};
@@ -52,6 +53,7 @@ pub struct Origin {
 /// One microVM with its socket.
 struct Instance {
     slot: u32,
+    make: Make,
     server: Server,
     timeline: Timeline,
     state: State,
@@ -79,6 +81,7 @@ struct Instance {
 /// its socket. What takes long, giving memory and machine back to the kernel, comes after.
 pub fn run(
     slot: u32,
+    make: Make,
     tier: Tier,
     timeline: Timeline,
     listener: UnixListener,
@@ -90,6 +93,7 @@ pub fn run(
     };
     let mut instance = Instance {
         slot,
+        make,
         server,
         timeline,
         state: State::Pooled(Tier::Shell),
@@ -221,6 +225,7 @@ impl Instance {
     fn answer(&mut self, client: u64, request: Request) -> Result<(), EndReason> {
         match request {
             Request::Status => self.status(client),
+            Request::Make => self.server.reply(client, &Reply::Make(self.make)),
             Request::Advance(tier) => match self.state {
                 State::Pooled(reached) if reached < tier => {
                     self.wanted = self.wanted.max(tier);

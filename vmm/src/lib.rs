@@ -22,6 +22,7 @@ mod instance;
 pub mod jail;
 mod linux;
 mod machine;
+pub mod make;
 mod memory;
 mod server;
 pub mod snapshot;

@@ -25,6 +25,7 @@ use crate::cpu;
 use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
+use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
 use crate::snapshot::diff::Base;
 use crate::snapshot::{Sources, Template};
@@ -76,6 +77,7 @@ struct Zygote {
     state: MachineState,
     base: Base,
     disk: Option<File>,
+    make: Make,
     jail: Jail,
     living: Census,
 }
@@ -106,8 +108,8 @@ pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
             return Err(error);
         }
     };
-    let memory_bytes = zygote.ram.bytes();
-    reply(&zygote.control, &ZygoteReply::Loaded { memory_bytes })
+    let (memory_bytes, make) = (zygote.ram.bytes(), zygote.make);
+    reply(&zygote.control, &ZygoteReply::Loaded { memory_bytes, make })
         .map_err(system("control socket"))?;
     loop {
         match zygote.serve()? {
@@ -127,6 +129,7 @@ impl Zygote {
             let disk = template::open_disk(&options.sources, &header)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
+            let make = Make::new(&base.template, &options.jail);
             let jail =
                 Jail::build(&options.jail, header.machine.kind(), memory_bytes, &options.run_dir)?;
             // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
@@ -137,11 +140,11 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            Ok((kvm, cpuid, header, base, disk, ram, jail, children))
+            Ok((kvm, cpuid, header, base, disk, ram, make, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, base, disk, ram, jail, children)) => Ok(Self {
+            Ok((kvm, cpuid, header, base, disk, ram, make, jail, children)) => Ok(Self {
                 control,
                 children,
                 watchdog: options.watchdog,
@@ -153,6 +156,7 @@ impl Zygote {
                 state: header.machine,
                 base,
                 disk,
+                make,
                 jail,
                 living: Census::default(),
             }),
@@ -261,6 +265,7 @@ impl Zygote {
             state,
             base,
             disk,
+            make,
             jail,
             ..
         } = self;
@@ -270,7 +275,7 @@ impl Zygote {
         let _span = tracing::info_span!("microvm", slot).entered();
         let forked_ns = monotonic_ns().unwrap_or_default();
         let timeline = Timeline { asked_ns, forked_ns, ..Timeline::default() };
-        let reason = instance::run(slot, tier, timeline, listener, || {
+        let reason = instance::run(slot, make, tier, timeline, listener, || {
             setsid()
                 .and_then(|_| sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None))
                 .map_err(|errno| host(&errno))?;

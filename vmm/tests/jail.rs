@@ -11,6 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use common::{Host, kvm};
 use nix::errno::Errno;
@@ -18,9 +19,9 @@ use nix::fcntl::{OFlag, openat};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
-use nix::unistd::{ForkResult, Uid, dup, fork, getgroups, getppid, getresuid, setuid};
+use nix::unistd::{ForkResult, Pid, Uid, dup, fork, getgroups, getppid, getresuid, setuid};
 use warren_vmm::control::GuestKind;
-use warren_vmm::jail::{self, FIRST_UID, Jail, JailConfig};
+use warren_vmm::jail::{self, FIRST_UID, Inhabitant, Jail, JailConfig};
 
 const SLOT: u32 = 7;
 const GUEST_MEMORY: u64 = 4 << 20;
@@ -380,4 +381,38 @@ async fn a_microvm_is_within_all_walls() {
         ["/dev/net/tun", "anon_inode:kvm-vcpu:0", "anon_inode:kvm-vm", "socket", "socket"];
     assert_eq!(descriptors, expected);
     microvm.stop().await.unwrap();
+}
+
+/// Whoever lost its socket is found nevertheless, and nobody else is.
+#[tokio::test]
+async fn inhabitants_are_found_without_their_sockets() {
+    if !kvm() {
+        return;
+    }
+    let (host, other) = (Host::new("warren-guest").await, Host::new("warren-guest").await);
+    let mut bystander = other.parked(SLOT).await;
+    let mut microvms = [host.running(SLOT).await, host.parked(SLOT + 1).await];
+    for microvm in &microvms {
+        fs::remove_file(microvm.path()).unwrap();
+    }
+    let expected = microvms.each_ref().map(|microvm| {
+        let (slot, pid) = (microvm.slot(), Pid::from_raw(microvm.pid()));
+        Inhabitant { slot, pid }
+    });
+    for mut found in [jail::inhabitants(&host.jail), jail::by_user(&host.jail)] {
+        found.sort_by_key(|inhabitant| inhabitant.slot);
+        assert_eq!(found, expected);
+    }
+    for microvm in &mut microvms {
+        microvm.stop().await.unwrap();
+    }
+    bystander.stop().await.unwrap();
+    // A process is in its group for a moment after its slot is free.
+    for _ in 0..500 {
+        if jail::inhabitants(&host.jail).is_empty() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{:?}", jail::inhabitants(&host.jail));
 }

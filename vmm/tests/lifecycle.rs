@@ -147,6 +147,8 @@ async fn microvms_outlive_their_zygote_and_are_found_again() {
     assert_eq!(states, [(1, State::Pooled(Tier::Parked)), (2, State::Running)]);
     assert_eq!((found[0].0.pid(), found[1].0.pid()), before);
     assert_eq!(found[1].1.tag, identity(2).tag);
+    // The next zygote is of the same template.
+    assert_eq!(found[0].0.make().await.unwrap(), host.zygote.make());
     assert!(!socket_path(&run_dir, 3).exists());
     assert!(run_dir.join("vm-x.sock").exists());
     for (microvm, _) in &mut found {
@@ -158,6 +160,23 @@ async fn microvms_outlive_their_zygote_and_are_found_again() {
         assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
     }
     assert!(discover(&run_dir).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn microvms_say_which_template_they_are_of() {
+    if !kvm() {
+        return;
+    }
+    let mut host = Host::new(GUEST).await;
+    let mut microvms = [host.parked(1).await, host.running(2).await];
+    host.replace_zygote("warren-guest").await;
+    let mut other = host.parked(3).await;
+    assert_eq!(other.make().await.unwrap(), host.zygote.make());
+    for microvm in &mut microvms {
+        assert_ne!(microvm.make().await.unwrap(), host.zygote.make());
+        microvm.stop().await.unwrap();
+    }
+    other.stop().await.unwrap();
 }
 
 #[tokio::test]

@@ -117,6 +117,8 @@ pub struct HostRow {
     slots: u32,
     instances: u32,
     parked: u32,
+    /// How many are to be parked now.
+    parked_target: u32,
     /// Shared addresses that a proxy owns.
     owned: u32,
     drained: bool,
@@ -159,6 +161,7 @@ impl From<v1::Host> for HostRow {
             slots: host.slots,
             instances: host.instances,
             parked: host.parked,
+            parked_target: host.parked_target,
             owned: host.owned,
             drained: host.drained,
             load: host.load.map(Into::into),
@@ -188,6 +191,10 @@ impl Row for HostRow {
     fn cells(&self) -> Vec<String> {
         let of_host =
             |number: u32| if self.role == "host" { number.to_string() } else { "-".into() };
+        let parked = match self.role {
+            "host" => format!("{} of {}", self.parked, self.parked_target),
+            _ => "-".to_owned(),
+        };
         let owns = match (self.role, self.drained) {
             ("proxy", false) => self.owned.to_string(),
             ("proxy", true) => format!("{} (drained)", self.owned),
@@ -205,7 +212,7 @@ impl Row for HostRow {
             dash(heard.as_deref()),
             of_host(self.slots),
             of_host(self.instances),
-            of_host(self.parked),
+            parked,
             owns,
             dash(load.as_deref()),
             self.underlay_address.clone(),
@@ -484,6 +491,7 @@ mod tests {
             underlay_address: "192.0.2.1".into(),
             slots: 64,
             parked: 8,
+            parked_target: 12,
             instances: 3,
             alive: true,
             heartbeat_age_ms: 449,
@@ -509,9 +517,9 @@ mod tests {
         let rows = [HostRow::from(host), HostRow::from(never_heard_of)];
         assert_eq!(
             list(Output::Table, &rows),
-            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED  OWNS         LOAD                                   UNDERLAY   ENDPOINT               VERSION\n\
-             h1    host   yes    0.4 s       64     3          8       -            -                                      192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
-             p1    proxy  no     -           -      -          -       3 (drained)  12.3 Mbit/s, 1500 packets/s, 26 % CPU  192.0.2.1  http://192.0.2.1:7701  -"
+            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED   OWNS         LOAD                                   UNDERLAY   ENDPOINT               VERSION\n\
+             h1    host   yes    0.4 s       64     3          8 of 12  -            -                                      192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
+             p1    proxy  no     -           -      -          -        3 (drained)  12.3 Mbit/s, 1500 packets/s, 26 % CPU  192.0.2.1  http://192.0.2.1:7701  -"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["heartbeat_age_ms"], 449);

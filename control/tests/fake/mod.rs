@@ -340,6 +340,7 @@ impl FakeAgent {
             port_use: vec![],
             owned: 0,
             load: None,
+            parked_target: 3,
         };
         Self { behaviour, report, server, heartbeats: None }
     }

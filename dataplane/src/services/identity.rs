@@ -14,6 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Instance;
+use crate::boot::BootId;
 use crate::datapath::Attachment;
 
 /// How long an identity token is valid.
@@ -62,8 +63,9 @@ struct Claims<'a> {
 
 impl Identity {
     /// The key in the file `identity.key` of a directory, made if there is none, for nobody else
-    /// to read; its public half is in `jwks.json` for everybody. `issuer` is who signs.
-    pub fn open(directory: &Path, issuer: &str) -> Result<Self, KeyError> {
+    /// to read; its public half is in `jwks.json` for everybody. `issuer` is who signs. Attachments
+    /// are counted anew in each boot, so session tokens are of one boot only.
+    pub fn open(directory: &Path, issuer: &str, boot: &BootId) -> Result<Self, KeyError> {
         let path = directory.join("identity.key");
         let seed = match fs::read(&path) {
             Ok(bytes) => bytes.try_into().map_err(|_| KeyError::Damaged(path))?,
@@ -74,17 +76,18 @@ impl Identity {
             }
             Err(source) => return Err(KeyError::File { action: "read", path, source }),
         };
-        let identity = Self::new(seed, issuer);
+        let identity = Self::new(seed, issuer, boot);
         let set = identity.key_set().to_string();
         replace(&directory.join("jwks.json"), set.as_bytes(), 0o644)?;
         Ok(identity)
     }
 
-    fn new(seed: [u8; 32], issuer: &str) -> Self {
+    fn new(seed: [u8; 32], issuer: &str, boot: &BootId) -> Self {
         let signing = SigningKey::from_bytes(&seed);
         let digest = blake3::hash(signing.verifying_key().as_bytes());
         let key_id = URL_SAFE_NO_PAD.encode(&digest.as_bytes()[..12]);
-        let session = blake3::derive_key("warren metadata session tokens", &seed);
+        let mut session = blake3::Hasher::new_derive_key("warren metadata session tokens");
+        let session = *session.update(&seed).update(boot.as_bytes()).finalize().as_bytes();
         Self { issuer: issuer.to_owned(), signing, key_id, session }
     }
 
@@ -178,7 +181,8 @@ mod tests {
 
     #[test]
     fn a_session_is_one_tenant_s_and_ends() {
-        let identity = Identity::new([1; 32], "h");
+        let boot = BootId::of("b");
+        let identity = Identity::new([1; 32], "h", &boot);
         let token = identity.open_session(5, HERE, Duration::from_mins(1));
         assert!(identity.is_session(&token, 5, HERE));
         for (slot, attachment) in [
@@ -188,7 +192,9 @@ mod tests {
         ] {
             assert!(!identity.is_session(&token, slot, attachment));
         }
-        assert!(!Identity::new([2; 32], "h").is_session(&token, 5, HERE));
+        assert!(!Identity::new([2; 32], "h", &boot).is_session(&token, 5, HERE));
+        let next = BootId::of("another");
+        assert!(!Identity::new([1; 32], "h", &next).is_session(&token, 5, HERE));
         let over = identity.open_session(5, HERE, Duration::ZERO);
         assert!(!identity.is_session(&over, 5, HERE));
         // Its end cannot be moved.
@@ -203,7 +209,7 @@ mod tests {
     #[test]
     fn an_identity_token_is_verified_by_the_key_set() {
         let directory = tempfile::tempdir().unwrap();
-        let identity = Identity::open(directory.path(), "host-1").unwrap();
+        let identity = Identity::open(directory.path(), "host-1", &BootId::of("b")).unwrap();
         let instance = Instance { instance_id: "i-1".into(), ..Instance::default() };
         let token = identity.sign(&instance, "https://db.example");
 
@@ -228,13 +234,14 @@ mod tests {
     #[test]
     fn the_key_is_kept_and_nobody_else_s_to_read() {
         let directory = tempfile::tempdir().unwrap();
-        let first = Identity::open(directory.path(), "h").unwrap();
-        let again = Identity::open(directory.path(), "h").unwrap();
+        let boot = BootId::of("b");
+        let first = Identity::open(directory.path(), "h", &boot).unwrap();
+        let again = Identity::open(directory.path(), "h", &boot).unwrap();
         assert_eq!(first.key_set(), again.key_set());
         let path = directory.path().join("identity.key");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         fs::write(&path, b"short").unwrap();
-        let error = Identity::open(directory.path(), "h").err().unwrap().to_string();
+        let error = Identity::open(directory.path(), "h", &boot).err().unwrap().to_string();
         assert!(error.contains("identity.key") && error.contains("remove it"), "{error}");
     }
 }

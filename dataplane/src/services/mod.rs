@@ -27,6 +27,7 @@ pub use self::dns::Naming;
 use self::identity::Identity;
 pub use self::identity::KeyError;
 use self::stack::{Outlet, Stack};
+use crate::boot::BootId;
 use crate::datapath::Attachment;
 
 /// Metadata connections of one guest at a time.
@@ -109,6 +110,8 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// Name of the host, which signs identity tokens.
     pub host: String,
+    /// Session tokens end with it.
+    pub boot: BootId,
 }
 
 /// A guest that is served.
@@ -146,7 +149,7 @@ pub struct Services {
 impl Services {
     /// Opens the device, in the network namespace of the calling thread. Needs a runtime.
     pub fn open(options: &Options, directory: Arc<dyn Directory>) -> Result<Self, ServicesError> {
-        let identity = Arc::new(Identity::open(&options.run_dir, &options.host)?);
+        let identity = Arc::new(Identity::open(&options.run_dir, &options.host, &options.boot)?);
         let device = |source| ServicesError::Device { device: options.device.clone(), source };
         let tuns = Tun::builder().name(&options.device).build().map_err(device)?;
         let tun =

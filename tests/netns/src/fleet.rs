@@ -15,6 +15,7 @@ use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1;
 use warren_proto::v1::agent_service_client::AgentServiceClient;
 use warren_proto::v1::control_service_client::ControlServiceClient;
+use warren_vmm::jail::{self, Inhabitant, JailConfig};
 
 use crate::netns::Namespace;
 use crate::process::{self, Process};
@@ -92,7 +93,7 @@ pub fn built(name: &str) -> Result<PathBuf> {
 
 /// Boots a guest, one of [`GUEST`] and [`HOSTILE`], and saves it as a template.
 pub fn template(run: &RunDir, guest: &str) -> Result<PathBuf> {
-    let template = run.path().join("guest.template");
+    let template = run.path().join(guest).with_extension("template");
     let made = Command::new(built("warren-vmm")?)
         .args(["template", "--guest"])
         .arg(built(guest)?)
@@ -215,6 +216,32 @@ impl Fleet {
         Ok(std::fs::write(path, config + text)?)
     }
 
+    /// Replaces a value of a daemon's configuration, or adds it at its top; it reads it when it starts.
+    pub fn configure(&self, daemon: Daemon, key: &str, value: &str) -> Result<()> {
+        let path = config_file(&self.run, daemon);
+        let config = std::fs::read_to_string(&path)?;
+        let is_it = |line: &str| line.split_once(" = ").is_some_and(|(other, _)| other == key);
+        let set = format!("{key} = {value}");
+        let mut lines: Vec<&str> = config.lines().collect();
+        match lines.iter().position(|line| is_it(line)) {
+            Some(index) => lines[index] = &set,
+            None => lines.insert(0, &set),
+        }
+        Ok(std::fs::write(path, lines.join("\n") + "\n")?)
+    }
+
+    /// What Prometheus would be told of a metric without labels.
+    pub fn metric(&self, daemon: Daemon, name: &str) -> Result<u64> {
+        let metrics = self.scrape(daemon)?;
+        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.with_context(|| format!("no {name} in\n{metrics}"))?.parse()?)
+    }
+
+    /// The processes of all microVMs of the host, with their slots.
+    pub fn microvms(&self) -> Vec<Inhabitant> {
+        jail::inhabitants(&JailConfig { cgroup: self.run.cgroup(), ..JailConfig::named("host") })
+    }
+
     /// What an agent dropped for a reason, over all slots or VPCs.
     pub async fn drops(&self, daemon: Daemon, reason: &str) -> Result<u64> {
         let drops = self.agent(daemon).await?.list_drops(v1::ListDropsRequest {}).await?;
@@ -319,16 +346,7 @@ impl Fleet {
 
     /// Stops a daemon, starts it with other eBPF programs, and waits until it serves.
     pub async fn upgrade(&mut self, daemon: Daemon, programs: &Path) -> Result<()> {
-        let path = config_file(&self.run, daemon);
-        let config = std::fs::read_to_string(&path)?;
-        let lines = config.lines().map(|line| {
-            if line.starts_with("programs = ") {
-                format!("programs = '{}'\n", programs.display())
-            } else {
-                format!("{line}\n")
-            }
-        });
-        std::fs::write(&path, lines.collect::<String>())?;
+        self.configure(daemon, "programs", &format!("'{}'", programs.display()))?;
         self.process(daemon).stop(PATIENCE)?;
         self.kill_and_restart(daemon).await
     }
@@ -338,10 +356,8 @@ impl Fleet {
     pub async fn wait_parked(&self, parked: u32) -> Result<()> {
         let deadline = tokio::time::Instant::now() + PATIENCE;
         loop {
-            let metrics = self.scrape(Daemon::Host)?;
-            let value = metrics.lines().find_map(|l| l.strip_prefix("warren_parked_microvms "));
-            let now: u32 = value.context("the host does not say how many are parked")?.parse()?;
-            if now >= parked {
+            let now = self.metric(Daemon::Host, "warren_parked_microvms")?;
+            if now >= parked.into() {
                 return Ok(());
             }
             if tokio::time::Instant::now() > deadline {
@@ -475,9 +491,10 @@ fn write_config(
     );
     if daemon == Daemon::Host {
         text += &format!(
-            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n\
+            "[host]\nslots = {}\nparked = {}\nparked_most = {}\nvmm = '{}'\ntemplate = '{}'\n\
              [host.flow_log]\npath = '{}'\n[host.jail]\ncgroup = '{}'\n",
             options.slots,
+            options.parked,
             options.parked,
             built("warren-vmm")?.display(),
             template.display(),

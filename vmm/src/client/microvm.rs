@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
 use super::ClientError;
@@ -14,10 +14,12 @@ use crate::control::{
     CONTROL_LINE, EndReason, ReleaseRequest, Reply, Request, Status, Tier, Timeline, encode_frame,
     socket_path, socket_slot, take_frame,
 };
+use crate::make::Make;
 use crate::snapshot::diff;
 
-/// How long [`discover`] waits for a microVM to say who it is.
-const DISCOVER_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long [`discover`] waits for a microVM to say who it is. One that is well does so within 20 ms,
+/// even while its guest computes; this is for hosts that are busy.
+const DISCOVER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A control connection to a microVM. Several may exist at a time, also from several processes.
 ///
@@ -73,6 +75,17 @@ impl MicroVm {
     /// Asks how far it is, and who.
     pub async fn status(&mut self) -> Result<Status, ClientError> {
         self.ask_status(&Request::Status).await
+    }
+
+    /// Asks what it is of: the same as its zygote's [`super::Zygote::make`].
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] if it is of a version that does not say.
+    pub async fn make(&mut self) -> Result<Make, ClientError> {
+        match self.ask(&Request::Make).await? {
+            Reply::Make(make) => Ok(make),
+            other => Err(unexpected(other)),
+        }
     }
 
     /// Has it prepare itself so far, unless it is beyond, and waits until it is.
@@ -192,18 +205,26 @@ fn unexpected(_: Reply) -> ClientError {
 }
 
 /// Finds the microVMs that live in a directory, such as after a restart of `warrend`, with their
-/// state. Sockets that nobody listens on any more are removed; one that does not answer within two
-/// seconds is left alone and reported in the log.
+/// state, in the order of their slots. Sockets that nobody listens on any more are removed. One that
+/// does not answer within five seconds is reported in the log, and is not among them.
 ///
 /// # Errors
 /// [`ClientError::Io`] if the directory cannot be read.
 pub async fn discover(run_dir: &Path) -> Result<Vec<(MicroVm, Status)>, ClientError> {
-    let mut found = Vec::new();
+    // At once: several that do not answer are waited for together.
+    let mut asked = JoinSet::new();
     let mut entries = tokio::fs::read_dir(run_dir).await?;
     while let Some(entry) = entries.next_entry().await? {
-        let path = entry.path();
-        let Some(slot) = socket_slot(&path) else { continue };
-        match timeout(DISCOVER_TIMEOUT, MicroVm::connect(run_dir, slot)).await {
+        let Some(slot) = socket_slot(&entry.path()) else { continue };
+        let run_dir = run_dir.to_owned();
+        asked.spawn(async move {
+            let answer = timeout(DISCOVER_TIMEOUT, MicroVm::connect(&run_dir, slot)).await;
+            (entry.path(), slot, answer)
+        });
+    }
+    let mut found = Vec::new();
+    for (path, slot, answer) in asked.join_all().await {
+        match answer {
             Ok(Ok(microvm)) => found.push(microvm),
             Ok(Err(ClientError::Connect { source, .. }))
                 if source.kind() == io::ErrorKind::ConnectionRefused =>

@@ -17,6 +17,7 @@ use tokio::sync::Mutex;
 use super::{ClientError, MicroVm};
 use crate::control::{MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
 use crate::jail::JailConfig;
+use crate::make::Make;
 use crate::snapshot::Sources;
 
 /// What a zygote is started with.
@@ -40,6 +41,7 @@ pub struct Zygote {
     child: Child,
     run_dir: PathBuf,
     memory_bytes: u64,
+    make: Make,
 }
 
 impl Zygote {
@@ -94,9 +96,9 @@ impl Zygote {
         // SAFETY: an OwnedFd stays open, and the same, until it is dropped with the AsyncFd.
         let control = unsafe { AsyncFd::register(ours) }.map_err(|e| spawn_error(e.into()))?;
         match receive(&control).await? {
-            ZygoteReply::Loaded { memory_bytes } => {
+            ZygoteReply::Loaded { memory_bytes, make } => {
                 let (control, run_dir) = (Mutex::new(control), config.run_dir.clone());
-                Ok(Self { control, child, run_dir, memory_bytes })
+                Ok(Self { control, child, run_dir, memory_bytes, make })
             }
             ZygoteReply::Failed { error } => Err(ClientError::Zygote(error)),
             ZygoteReply::Forked { .. } => Err(ClientError::Malformed),
@@ -111,6 +113,11 @@ impl Zygote {
     /// Guest memory of each microVM, in bytes.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    /// What its microVMs are of.
+    pub fn make(&self) -> Make {
+        self.make
     }
 
     /// Forks a microVM into a slot. It prepares itself up to a tier, and can be released at once.

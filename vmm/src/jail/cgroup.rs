@@ -12,8 +12,9 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::Pid;
 
-use super::JailError;
+use super::{Inhabitant, JailError};
 
 /// The controllers that limit a microVM.
 const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
@@ -198,6 +199,28 @@ impl Cgroups {
     fn error(&self, file: &str, source: io::Error) -> JailError {
         JailError::Cgroup { path: self.name.join(file), source }
     }
+}
+
+/// The processes in the slots' groups below this name; none: no hierarchy is mounted. It looks into
+/// one hierarchy, the first that clones [join](Cgroups::join).
+pub fn inhabitants(name: &Path) -> Option<Vec<Inhabitant>> {
+    let own = hierarchies().into_iter().next()?.path.join(name);
+    let groups = fs::read_dir(own).into_iter().flatten().flatten();
+    let of_group = |entry: fs::DirEntry| {
+        let slot = slot_of(entry.file_name().to_str()?)?;
+        let processes = fs::read_to_string(entry.path().join("cgroup.procs")).ok()?;
+        // 0 is one that this process cannot see.
+        let pids = processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0);
+        let all = pids.map(|pid| Inhabitant { slot, pid: Pid::from_raw(pid) });
+        Some(all.collect::<Vec<_>>())
+    };
+    Some(groups.filter_map(of_group).flatten().collect())
+}
+
+/// The slot whose group has this name.
+fn slot_of(name: &str) -> Option<u32> {
+    let place = name.strip_prefix("vm-")?;
+    place.split_once('.').map_or(place, |(slot, _)| slot).parse().ok()
 }
 
 /// Removes the groups below this name, and those above that nobody else has any below. Those that

@@ -8,6 +8,7 @@
 
 mod cgroup;
 mod filter;
+mod inhabitants;
 mod root;
 
 use std::io;
@@ -26,6 +27,7 @@ use seccompiler::BpfProgram;
 use crate::control::GuestKind;
 use cgroup::{Cgroups, Limits};
 pub use cgroup::{Place, remove as remove_groups};
+pub use inhabitants::{Inhabitant, by_user, inhabitants};
 
 /// The first user and group, which slot 0 would have: the beginning of a range that nobody else
 /// uses on a system with systemd (its "Users, Groups, UIDs and GIDs").

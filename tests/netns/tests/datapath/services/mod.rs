@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use tokio::sync::oneshot;
+use warren_dataplane::boot::BootId;
 use warren_dataplane::datapath::Attachment;
 use warren_dataplane::services::{Directory, Instance, Naming, Options, Services, Vpc};
 use warren_netns::topology::SERVER;
@@ -94,6 +95,7 @@ impl Served {
             mtu: self.bed.host().mtu(),
             run_dir: self.bed.run.path().to_owned(),
             host: "h1".to_owned(),
+            boot: BootId::of("a boot"),
         };
         let (known, (stop, stopped)) = (self.known.clone(), oneshot::channel());
         let (ready, is_ready) = std::sync::mpsc::channel();

@@ -1,0 +1,74 @@
+//! Takes over the microVMs that an earlier daemon left, and ends those that are nobody's.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+use warren_vmm::client::{self, ClientError, MicroVm};
+use warren_vmm::control::{State, Status};
+
+use super::{Host, HostError, Record};
+use crate::recovery::{Fate, Found, fate};
+
+/// How long a microVM may take to say what it is of.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Host {
+    /// Finds what an earlier daemon left. Afterwards each slot is free, or a microVM that this
+    /// daemon knows is on it.
+    pub(super) async fn recover(self: &Arc<Self>) -> Result<(), HostError> {
+        let (mut known, mut taken) = (HashSet::new(), HashSet::new());
+        for (mut microvm, status) in client::discover(&self.options.zygote.run_dir).await? {
+            let number = microvm.slot();
+            // Those that are ended here, too: that takes them a moment.
+            known.insert((number, microvm.pid()));
+            let record = serde_json::from_slice::<Record>(&status.tag).ok();
+            let found = Found {
+                has_slot: self.datapath.slots().iter().any(|slot| slot.number == number),
+                state: status.state,
+                is_current: self.is_current(&mut microvm, &status).await,
+                is_connected: record.as_ref().is_some_and(|r| self.vni_of(number) == Some(r.vni)),
+                record,
+            };
+            match fate(found) {
+                Fate::Pool(tier) => {
+                    // It is connected if the daemon was killed in the middle of a start.
+                    self.datapath.detach(number)?;
+                    self.pool.keep(microvm, tier);
+                }
+                Fate::Serve(record) => {
+                    tracing::info!(id = %record.id, slot = number, "instance found again");
+                    self.enlist(record, self.slot(number), microvm);
+                }
+                Fate::End(orphan) => {
+                    self.pool.end_orphan(microvm, orphan).await;
+                    continue;
+                }
+            }
+            taken.insert(number);
+        }
+        self.pool.reap(|slot, pid| known.contains(&(slot, pid)));
+        for slot in self.datapath.slots() {
+            if !taken.contains(&slot.number) {
+                self.pool.free(slot.number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a microVM is what this daemon's zygote makes; not asked of one that runs.
+    async fn is_current(&self, microvm: &mut MicroVm, status: &Status) -> bool {
+        if status.state == State::Running {
+            return false;
+        }
+        let make = timeout(PATIENCE, microvm.make()).await;
+        let make = make.unwrap_or(Err(ClientError::Timeout(PATIENCE)));
+        matches!(make, Ok(make) if make == self.pool.make().await)
+    }
+
+    /// The VPC that a slot is connected to.
+    fn vni_of(&self, slot: u32) -> Option<u32> {
+        Some(self.datapath.attachment(slot).ok()??.vni)
+    }
+}

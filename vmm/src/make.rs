@@ -1,0 +1,56 @@
+//! What microVMs were made from, and how.
+
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::jail::JailConfig;
+
+/// Tells whether one microVM can stand in for another before they are released: the same template,
+/// the same jail, and `warren-vmm` of the same version. It shows in no other way what it is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Make([u8; 32]);
+
+impl Make {
+    /// Of the template with this checksum, in this jail, by this program.
+    pub fn new(template: &[u8; 32], jail: &JailConfig) -> Self {
+        let JailConfig { first_uid, cgroup, cpu_percent } = jail;
+        let mut hasher = blake3::Hasher::new_derive_key("warren microVM's make");
+        hasher.update(template);
+        hasher.update(&first_uid.to_le_bytes());
+        hasher.update(&cpu_percent.to_le_bytes());
+        for text in [env!("CARGO_PKG_VERSION").as_bytes(), cgroup.as_os_str().as_bytes()] {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text);
+        }
+        Self(*hasher.finalize().as_bytes())
+    }
+}
+
+impl fmt::Display for Make {
+    /// Its first 8 bytes, which is enough for people.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_differs_is_of_another_make() {
+        let jail = JailConfig::named("a");
+        let make = Make::new(&[1; 32], &jail);
+        assert_eq!(Make::new(&[1; 32], &jail), make);
+        assert_ne!(Make::new(&[2; 32], &jail), make);
+        for other in [
+            JailConfig { first_uid: 1, ..jail.clone() },
+            JailConfig { cpu_percent: 50, ..jail.clone() },
+            JailConfig::named("b"),
+        ] {
+            assert_ne!(Make::new(&[1; 32], &other), make, "{other:?}");
+        }
+    }
+}
