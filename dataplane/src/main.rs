@@ -182,8 +182,8 @@ async fn host(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {
     };
     let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
     let policy = Policy { target: Tiers { shells, loaded, parked } };
-    let host =
-        Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
+    let (name, snapshots) = (config.name.clone(), section.snapshots.clone());
+    let host = Host::new(RoleOptions { name, zygote, policy, snapshots }, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {
         let options = flowlog::Options {
             files: log.into(),

@@ -1,6 +1,7 @@
 //! The pool of microVMs that wait for an instance, in three tiers, and the slots they stand on.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -205,17 +206,52 @@ impl Pool {
     }
 
     async fn fork_once(&self, slot: u32, tier: Tier) -> Result<MicroVm, PoolError> {
+        let tap = self.open_tap(slot).await?;
+        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+    }
+
+    /// Forks a microVM of another zygote's into a slot of this host, at once. If none is free, the
+    /// microVM of the pool that is the least prepared makes room.
+    pub async fn fork_of(&self, zygote: &Zygote) -> Result<MicroVm, PoolError> {
+        let slot = self.take_slot().await?;
+        let forked = async {
+            let tap = self.open_tap(slot).await?;
+            Ok(zygote.fork(slot, tap, Tier::Shell).await?)
+        };
+        let forked = forked.await;
+        if forked.is_err() {
+            self.free(slot);
+        }
+        forked
+    }
+
+    async fn take_slot(&self) -> Result<u32, PoolError> {
+        let pooled = {
+            let mut state = self.state();
+            if let Some(slot) = state.free.pop_front() {
+                return Ok(slot);
+            }
+            let tiers = [Tier::Shell, Tier::Loaded, Tier::Parked];
+            tiers.into_iter().find_map(|tier| state.tier(tier).pop_front())
+        };
+        let microvm = pooled.ok_or(PoolError::NoSlot)?;
+        let slot = microvm.slot();
+        stop(microvm).await;
+        Ok(slot)
+    }
+
+    /// The TAP of a slot, as soon as its former microVM has let go of it.
+    async fn open_tap(&self, slot: u32) -> Result<OwnedFd, PoolError> {
         let deadline = Instant::now() + TAP_PATIENCE;
-        let tap = loop {
+        loop {
             match self.datapath.open_tap(slot) {
-                Ok(tap) => break tap,
+                Ok(tap) => return Ok(tap),
                 Err(error) if is_busy(&error) && Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
                 Err(error) => return Err(error.into()),
             }
-        };
-        Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+        }
     }
 
     /// Starts another zygote, unless somebody else has by now. MicroVMs do not notice.

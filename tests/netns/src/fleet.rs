@@ -475,12 +475,13 @@ fn write_config(
     );
     if daemon == Daemon::Host {
         text += &format!(
-            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\n\
+            "[host]\nslots = {}\nparked = {}\nvmm = '{}'\ntemplate = '{}'\nsnapshots = '{}'\n\
              [host.flow_log]\npath = '{}'\n[host.jail]\ncgroup = '{}'\n",
             options.slots,
             options.parked,
             built("warren-vmm")?.display(),
             template.display(),
+            dir.join("snapshots").display(),
             flow_log(run).display(),
             run.cgroup().display()
         );
