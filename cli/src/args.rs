@@ -320,6 +320,28 @@ pub enum VmCommand {
         #[arg(required = true, value_name = "ID")]
         ids: Vec<String>,
     },
+    /// Keep a microVM as it is, memory and all, on its host. It runs on.
+    Snapshot {
+        /// Id, or its beginning.
+        id: String,
+        /// Name of the snapshot: letters, digits and inner hyphens.
+        name: String,
+    },
+    /// List the snapshots.
+    Snapshots {
+        /// Only of this host.
+        #[arg(long, value_name = "NAME")]
+        host: Option<String>,
+    },
+    /// Forget snapshots. Their clones run on.
+    SnapshotRm {
+        /// Names.
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Start clones of a snapshot: what the microVM was that it was taken of, with identities of
+    /// their own, in the same VPC and on the same host.
+    Clone(VmClone),
     /// Let a microVM try its network.
     Probe {
         /// Id, or its beginning.
@@ -350,6 +372,20 @@ pub struct VmRun {
     /// none: no limits.
     #[arg(long = "limit", value_name = "LIMITS")]
     pub limits: Option<Limits>,
+    /// How many to start, at the same time.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+}
+
+#[derive(Debug, Args)]
+pub struct VmClone {
+    /// Name of the snapshot.
+    #[arg(long, value_name = "NAME")]
+    pub from: String,
+    /// Host name that the microVM sees; made of its id otherwise.
+    #[arg(long, visible_alias = "name")]
+    pub hostname: Option<String>,
     /// How many to start, at the same time.
     #[arg(long, value_name = "NUMBER", default_value_t = 1,
         value_parser = clap::value_parser!(u32).range(1..))]

@@ -7,12 +7,14 @@ use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::{
     AddRoutesRequest, AddSharedAddressRequest, CallInstanceRequest, CapturePacketsRequest,
     CapturePacketsResponse, ChangeSecurityRulesRequest, CreateSecurityGroupRequest,
-    CreateVpcRequest, DeleteRoutesRequest, DeleteSecurityGroupRequest, DrainProxyRequest,
-    FindFleetMappingsRequest, ForgetHostRequest, GetSecurityRequest, GetSecurityResponse, Host,
-    HostDrops, HostFlows, HostMappings, Instance, ListFleetDropsRequest, ListFleetFlowsRequest,
-    ListHostsRequest, ListInstancesRequest, ListRoutesRequest, ListRoutesResponse, ListVpcsRequest,
+    CreateVpcRequest, DeleteRoutesRequest, DeleteSecurityGroupRequest, DeleteSnapshotRequest,
+    DrainProxyRequest, FindFleetMappingsRequest, ForgetHostRequest, GetSecurityRequest,
+    GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, HostSnapshots, Instance,
+    ListFleetDropsRequest, ListFleetFlowsRequest, ListFleetSnapshotsRequest, ListHostsRequest,
+    ListInstancesRequest, ListRoutesRequest, ListRoutesResponse, ListVpcsRequest,
     ReplaceRoutesRequest, Route, RunInstanceRequest, RunInstanceResponse, SecurityDefaults,
-    SecurityGroup, SetSecurityDefaultsRequest, SharedAddress, StopInstanceRequest, Vpc,
+    SecurityGroup, SetSecurityDefaultsRequest, SharedAddress, Snapshot, StopInstanceRequest,
+    TakeSnapshotRequest, Vpc,
 };
 
 use crate::error::Error;
@@ -77,6 +79,22 @@ impl Client {
 
     pub async fn stop(&mut self, id: String) -> Result<(), Error> {
         let answer = self.service.stop_instance(StopInstanceRequest { id }).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn take_snapshot(&mut self, id: String, name: String) -> Result<Snapshot, Error> {
+        let answer = self.service.take_snapshot(TakeSnapshotRequest { id, name }).await;
+        self.unwrap(answer)?.snapshot.ok_or(Error::Incomplete("the snapshot"))
+    }
+
+    /// Of all hosts, or of the one with this name.
+    pub async fn snapshots(&mut self, host: String) -> Result<Vec<HostSnapshots>, Error> {
+        let answer = self.service.list_fleet_snapshots(ListFleetSnapshotsRequest { host }).await;
+        Ok(self.unwrap(answer)?.hosts)
+    }
+
+    pub async fn delete_snapshot(&mut self, name: String) -> Result<(), Error> {
+        let answer = self.service.delete_snapshot(DeleteSnapshotRequest { name }).await;
         self.unwrap(answer).map(drop)
     }
 

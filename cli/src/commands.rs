@@ -8,7 +8,7 @@ use warren_abi::probe::{Reply, decode, encode};
 use warren_proto::v1::{Instance, RunInstanceRequest, SharedAddress, Vpc};
 
 use crate::args::{
-    AddAddress, Arguments, Command, DropsArguments, HostCommand, Output, VmCommand, VmRun,
+    AddAddress, Arguments, Command, DropsArguments, HostCommand, Output, VmClone, VmCommand, VmRun,
     VpcCommand, VpcCreate,
 };
 use crate::capture;
@@ -21,12 +21,17 @@ use crate::probe::Operation;
 use crate::render::{self, ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 use crate::route;
 use crate::security;
+use crate::snapshots;
 
 /// Runs the command and prints its result on standard output.
 pub async fn run(arguments: Arguments) -> Result<(), Error> {
     let Arguments { endpoint, output, command } = arguments;
     // Before connecting: what is wrong with the arguments can be told without a control plane.
-    if let Command::Vm(VmCommand::Run(VmRun { hostname: Some(_), count: 2.., .. })) = &command {
+    if let Command::Vm(
+        VmCommand::Run(VmRun { hostname: Some(_), count: 2.., .. })
+        | VmCommand::Clone(VmClone { hostname: Some(_), count: 2.., .. }),
+    ) = &command
+    {
         return Err(Error::Usage("--hostname names one microVM: leave it out with --count".into()));
     }
     let mut client = Client::connect(endpoint).await?;
@@ -80,7 +85,22 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
             let rows = instance_rows(client.instances().await?);
             print(&render::list(output, &rows))
         }
-        Command::Vm(VmCommand::Run(run)) => start(client, output, run).await,
+        Command::Vm(VmCommand::Run(run)) => {
+            let count = run.count;
+            start(client, output, run.into(), count).await
+        }
+        Command::Vm(VmCommand::Clone(VmClone { from, hostname, count })) => {
+            let hostname = hostname.unwrap_or_default();
+            let request = RunInstanceRequest { hostname, snapshot: from, ..Default::default() };
+            start(client, output, request, count).await
+        }
+        Command::Vm(VmCommand::Snapshot { id, name }) => {
+            snapshots::take(client, output, &id, name).await
+        }
+        Command::Vm(VmCommand::Snapshots { host }) => snapshots::list(client, output, host).await,
+        Command::Vm(VmCommand::SnapshotRm { names }) => {
+            snapshots::remove(client, output, names).await
+        }
         Command::Vm(VmCommand::Stop { ids }) => stop(client, output, &ids).await,
         Command::Vm(VmCommand::Probe { id, timeout_ms, operation }) => {
             probe(client, output, &id, timeout_ms, operation).await
@@ -122,17 +142,29 @@ fn shared(address: Ipv4Addr, v6: Option<Ipv6Addr>) -> SharedAddress {
     SharedAddress { address: address.to_string(), address_v6, vni: 0 }
 }
 
-async fn start(client: Client, output: Output, run: VmRun) -> Result<(), Error> {
-    let request = RunInstanceRequest {
-        vpc: run.vpc,
-        hostname: run.hostname.unwrap_or_default(),
-        host: run.host.unwrap_or_default(),
-        invocation: None,
-        security_groups: run.security_groups,
-        limits: run.limits.map(Into::into),
-    };
+impl From<VmRun> for RunInstanceRequest {
+    fn from(run: VmRun) -> Self {
+        Self {
+            vpc: run.vpc,
+            hostname: run.hostname.unwrap_or_default(),
+            host: run.host.unwrap_or_default(),
+            invocation: None,
+            security_groups: run.security_groups,
+            limits: run.limits.map(Into::into),
+            snapshot: String::new(),
+        }
+    }
+}
+
+/// Starts so many, at the same time.
+async fn start(
+    client: Client,
+    output: Output,
+    request: RunInstanceRequest,
+    count: u32,
+) -> Result<(), Error> {
     let mut starts = JoinSet::new();
-    for _ in 0..run.count {
+    for _ in 0..count {
         let (mut client, request) = (client.clone(), request.clone());
         starts.spawn(async move { client.run(request).await });
     }
@@ -140,7 +172,7 @@ async fn start(client: Client, output: Output, run: VmRun) -> Result<(), Error> 
     if !started.is_empty() {
         print(&render::list(output, &started_rows(started)?))?;
     }
-    all_done(errors, run.count as usize)
+    all_done(errors, count as usize)
 }
 
 async fn stop(mut client: Client, output: Output, ids: &[String]) -> Result<(), Error> {

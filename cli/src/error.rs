@@ -37,6 +37,9 @@ pub enum Error {
     /// A host does not tell of its flows.
     #[error("the flows of {host} are not known: {problem}")]
     FlowsUnknown { host: String, problem: String },
+    /// A host does not tell what snapshots it keeps.
+    #[error("the snapshots of {host} are not known: {problem}")]
+    SnapshotsUnknown { host: String, problem: String },
     /// A host does not tell how often its rules decided.
     #[error("the counters of {host} are not known: {problem}")]
     HitsUnknown { host: String, problem: String },
@@ -85,6 +88,7 @@ impl Error {
             | Self::Usage(_)
             | Self::DropsUnknown { .. }
             | Self::FlowsUnknown { .. }
+            | Self::SnapshotsUnknown { .. }
             | Self::HitsUnknown { .. }
             | Self::Probe(_)
             | Self::Output(_) => None,
@@ -100,6 +104,7 @@ impl Error {
             | Self::Undrained { .. }
             | Self::DropsUnknown { .. }
             | Self::FlowsUnknown { .. }
+            | Self::SnapshotsUnknown { .. }
             | Self::HitsUnknown { .. } => 3,
             Self::NoInstance(_) | Self::NoGroup { .. } => 4,
             Self::Probe(_) => 6,

@@ -12,6 +12,7 @@ mod probe;
 mod render;
 mod route;
 mod security;
+mod snapshots;
 
 use std::process::ExitCode;
 

@@ -7,6 +7,7 @@ mod probe;
 mod routes;
 mod rows;
 mod security;
+mod snapshots;
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
@@ -20,6 +21,7 @@ pub use probe::probe;
 pub use routes::{RouteRow, route_rows};
 pub use rows::{ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 pub use security::{DeletedGroupRow, GuardRow, group_rows, rule_rows};
+pub use snapshots::{RemovedSnapshotRow, SnapshotRow};
 
 /// Something that is a row of a table and an object in JSON.
 pub trait Row: Serialize {

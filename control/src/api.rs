@@ -13,20 +13,24 @@ use warren_proto::v1::{
     ChangeSecurityRulesRequest, ChangeSecurityRulesResponse, CreateSecurityGroupRequest,
     CreateSecurityGroupResponse, CreateVpcRequest, CreateVpcResponse, DeleteRoutesRequest,
     DeleteRoutesResponse, DeleteSecurityGroupRequest, DeleteSecurityGroupResponse,
-    DrainProxyRequest, DrainProxyResponse, EndInstanceRequest, FindFleetMappingsRequest,
-    FindFleetMappingsResponse, ForgetHostRequest, ForgetHostResponse, GetSecurityRequest,
-    GetSecurityResponse, InvokeInstanceRequest, ListFleetDropsRequest, ListFleetDropsResponse,
-    ListFleetFlowsRequest, ListFleetFlowsResponse, ListHostsRequest, ListHostsResponse,
+    DeleteSnapshotRequest, DeleteSnapshotResponse, DrainProxyRequest, DrainProxyResponse,
+    EndInstanceRequest, FindFleetMappingsRequest, FindFleetMappingsResponse, ForgetHostRequest,
+    ForgetHostResponse, GetSecurityRequest, GetSecurityResponse, InvokeInstanceRequest,
+    ListFleetDropsRequest, ListFleetDropsResponse, ListFleetFlowsRequest, ListFleetFlowsResponse,
+    ListFleetSnapshotsRequest, ListFleetSnapshotsResponse, ListHostsRequest, ListHostsResponse,
     ListInstancesRequest, ListInstancesResponse, ListRoutesRequest, ListRoutesResponse,
-    ListVpcsRequest, ListVpcsResponse, ReplaceRoutesRequest, ReplaceRoutesResponse, RuleHits,
-    RunInstanceRequest, RunInstanceResponse, SetSecurityDefaultsRequest,
-    SetSecurityDefaultsResponse, StartInstanceRequest, StopInstanceRequest, StopInstanceResponse,
+    ListVpcsRequest, ListVpcsResponse, RemoveSnapshotRequest, ReplaceRoutesRequest,
+    ReplaceRoutesResponse, RuleHits, RunInstanceRequest, RunInstanceResponse,
+    SetSecurityDefaultsRequest, SetSecurityDefaultsResponse, SnapshotInstanceRequest,
+    StartInstanceRequest, StopInstanceRequest, StopInstanceResponse, TakeSnapshotRequest,
+    TakeSnapshotResponse,
 };
 
 use crate::deploy::{DeployError, Deployer};
 use crate::drops;
 use crate::fleet::Fleet;
 use crate::name::{self, InvalidName};
+use crate::snapshots::{self, SnapshotsError};
 use crate::status::of_agent;
 use crate::store::Store;
 use crate::{flows, routes, security, vpc};
@@ -106,8 +110,18 @@ impl ControlService for Api {
         &self,
         request: Request<RunInstanceRequest>,
     ) -> Result<Response<RunInstanceResponse>, Status> {
-        let RunInstanceRequest { vpc, hostname, host, invocation, security_groups, limits } =
-            request.into_inner();
+        let RunInstanceRequest {
+            mut vpc,
+            hostname,
+            mut host,
+            invocation,
+            security_groups,
+            limits,
+            snapshot,
+        } = request.into_inner();
+        if !snapshot.is_empty() {
+            (vpc, host) = snapshots::of_clone(&self.fleet, &snapshot, &vpc, &host).await?;
+        }
         if !hostname.is_empty() {
             name::label(&hostname).map_err(|InvalidName(problem)| {
                 Status::invalid_argument(format!("hostname: {problem}"))
@@ -125,7 +139,8 @@ impl ControlService for Api {
         let wanted = (!host.is_empty()).then_some(host.as_str());
         let mut place = self.fleet.reserve(wanted)?;
         self.deployer.ensure(&vpc, &place.host, place.session).await?;
-        let start = StartInstanceRequest { vpc, hostname, invocation, security_groups, limits };
+        let start =
+            StartInstanceRequest { vpc, hostname, invocation, security_groups, limits, snapshot };
         let started = place
             .agent
             .start_instance(start)
@@ -163,6 +178,43 @@ impl ControlService for Api {
             .map_err(|error| of_agent(&host, &error))?;
         self.fleet.stopped(&host, &id);
         Ok(Response::new(StopInstanceResponse {}))
+    }
+
+    async fn take_snapshot(
+        &self,
+        request: Request<TakeSnapshotRequest>,
+    ) -> Result<Response<TakeSnapshotResponse>, Status> {
+        let TakeSnapshotRequest { id, name } = request.into_inner();
+        let (host, mut agent) = snapshots::place(&self.fleet, &id, &name).await?;
+        let snapshot = agent
+            .snapshot_instance(SnapshotInstanceRequest { id, name })
+            .await
+            .map_err(|error| of_agent(&host, &error))?
+            .into_inner()
+            .snapshot;
+        Ok(Response::new(TakeSnapshotResponse { snapshot }))
+    }
+
+    async fn list_fleet_snapshots(
+        &self,
+        request: Request<ListFleetSnapshotsRequest>,
+    ) -> Result<Response<ListFleetSnapshotsResponse>, Status> {
+        let hosts = snapshots::list(&self.fleet, &request.into_inner().host).await;
+        let hosts = hosts.map_err(SnapshotsError::from)?;
+        Ok(Response::new(ListFleetSnapshotsResponse { hosts }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Result<Response<DeleteSnapshotResponse>, Status> {
+        let DeleteSnapshotRequest { name } = request.into_inner();
+        let (host, mut agent) = snapshots::keeper(&self.fleet, &name).await?;
+        agent
+            .remove_snapshot(RemoveSnapshotRequest { name })
+            .await
+            .map_err(|error| of_agent(&host, &error))?;
+        Ok(Response::new(DeleteSnapshotResponse {}))
     }
 
     async fn call_instance(

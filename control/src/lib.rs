@@ -26,6 +26,7 @@ pub mod ports;
 pub mod routes;
 pub mod scaling;
 pub mod security;
+mod snapshots;
 pub mod spread;
 pub mod status;
 pub mod store;

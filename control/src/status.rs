@@ -9,6 +9,7 @@ use crate::flows::FlowsError;
 use crate::placement::PlacementError;
 use crate::routes::RoutesError;
 use crate::security::SecurityError;
+use crate::snapshots::SnapshotsError;
 use crate::store::StoreError;
 use crate::vpc::CreateVpcError;
 
@@ -140,6 +141,19 @@ impl From<InstanceError> for Status {
         let code = match error {
             InstanceError::Unknown(_) => Code::NotFound,
             InstanceError::DeadHost { .. } => Code::Unavailable,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<SnapshotsError> for Status {
+    fn from(error: SnapshotsError) -> Self {
+        let code = match error {
+            SnapshotsError::Instance(error) => return error.into(),
+            SnapshotsError::Host(_) | SnapshotsError::Unknown(_) => Code::NotFound,
+            SnapshotsError::Exists { .. } => Code::AlreadyExists,
+            SnapshotsError::Silent { .. } => Code::Unavailable,
+            SnapshotsError::Elsewhere { .. } => Code::FailedPrecondition,
         };
         status(code, &error)
     }

@@ -267,12 +267,15 @@ impl From<HostError> for Status {
         match error {
             HostError::UnknownVpc(_)
             | HostError::UnknownGroup { .. }
-            | HostError::VpcInUse { .. } => Self::failed_precondition(text),
+            | HostError::VpcInUse { .. }
+            | HostError::SnapshotVpc { .. } => Self::failed_precondition(text),
             HostError::Pool(PoolError::NoSlot) | HostError::Captures(_) => {
                 Self::resource_exhausted(text)
             }
-            HostError::NoInstance(_) => Self::not_found(text),
+            HostError::NoInstance(_) | HostError::NoSnapshot(_) => Self::not_found(text),
+            HostError::SnapshotExists(_) => Self::already_exists(text),
             HostError::Hostname(_)
+            | HostError::SnapshotName(_)
             | HostError::Query(_)
             | HostError::Capture(CaptureError::Filter(_)) => Self::invalid_argument(text),
             HostError::Ended { .. } => Self::aborted(text),
@@ -283,6 +286,7 @@ impl From<HostError> for Status {
             HostError::Pool(_)
             | HostError::Vmm(_)
             | HostError::Record(_)
+            | HostError::Snapshots { .. }
             | HostError::Log(_)
             | HostError::Capture(CaptureError::Socket(_)) => Self::internal(text),
         }
@@ -350,9 +354,10 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::StartInstanceResponse>, Status> {
         let request = request.into_inner();
         let own = own(&request)?;
+        let snapshot = Some(request.snapshot.as_str()).filter(|name| !name.is_empty());
         let Started { instance, timings, reply } = self
             .host()?
-            .start(&request.vpc, &request.hostname, own, request.invocation.as_deref())
+            .start(&request.vpc, &request.hostname, own, snapshot, request.invocation.as_deref())
             .await?;
         let (instance, timings) = (Some(instance), Some(timings));
         Ok(Response::new(v1::StartInstanceResponse { instance, timings, reply }))
@@ -373,6 +378,31 @@ impl AgentService for Agent {
         let request = request.into_inner();
         let reply = self.host()?.invoke(&request.id, &request.invocation).await?;
         Ok(Response::new(v1::InvokeInstanceResponse { reply }))
+    }
+
+    async fn snapshot_instance(
+        &self,
+        request: Request<v1::SnapshotInstanceRequest>,
+    ) -> Result<Response<v1::SnapshotInstanceResponse>, Status> {
+        let v1::SnapshotInstanceRequest { id, name } = request.into_inner();
+        let snapshot = Some(self.host()?.snapshot(&id, &name).await?);
+        Ok(Response::new(v1::SnapshotInstanceResponse { snapshot }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<v1::ListSnapshotsRequest>,
+    ) -> Result<Response<v1::ListSnapshotsResponse>, Status> {
+        let snapshots = self.host()?.list_snapshots()?;
+        Ok(Response::new(v1::ListSnapshotsResponse { snapshots }))
+    }
+
+    async fn remove_snapshot(
+        &self,
+        request: Request<v1::RemoveSnapshotRequest>,
+    ) -> Result<Response<v1::RemoveSnapshotResponse>, Status> {
+        self.host()?.remove_snapshot(&request.into_inner().name).await?;
+        Ok(Response::new(v1::RemoveSnapshotResponse {}))
     }
 
     async fn local_instances(

@@ -115,6 +115,9 @@ pub struct HostConfig {
     pub disk: Option<PathBuf>,
     /// Its key file of 32 bytes: nothing that is not encrypted with it is cloned.
     pub template_key: Option<PathBuf>,
+    /// Directory of the snapshots of microVMs.
+    #[serde(default = "default_snapshots")]
+    pub snapshots: PathBuf,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
 }
@@ -178,6 +181,9 @@ fn default_parked() -> u32 {
     64
 }
 
+fn default_snapshots() -> PathBuf {
+    "/var/lib/warren/snapshots".into()
+}
 fn default_flow_log() -> PathBuf {
     "/var/log/warren/flows.jsonl".into()
 }

@@ -6,11 +6,13 @@ mod directory;
 mod flows;
 mod guards;
 mod ports;
+mod snapshots;
 mod traffic;
 mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::Ipv6Addr;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -24,7 +26,7 @@ use uuid::Uuid;
 use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
-use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline, socket_path};
+use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline};
 
 use crate::boot::BootId;
 use crate::capture::CaptureError;
@@ -39,6 +41,7 @@ use crate::services::{self, Naming};
 use crate::trace;
 
 pub use guards::Own;
+use snapshots::Snapshots;
 use traffic::Accounts;
 
 /// The longest an invocation may take.
@@ -100,6 +103,31 @@ pub enum HostError {
     /// A capture cannot begin.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// A name that cannot be a snapshot's.
+    #[error("\"{0}\" is no name of a snapshot: up to 63 letters, digits and hyphens (RFC 1123)")]
+    SnapshotName(String),
+    /// The name is taken.
+    #[error("there is a snapshot \"{0}\": remove it first, or take another name")]
+    SnapshotExists(String),
+    /// No such snapshot.
+    #[error("no snapshot \"{0}\" on this host")]
+    NoSnapshot(String),
+    /// Clones are in the VPC of their origin.
+    #[error("snapshot \"{name}\" is of VPC \"{vpc}\": its clones cannot be in another one")]
+    SnapshotVpc {
+        /// Snapshot.
+        name: String,
+        /// Its VPC.
+        vpc: String,
+    },
+    /// A snapshot cannot be read or kept.
+    #[error("snapshots: {}: {source}", path.display())]
+    Snapshots {
+        /// File or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Too many go on.
     #[error("{0} captures go on: end one of them first")]
     Captures(usize),
@@ -130,12 +158,16 @@ struct Record {
     /// Records of former versions have nothing of it.
     #[serde(default)]
     own: Own,
+    /// What it is a clone of, if it is not the template.
+    #[serde(default)]
+    snapshot: Option<String>,
 }
 
 struct Instance {
     record: Record,
     slot: Slot,
     pid: i32,
+    socket: PathBuf,
     /// Why it ended by itself, if it did.
     failed: Option<String>,
     /// Dropping it asks the watcher to stop the microVM.
@@ -164,6 +196,8 @@ pub struct HostOptions {
     pub zygote: ZygoteConfig,
     /// How the pool of microVMs is filled.
     pub policy: Policy,
+    /// Directory of snapshots; made when the first is taken.
+    pub snapshots: PathBuf,
 }
 
 /// A host.
@@ -171,6 +205,7 @@ pub struct Host {
     options: HostOptions,
     datapath: Arc<HostDatapath>,
     pool: Arc<Pool>,
+    snapshots: Snapshots,
     state: Mutex<State>,
     starts: Starts,
     log: OnceLock<FlowLog>,
@@ -189,6 +224,7 @@ impl Host {
     pub async fn new(options: HostOptions, datapath: HostDatapath) -> Result<Arc<Self>, HostError> {
         let datapath = Arc::new(datapath);
         let zygote = options.zygote.clone();
+        let snapshots = Snapshots::new(options.snapshots.clone(), zygote.clone());
         let pool = Arc::new(Pool::new(datapath.clone(), zygote, options.policy).await?);
         let vpcs = vpcs::load(&options.zygote.run_dir)?;
         let known = datapath.vpcs()?;
@@ -200,12 +236,24 @@ impl Host {
         let (starts, log, flows) = (Starts::default(), OnceLock::new(), AtomicU32::new(0));
         let captures = Arc::new(Semaphore::new(capture::CAPTURES));
         let ports = ports::Counted::default();
-        let host =
-            Self { options, datapath, pool, state, starts, log, accounts, flows, ports, captures };
-        let host = Arc::new(host);
+        let host = Arc::new(Self {
+            options,
+            datapath,
+            pool,
+            snapshots,
+            state,
+            starts,
+            log,
+            accounts,
+            flows,
+            ports,
+            captures,
+        });
         host.recover().await?;
         host.tidy_policies()?;
         tokio::spawn(host.pool.clone().fill());
+        let idle = host.clone();
+        tokio::spawn(async move { idle.snapshots.end_idle().await });
         Ok(host)
     }
 
@@ -321,7 +369,8 @@ impl Host {
         &self.starts
     }
 
-    /// Starts an instance, and invokes it if there is an invocation.
+    /// Starts an instance, and invokes it if there is an invocation. If there is a snapshot it is a
+    /// clone of that; what it has not of its own is then its origin's.
     ///
     /// It is carried out to its end even if the caller goes away.
     pub async fn start(
@@ -329,6 +378,7 @@ impl Host {
         vpc: &str,
         hostname: &str,
         own: Own,
+        snapshot: Option<&str>,
         invocation: Option<&[u8]>,
     ) -> Result<Started, HostError> {
         let clock = Clock::start();
@@ -338,8 +388,13 @@ impl Host {
             name if is_hostname(name) => name.to_owned(),
             name => return Err(HostError::Hostname(name.to_owned())),
         };
+        let own = match snapshot {
+            None => own,
+            Some(name) => own.or(self.snapshots.find(name)?.own_in(name, vpc)?),
+        };
         let vni = self.state().vni_for(vpc, &own, |vni| self.has_ports(vni))?;
-        let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own };
+        let snapshot = snapshot.map(str::to_owned);
+        let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own, snapshot };
         let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));
         let work = tokio::spawn(async move { host.start_to_end(clock, record, invocation).await });
         work.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
@@ -385,7 +440,8 @@ impl Host {
         Ok(Started { instance: described, timings, reply })
     }
 
-    /// Takes a microVM, from the pool if it has one, and makes it the instance.
+    /// Takes a microVM, from the pool if it has one and it is to be the template's, and makes it the
+    /// instance.
     async fn make_ready(
         &self,
         clock: Clock,
@@ -393,7 +449,10 @@ impl Host {
         record: &Record,
     ) -> Result<(MicroVm, Slot, Timeline), HostError> {
         loop {
-            let Taken { microvm, from } = self.pool.take().await?;
+            let Taken { microvm, from } = match &record.snapshot {
+                None => self.pool.take().await?,
+                Some(snapshot) => self.clone_of(snapshot).await?,
+            };
             timings.cold = from.is_none();
             from.map_or("", Tier::name).clone_into(&mut timings.tier);
             timings.cloned_ns = clock.elapsed();
@@ -455,14 +514,13 @@ impl Host {
     /// Calls a running instance.
     pub async fn invoke(&self, id: &str, invocation: &[u8]) -> Result<Vec<u8>, HostError> {
         let id = self.known(id)?;
-        let slot = match self.state().instances.get(&id) {
+        let path = match self.state().instances.get(&id) {
             Some(Instance { failed: Some(reason), .. }) => {
                 return Err(HostError::Ended { id, reason: reason.clone() });
             }
-            Some(instance) => instance.slot.number,
+            Some(instance) => instance.socket.clone(),
             None => return Err(HostError::NoInstance(id.to_string())),
         };
-        let path = socket_path(&self.options.zygote.run_dir, slot);
         Ok(client::invoke(&path, invocation, INVOCATION_LIMIT).await?)
     }
 
@@ -532,7 +590,7 @@ impl Host {
     /// Puts an instance on the list and watches it.
     fn enlist(self: &Arc<Self>, record: Record, slot: Slot, microvm: MicroVm) -> v1::Instance {
         let (stop, stopped) = oneshot::channel();
-        let (id, pid) = (record.id, microvm.pid());
+        let (id, pid, socket) = (record.id, microvm.pid(), microvm.path().to_owned());
         // The lock is held until the instance is listed: its end must find it there.
         let mut state = self.state();
         let watcher = tokio::spawn(self.clone().watch(id, record.vni, microvm, stopped));
@@ -543,7 +601,7 @@ impl Host {
         if let Err(error) = state.restrict(&self.datapath, &record, slot.number) {
             tracing::error!(%id, slot = slot.number, "security groups not in force: {error}");
         }
-        let instance = Instance { record, slot, pid, failed: None, stop, watcher };
+        let instance = Instance { record, slot, pid, socket, failed: None, stop, watcher };
         let described = self.describe(&state, &instance);
         state.instances.insert(id, instance);
         described

@@ -200,8 +200,8 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
     let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
     let parked_most = section.parked_most.unwrap_or(section.slots);
     let policy = Policy::new(Tiers { shells, loaded, parked }, parked_most, section.slots);
-    let host =
-        Host::new(RoleOptions { name: config.name.clone(), zygote, policy }, datapath).await?;
+    let (name, snapshots) = (config.name.clone(), section.snapshots.clone());
+    let host = Host::new(RoleOptions { name, zygote, policy, snapshots }, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {
         let options = flowlog::Options {
             files: log.into(),

@@ -282,15 +282,49 @@ impl Pool {
     }
 
     async fn fork_once(&self, slot: u32, tier: Tier) -> Result<MicroVm, PoolError> {
-        let tap = match self.open_tap(slot).await {
-            Err(error) if is_busy(&error) => {
-                // Nobody that this host knows is in a slot that is free.
-                self.reap(|other, _| other != slot);
-                self.open_tap(slot).await?
-            }
-            opened => opened?,
-        };
+        let tap = self.take_tap(slot).await?;
         Ok(self.zygote.read().await.fork(slot, tap, tier).await?)
+    }
+
+    /// Forks a microVM of another zygote's into a slot of this host, at once. If none is free, the
+    /// microVM of the pool that is the least prepared makes room.
+    pub async fn fork_of(&self, zygote: &Zygote) -> Result<MicroVm, PoolError> {
+        let slot = self.take_slot().await?;
+        let forked = async {
+            let tap = self.take_tap(slot).await?;
+            Ok(zygote.fork(slot, tap, Tier::Shell).await?)
+        };
+        let forked = forked.await;
+        if forked.is_err() {
+            self.free(slot);
+        }
+        forked
+    }
+
+    async fn take_slot(&self) -> Result<u32, PoolError> {
+        let pooled = {
+            let mut state = self.state();
+            if let Some(slot) = state.free.pop_front() {
+                return Ok(slot);
+            }
+            let tiers = [Tier::Shell, Tier::Loaded, Tier::Parked];
+            tiers.into_iter().find_map(|tier| state.tier(tier).pop_front())
+        };
+        let microvm = pooled.ok_or(PoolError::NoSlot)?;
+        let slot = microvm.slot();
+        stop(microvm).await;
+        Ok(slot)
+    }
+
+    /// The TAP of a slot that is free. Who still has it is nobody that this host knows.
+    async fn take_tap(&self, slot: u32) -> Result<OwnedFd, datapath::Error> {
+        match self.open_tap(slot).await {
+            Err(error) if is_busy(&error) => {
+                self.reap(|other, _| other != slot);
+                self.open_tap(slot).await
+            }
+            opened => opened,
+        }
     }
 
     /// Opens a slot's TAP, which the microVM that was on it may have for a moment still.

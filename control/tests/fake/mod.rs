@@ -259,6 +259,7 @@ pub struct Behaviour {
     pub refuse_apply: Mutex<Option<Status>>,
     pub refuse_start: Mutex<Option<Status>>,
     pub instances: Mutex<BTreeMap<String, Instance>>,
+    pub snapshots: Mutex<BTreeMap<String, Snapshot>>,
     pub port_use: Mutex<Vec<PortUse>>,
     /// What an invocation is answered with; by default with itself.
     pub reply: Mutex<Option<Vec<u8>>>,
@@ -320,6 +321,7 @@ impl FakeAgent {
             refuse_apply: Mutex::default(),
             refuse_start: Mutex::default(),
             instances: Mutex::default(),
+            snapshots: Mutex::default(),
             port_use: Mutex::default(),
             reply: Mutex::default(),
             drops: Mutex::default(),
@@ -451,6 +453,35 @@ impl AgentService for Agent {
         self.0.instances.lock().unwrap().remove(&id);
         self.0.log.add(&self.0.name, Told::End(id));
         Ok(Response::new(EndInstanceResponse {}))
+    }
+
+    async fn snapshot_instance(
+        &self,
+        request: Request<SnapshotInstanceRequest>,
+    ) -> Result<Response<SnapshotInstanceResponse>, Status> {
+        let SnapshotInstanceRequest { id, name } = request.into_inner();
+        let vpc = self.0.instances.lock().unwrap()[&id].vpc.clone();
+        let host = self.0.name.clone();
+        let snapshot =
+            Snapshot { name: name.clone(), vpc, host, instance: id, ..Default::default() };
+        self.0.snapshots.lock().unwrap().insert(name, snapshot.clone());
+        Ok(Response::new(SnapshotInstanceResponse { snapshot: Some(snapshot) }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<ListSnapshotsRequest>,
+    ) -> Result<Response<ListSnapshotsResponse>, Status> {
+        let snapshots = self.0.snapshots.lock().unwrap().values().cloned().collect();
+        Ok(Response::new(ListSnapshotsResponse { snapshots }))
+    }
+
+    async fn remove_snapshot(
+        &self,
+        request: Request<RemoveSnapshotRequest>,
+    ) -> Result<Response<RemoveSnapshotResponse>, Status> {
+        self.0.snapshots.lock().unwrap().remove(&request.into_inner().name);
+        Ok(Response::new(RemoveSnapshotResponse {}))
     }
 
     async fn invoke_instance(

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
-use warren_vmm::client::{self, ClientError, MicroVm};
+use warren_vmm::client::{ClientError, MicroVm};
 use warren_vmm::control::{State, Status};
 
-use super::{Host, HostError, Record};
+use super::{Host, HostError, Record, snapshots};
 use crate::recovery::{Fate, Found, fate};
 
 /// How long a microVM may take to say what it is of.
@@ -19,7 +19,7 @@ impl Host {
     /// daemon knows is on it.
     pub(super) async fn recover(self: &Arc<Self>) -> Result<(), HostError> {
         let (mut known, mut taken) = (HashSet::new(), HashSet::new());
-        for (mut microvm, status) in client::discover(&self.options.zygote.run_dir).await? {
+        for (mut microvm, status) in snapshots::discover(&self.options.zygote.run_dir).await? {
             let number = microvm.slot();
             // Those that are ended here, too: that takes them a moment.
             known.insert((number, microvm.pid()));

@@ -20,6 +20,14 @@ pub struct Own {
     pub limits: Option<Limits>,
 }
 
+impl Own {
+    /// This, and of the other what this lacks.
+    pub(super) fn or(self, other: Self) -> Self {
+        let groups = if self.groups.is_empty() { other.groups } else { self.groups };
+        Self { groups, limits: self.limits.or(other.limits) }
+    }
+}
+
 /// The policies of this host, one for each VPC and set of groups that an instance had.
 #[derive(Default)]
 pub(super) struct Guards {

@@ -492,12 +492,14 @@ fn write_config(
     if daemon == Daemon::Host {
         text += &format!(
             "[host]\nslots = {}\nparked = {}\nparked_most = {}\nvmm = '{}'\ntemplate = '{}'\n\
+             snapshots = '{}'\n\
              [host.flow_log]\npath = '{}'\n[host.jail]\ncgroup = '{}'\n",
             options.slots,
             options.parked,
             options.parked,
             built("warren-vmm")?.display(),
             template.display(),
+            dir.join("snapshots").display(),
             flow_log(run).display(),
             run.cgroup().display()
         );

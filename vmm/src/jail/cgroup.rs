@@ -201,20 +201,27 @@ impl Cgroups {
     }
 }
 
-/// The processes in the slots' groups below this name; none: no hierarchy is mounted. It looks into
-/// one hierarchy, the first that clones [join](Cgroups::join).
+/// The processes in the slots' groups below this name, and below groups of it; none: no hierarchy is
+/// mounted. It looks into one hierarchy, the first that clones [join](Cgroups::join).
 pub fn inhabitants(name: &Path) -> Option<Vec<Inhabitant>> {
     let own = hierarchies().into_iter().next()?.path.join(name);
-    let groups = fs::read_dir(own).into_iter().flatten().flatten();
-    let of_group = |entry: fs::DirEntry| {
-        let slot = slot_of(entry.file_name().to_str()?)?;
-        let processes = fs::read_to_string(entry.path().join("cgroup.procs")).ok()?;
+    let mut found = Vec::new();
+    inhabitants_below(&own, &mut found);
+    Some(found)
+}
+
+fn inhabitants_below(group: &Path, found: &mut Vec<Inhabitant>) {
+    let entries = fs::read_dir(group).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+        let Some(slot) = entry.file_name().to_str().and_then(slot_of) else {
+            inhabitants_below(&entry.path(), found);
+            continue;
+        };
+        let processes = fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
         // 0 is one that this process cannot see.
         let pids = processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0);
-        let all = pids.map(|pid| Inhabitant { slot, pid: Pid::from_raw(pid) });
-        Some(all.collect::<Vec<_>>())
-    };
-    Some(groups.filter_map(of_group).flatten().collect())
+        found.extend(pids.map(|pid| Inhabitant { slot, pid: Pid::from_raw(pid) }));
+    }
 }
 
 /// The slot whose group has this name.

@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::unistd::Pid;
 
@@ -35,7 +36,7 @@ pub fn by_user(config: &JailConfig) -> Vec<Inhabitant> {
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
         let mut words = line.split(|byte| *byte == 0).map(OsStr::from_bytes);
         words.find(|word| *word == "--cgroup")?;
-        let is_here = words.next()? == config.cgroup.as_os_str();
+        let is_here = Path::new(words.next()?).starts_with(&config.cgroup);
         is_here.then_some(Inhabitant { slot, pid: Pid::from_raw(pid) })
     };
     pids.filter_map(inhabitant).collect()
