@@ -190,12 +190,12 @@ impl Pool {
     }
 
     /// Kills all microVMs of this host, found by its jail, but those that somebody knows, by slot and
-    /// process.
-    pub fn reap(&self, is_known: impl Fn(u32, i32) -> bool) {
-        for Inhabitant { slot, pid } in jail::inhabitants(&self.config.jail) {
-            if is_known(slot, pid.as_raw()) {
-                continue;
-            }
+    /// process; and waits until they are gone, which takes longer than [`TAP_PATIENCE`] only if the
+    /// kernel keeps them.
+    pub async fn reap(&self, is_known: impl Fn(u32, i32) -> bool) {
+        let mut orphans = jail::inhabitants(&self.config.jail);
+        orphans.retain(|orphan| !is_known(orphan.slot, orphan.pid.as_raw()));
+        for &Inhabitant { slot, pid } in &orphans {
             tracing::warn!(slot, %pid, "killing an orphaned microVM: {}", Orphan::Unreachable);
             match kill(pid, Signal::SIGKILL) {
                 Ok(()) => drop(self.orphans_reaped.inc()),
@@ -203,6 +203,12 @@ impl Pool {
                 Err(Errno::ESRCH) => {}
                 Err(error) => tracing::error!(slot, %pid, "cannot kill the microVM: {error}"),
             }
+        }
+        let deadline = Instant::now() + TAP_PATIENCE;
+        while !orphans.is_empty() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let living = jail::inhabitants(&self.config.jail);
+            orphans.retain(|orphan| living.contains(orphan));
         }
     }
 
@@ -320,7 +326,7 @@ impl Pool {
     async fn take_tap(&self, slot: u32) -> Result<OwnedFd, datapath::Error> {
         match self.open_tap(slot).await {
             Err(error) if is_busy(&error) => {
-                self.reap(|other, _| other != slot);
+                self.reap(|other, _| other != slot).await;
                 self.open_tap(slot).await
             }
             opened => opened,

@@ -48,7 +48,7 @@ impl Host {
             }
             taken.insert(number);
         }
-        self.pool.reap(|slot, pid| known.contains(&(slot, pid)));
+        self.pool.reap(|slot, pid| known.contains(&(slot, pid))).await;
         for slot in self.datapath.slots() {
             if !taken.contains(&slot.number) {
                 self.pool.free(slot.number);

@@ -12,6 +12,7 @@ mod report;
 
 use std::fs;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -68,16 +69,25 @@ pub fn run(selection: &Selection) -> Result<()> {
         more = linux::names();
     }
     let programs = image::of_programs(&folder, &more, tests.into_values())?;
-    let mut reports = Vec::new();
-    for kernel in kernels {
+    let machine = |kernel: &Kernel| {
         let folder = folder.join(kernel.name);
         fs::create_dir_all(&folder)?;
         let files = kernel.files(&folder)?;
         let initrd = image::of_kernel(&folder, &programs, &files, &list)?;
         let log = folder.join("console.log");
         let machine = Machine::boot(&files.image, &initrd, &log)?;
-        reports.push(follow(kernel, machine, &checks, &log)?);
-    }
+        follow(kernel, machine, &checks, &log)
+    };
+    // A machine keeps one processor busy.
+    let reports = thread::scope(|scope| {
+        let machine = &machine;
+        let machines: Vec<_> =
+            kernels.iter().map(|kernel| scope.spawn(move || machine(kernel))).collect();
+        machines
+            .into_iter()
+            .map(|machine| machine.join().unwrap_or_else(|_| bail!("a thread panicked")))
+            .collect::<Result<Vec<_>>>()
+    })?;
     report::print(&reports, selection.json);
     if reports.iter().all(KernelReport::is_passed) {
         return Ok(());
