@@ -16,8 +16,9 @@ use nix::sys::signal::Signal;
 const PROCESSOR: &str = "EPYC-v3,+svm,+npt";
 
 /// Its clock counts instructions, two nanoseconds each, and jumps to the next timer when it idles. So
-/// no timer comes too soon for how slow it is, however busy this machine is, and its guests' guests do
-/// not drown in their own.
+/// no timer comes too soon for how slow it is, however busy this machine is, and its guests do not drown
+/// in theirs. With that it has one processor: of two, one that waits for the other would use up all the
+/// time until the next timer.
 const CLOCK: &str = "shift=1,sleep=off";
 
 /// What its first process begins lines with that are meant for here.
@@ -52,7 +53,7 @@ impl Machine {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-M", "q35", "-accel", "tcg,thread=single", "-cpu", PROCESSOR]);
         command.args(["-icount", CLOCK]);
-        command.args(["-smp", "2", "-m", "2048", "-nic", "none", "-display", "none"]);
+        command.args(["-smp", "1", "-m", "2048", "-nic", "none", "-display", "none"]);
         command.args(["-monitor", "none", "-serial", "stdio", "-no-reboot"]);
         command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
         command.args(["-append", "console=ttyS0 quiet panic=-1"]);
