@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, results, root};
 use crate::command::{run, step};
-use crate::{lab, leftovers, linux, setup};
+use crate::{kernels, lab, leftovers, linux, setup};
 
 fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
     if let Some(file) = json {
@@ -49,13 +49,20 @@ pub fn test(filter: Option<String>) -> Result<()> {
     let before = leftovers::find()?;
     // Release: the binaries the tests start are there already, and their dependencies with them.
     let mut command = Command::new("cargo");
-    command.current_dir(root()).args(["test", "--release", "--no-fail-fast"]).args(filter);
+    command.current_dir(root()).args(["test", "--release", "--no-fail-fast"]).args(&filter);
     run(&mut command)?;
     let new = leftovers::settled(&before)?;
     if !new.is_empty() {
         bail!("the tests left something behind:\n{}", new.join("\n"));
     }
-    Ok(())
+    if filter.is_some() {
+        return Ok(());
+    }
+    if let Err(missing) = kernels::can_be_had() {
+        step("test", &format!("!!! {missing}: THE LAB'S TESTS ARE SKIPPED !!!"));
+        return Ok(());
+    }
+    lab::run(&lab::Selection::default())
 }
 
 /// `cargo xtask lab`.

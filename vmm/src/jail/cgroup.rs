@@ -218,8 +218,12 @@ fn inhabitants_below(group: &Path, found: &mut Vec<Inhabitant>) {
             continue;
         };
         let processes = fs::read_to_string(entry.path().join("cgroup.procs")).unwrap_or_default();
-        // 0 is one that this process cannot see.
-        let pids = processes.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid > 0);
+        // 0 is one that this process cannot see; without a command line it is a thread of KVM's, which
+        // is a process of its own for Linux 6.1.
+        let is_process = |pid: &i32| {
+            *pid > 0 && fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+        };
+        let pids = processes.lines().filter_map(|line| line.parse().ok()).filter(is_process);
         found.extend(pids.map(|pid| Inhabitant { slot, pid: Pid::from_raw(pid) }));
     }
 }

@@ -25,8 +25,8 @@ pub struct Check {
     without: &'static [&'static str],
     /// Whether it boots Linux guests, whose images are made for it then.
     pub linux_guests: bool,
-    /// How long it may take, which only a machine that hangs needs.
-    pub patience: Duration,
+    /// How long all of it may take.
+    patience: Duration,
 }
 
 /// What most checks have.
@@ -99,7 +99,15 @@ pub const CHECKS: [Check; 7] = [
     },
 ];
 
+/// How long a check may take in its short form.
+const SHORT: Duration = Duration::from_mins(5);
+
 impl Check {
+    /// How long it may take, which only a machine that hangs needs.
+    pub fn patience(&self, all: bool) -> Duration {
+        if all { self.patience } else { self.patience.min(SHORT) }
+    }
+
     /// The arguments of the test program.
     pub fn arguments(&self, all: bool) -> Vec<String> {
         let mut arguments: Vec<_> =

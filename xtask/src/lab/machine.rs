@@ -15,10 +15,9 @@ use nix::sys::signal::Signal;
 /// A processor with SVM and nested page tables, on any machine.
 const PROCESSOR: &str = "EPYC-v3,+svm,+npt";
 
-/// Its clock counts instructions, two nanoseconds each, and jumps to the next timer when it idles. So
-/// no timer comes too soon for how slow it is, however busy this machine is, and its guests do not drown
-/// in theirs. With that it has one processor: of two, one that waits for the other would use up all the
-/// time until the next timer.
+/// Its clock counts instructions, two nanoseconds each. So no timer comes too soon for how slow it is,
+/// however busy this machine is, and its guests do not drown in theirs. With that it has one processor:
+/// of two, one that waits for the other would use up all the time until the next timer.
 const CLOCK: &str = "shift=1,sleep=off";
 
 /// What its first process begins lines with that are meant for here.
@@ -47,8 +46,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots a kernel with an initial file system; all that it says is written to the file `log`.
-    pub fn boot(kernel: &Path, initrd: &Path, log: &Path) -> Result<Self> {
+    /// Boots a kernel with an initial file system, to run a check; all that it says is written to the
+    /// file `log`.
+    pub fn boot(kernel: &Path, initrd: &Path, check: &str, log: &Path) -> Result<Self> {
         let log = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-M", "q35", "-accel", "tcg,thread=single", "-cpu", PROCESSOR]);
@@ -56,7 +56,7 @@ impl Machine {
         command.args(["-smp", "1", "-m", "2048", "-nic", "none", "-display", "none"]);
         command.args(["-monitor", "none", "-serial", "stdio", "-no-reboot"]);
         command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-        command.args(["-append", "console=ttyS0 quiet panic=-1"]);
+        command.args(["-append", &format!("console=ttyS0 quiet panic=-1 lab={check}")]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         // It warns of each feature of that processor that it does not have.
         command.stderr(log.try_clone()?);

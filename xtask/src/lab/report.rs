@@ -17,11 +17,12 @@ pub struct CheckReport {
     tests: u32,
     took: Duration,
     tail: VecDeque<String>,
+    log: PathBuf,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    NotReached,
+    Running,
     Passed,
     /// No test has such a name: nothing was tested.
     Empty,
@@ -39,14 +40,13 @@ pub struct KernelReport {
     /// How long it took until the first process ran.
     pub boot: Duration,
     pub checks: Vec<CheckReport>,
-    log: PathBuf,
 }
 
 impl CheckReport {
-    /// Of one that was not reached.
-    pub fn new(name: &'static str) -> Self {
-        let (outcome, took) = (Outcome::NotReached, Duration::ZERO);
-        Self { name, outcome, tests: 0, took, tail: VecDeque::new() }
+    /// Of one whose machine boots.
+    pub fn new(name: &'static str, log: &Path) -> Self {
+        let (outcome, took) = (Outcome::Running, Duration::ZERO);
+        Self { name, outcome, tests: 0, took, tail: VecDeque::new(), log: log.to_owned() }
     }
 
     /// Takes a line of its output.
@@ -69,16 +69,23 @@ impl CheckReport {
         };
     }
 
-    /// The machine did not say that it ended.
-    pub fn lose(&mut self, took: Duration) {
-        (self.took, self.outcome) = (took, Outcome::Lost);
+    /// The machine is off, or was killed.
+    pub fn off(&mut self, took: Duration) {
+        if self.outcome == Outcome::Running {
+            (self.took, self.outcome) = (took, Outcome::Lost);
+        }
+    }
+
+    /// Whether its machine died or hung.
+    pub fn is_lost(&self) -> bool {
+        self.outcome == Outcome::Lost
     }
 
     /// What came of it, in a line.
     pub fn summary(&self) -> String {
         let (name, seconds) = (self.name, self.took.as_secs_f64());
         match self.outcome {
-            Outcome::NotReached => format!("{name}: not reached"),
+            Outcome::Running => format!("{name}: runs"),
             Outcome::Passed => format!("{name}: {} tests passed in {seconds:.1} s", self.tests),
             Outcome::Empty => format!("{name}: no test of these names: nothing was tested"),
             Outcome::Failed(137) => format!("{name}: killed after {seconds:.1} s, its time"),
@@ -89,10 +96,9 @@ impl CheckReport {
 }
 
 impl KernelReport {
-    /// Of a machine that was just started.
-    pub fn new(name: &'static str, log: &Path) -> Self {
-        let (release, boot) = (String::new(), Duration::ZERO);
-        Self { name, release, boot, checks: Vec::new(), log: log.to_owned() }
+    /// Before the first machine.
+    pub fn new(name: &'static str) -> Self {
+        Self { name, release: String::new(), boot: Duration::ZERO, checks: Vec::new() }
     }
 
     /// Whether all checks passed.
@@ -105,7 +111,7 @@ impl KernelReport {
 pub fn print(reports: &[KernelReport], json: bool) {
     for report in reports {
         for check in report.checks.iter().filter(|check| check.outcome != Outcome::Passed) {
-            eprintln!("\nLinux {}, {} ({}):", report.name, check.summary(), report.log.display());
+            eprintln!("\nLinux {}, {} ({}):", report.name, check.summary(), check.log.display());
             for line in &check.tail {
                 eprintln!("    {line}");
             }
@@ -132,13 +138,13 @@ fn to_json(report: &KernelReport) -> serde_json::Value {
             "tests": check.tests,
             "seconds": check.took.as_secs_f64(),
             "summary": check.summary(),
+            "log": check.log,
         })
     });
     json!({
         "kernel": report.name,
         "release": report.release,
         "boot_seconds": report.boot.as_secs_f64(),
-        "log": report.log,
         "checks": checks.collect::<Vec<_>>(),
     })
 }
