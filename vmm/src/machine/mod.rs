@@ -1,23 +1,23 @@
 //! A virtual machine: processor, memory, devices, and what its exits mean.
+//!
+//! [`Shell`] makes one; `release` is what it does at the guest's release barrier.
 
-use std::fs::File;
+mod release;
+mod shell;
+
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{CpuId, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 use warren_abi::microvm::{
-    BARRIER_PORT, BOOT_ADDRESS, Boot, COMMAND_PARK, COMMAND_PREFAULT, COMMAND_RELEASE,
-    IDENTITY_ADDRESS, Identity, MMIO_BYTES, NET_MMIO, PANIC_PORT, PanicMessage, READY_PORT,
-    VSOCK_MMIO, WAIT_FOREVER, WAIT_PORT,
+    BARRIER_PORT, MMIO_BYTES, NET_MMIO, PANIC_PORT, PanicMessage, READY_PORT, VSOCK_MMIO,
+    WAIT_FOREVER, WAIT_PORT,
 };
 
 use crate::boot::EXCEPTION_PORT;
-use crate::clock::{monotonic_ns, wall_clock_ns};
-use crate::control::{EndReason, GuestKind, PublicIdentity, WATCHDOG};
+use crate::control::{EndReason, GuestKind};
 use crate::cpu::{self, CpuState};
 use crate::devices::disk::DiskError;
 use crate::devices::mmio::MmioState;
@@ -26,9 +26,10 @@ use crate::devices::vsock::Vsock;
 use crate::devices::{Device, QueueError};
 use crate::linux;
 use crate::linux::cpu::PlatformState;
-use crate::linux::pc::{GENERATION_ADDRESS, GENERATION_GSI, Pc, PcState, pulse, virtio_gsi};
+use crate::linux::pc::{Pc, PcState, pulse, virtio_gsi};
 use crate::memory::{GuestRam, Pages};
 use crate::timer::KickTimer;
+pub use shell::Shell;
 
 /// Exception vectors that push an error code (Intel SDM volume 3, table 6-1).
 const WITH_ERROR_CODE: [u8; 8] = [8, 10, 11, 12, 13, 14, 17, 21];
@@ -135,112 +136,6 @@ fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> MachineError {
     move |source| MachineError::Kvm { what, source }
 }
 
-/// A virtual machine with a processor and nothing to run: all that does not depend on a template.
-pub struct Shell {
-    // Dropped in this order: the timer points into the processor.
-    timer: KickTimer,
-    vcpu: VcpuFd,
-    vm: VmFd,
-}
-
-impl Shell {
-    /// Makes KVM's objects for a kind of guest, with the processor that `cpuid` describes.
-    pub fn new(kvm_fd: &Kvm, cpuid: &CpuId, kind: GuestKind) -> Result<Self, MachineError> {
-        let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
-        if kind == GuestKind::Linux {
-            linux::cpu::prepare(&vm).map_err(kvm("create interrupt controllers"))?;
-        }
-        let mut vcpu = vm.create_vcpu(0).map_err(kvm("create a vCPU"))?;
-        let described = match kind {
-            GuestKind::NoOs => vcpu.set_cpuid2(cpuid),
-            GuestKind::Linux => vcpu.set_cpuid2(&linux::cpu::describe(cpuid)),
-        };
-        described.map_err(kvm("describe the processor"))?;
-        let timer = KickTimer::new(&mut vcpu)
-            .map_err(|errno| MachineError::Host { what: "make a timer", source: errno.into() })?;
-        Ok(Self { timer, vcpu, vm })
-    }
-
-    /// Makes it a template's machine, with the processor at a program's entry point.
-    pub fn boot(self, ram: GuestRam, entry: u64) -> Result<Machine, MachineError> {
-        let machine = self.with_devices(ram, Net::new(), Vsock::new(), None)?;
-        let state = cpu::boot_state(&machine.vcpu, entry, machine.ram.bytes())
-            .map_err(kvm("read the initial state"))?;
-        machine.load_cpu(&state)?;
-        Ok(machine)
-    }
-
-    /// Makes it a Linux template's machine, with the processor at the kernel's entry point.
-    pub fn boot_linux(
-        self,
-        kvm_fd: &Kvm,
-        mut ram: GuestRam,
-        entry: u64,
-        disk: Option<File>,
-    ) -> Result<Machine, MachineError> {
-        ram.open_to_devices();
-        let (mut net, mut vsock) = (Net::new(), Vsock::new());
-        net.mmio_mut().use_interrupts();
-        vsock.mmio_mut().use_interrupts();
-        let msrs = kvm_fd.get_msr_index_list().map_err(kvm("list the registers"))?;
-        let msrs = msrs.as_slice().to_vec();
-        let linux = Linux { pc: Pc::new(disk)?, msrs, tsc_ahead: 0 };
-        let machine = self.with_devices(ram, net, vsock, Some(linux))?;
-        let state = linux::cpu::boot_state(&machine.vcpu, entry);
-        machine.load_cpu(&state.map_err(kvm("read the initial state"))?)?;
-        linux::cpu::boot_msrs(&machine.vcpu).map_err(kvm("set registers"))?;
-        Ok(machine)
-    }
-
-    /// Makes it a clone: private memory over the template's, its saved state, a TAP, and the disk
-    /// that the template has.
-    pub fn load(
-        self,
-        mut ram: GuestRam,
-        state: &MachineState,
-        tap: Option<OwnedFd>,
-        disk: Option<File>,
-    ) -> Result<Machine, MachineError> {
-        let linux = match &state.linux {
-            Some(saved) => {
-                ram.open_to_devices();
-                let pc = Pc::load(&saved.pc, ram.dma(), disk)?;
-                Some(Linux { pc, msrs: saved.platform.registers(), tsc_ahead: 0 })
-            }
-            None => None,
-        };
-        let net = Net::load(&state.net, ram.dma(), tap)?;
-        let vsock = Vsock::load(&state.vsock, ram.dma())?;
-        let mut machine = self.with_devices(ram, net, vsock, linux)?;
-        machine.load_state(state)?;
-        Ok(machine)
-    }
-
-    fn with_devices(
-        self,
-        ram: GuestRam,
-        net: Net,
-        vsock: Vsock,
-        linux: Option<Linux>,
-    ) -> Result<Machine, MachineError> {
-        let Self { timer, vcpu, vm } = self;
-        let tsc_hz = vcpu.get_tsc_khz().map_err(kvm("ask for the frequency of its counter"))?;
-        let tsc_hz = u64::from(tsc_hz) * 1000;
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: ram.bytes(),
-            userspace_addr: ram.host_address(),
-        };
-        // SAFETY: the range is `ram`'s mapping, which outlives the VM: fields drop in order.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set the memory region"))?;
-        let last_exit = Instant::now();
-        let watchdog = WATCHDOG;
-        Ok(Machine { timer, vcpu, vm, ram, net, vsock, linux, tsc_hz, watchdog, last_exit })
-    }
-}
-
 impl Machine {
     fn load_cpu(&self, state: &CpuState) -> Result<(), MachineError> {
         cpu::load(&self.vcpu, state).map_err(kvm("load the processor's state"))
@@ -290,17 +185,6 @@ impl Machine {
         self.vcpu.set_kvm_immediate_exit(0);
     }
 
-    /// Lets the guest take its page faults, so that it has none after the release.
-    pub fn park(&mut self) -> Result<(), EndReason> {
-        // The page of the identity becomes this clone's own, and the code that the release needs is
-        // mapped.
-        getrandom(&mut [0; 64])?;
-        self.write_identity(&NOBODY)?;
-        self.command(COMMAND_PREFAULT)?;
-        self.run_until(Exit::Barrier)?;
-        self.command(COMMAND_PARK)
-    }
-
     /// Makes a clone what it was when it was loaded, but with the pages in place that it will need:
     /// as good as parked.
     pub fn recycle(&mut self, state: &MachineState, kept: &[Pages]) -> Result<(), EndReason> {
@@ -314,65 +198,6 @@ impl Machine {
         }
         self.ram.reset(kept).map_err(|error| host(&error))?;
         Ok(self.load_state(state)?)
-    }
-
-    /// Gives the guest its identity, fresh entropy and the time, and the command to go. Returns when
-    /// that was (`CLOCK_MONOTONIC`, ns): the guest's own clock begins there, and it runs next.
-    pub fn release(&mut self, public: &PublicIdentity) -> Result<u64, EndReason> {
-        let mut entropy = [0; 64];
-        getrandom(&mut entropy)?;
-        let mut hostname = [0; 64];
-        let length = public.hostname.len().min(hostname.len());
-        hostname[..length].copy_from_slice(&public.hostname.as_bytes()[..length]);
-        self.command(COMMAND_RELEASE)?;
-        let wall_clock_ns = wall_clock_ns()?;
-        // SAFETY: reads a counter; x86-64 always has it.
-        let tsc = unsafe { core::arch::x86_64::_rdtsc() };
-        let tsc = tsc.wrapping_add(self.linux.as_ref().map_or(0, |linux| linux.tsc_ahead));
-        let released_ns = monotonic_ns()?;
-        self.write_identity(&Identity {
-            wall_clock_ns,
-            tsc,
-            tsc_hz: self.tsc_hz,
-            entropy,
-            instance_id: public.instance_id,
-            hostname,
-            ipv4: public.ipv4,
-            gateway: public.gateway,
-            mac: public.mac,
-            mtu: public.mtu,
-        })?;
-        if self.linux.is_some() {
-            self.change_generation()?;
-        }
-        self.resumed();
-        Ok(released_ns)
-    }
-
-    /// Tells the kernel of a Linux guest that it is another machine now, if it listens to that.
-    fn change_generation(&self) -> Result<(), EndReason> {
-        let mut generation = [0; 64];
-        getrandom(&mut generation)?;
-        let address = GuestAddress(GENERATION_ADDRESS);
-        self.ram.all().write_slice(&generation[..16], address).map_err(|error| host(&error))?;
-        pulse(&self.vm, GENERATION_GSI)
-    }
-
-    /// Sets what the guest is to do when it leaves the barrier.
-    fn command(&self, command: u32) -> Result<(), EndReason> {
-        let address = BOOT_ADDRESS + std::mem::offset_of!(Boot, command) as u64;
-        self.ram.all().write_obj(command, GuestAddress(address)).map_err(|error| host(&error))
-    }
-
-    /// Writes the identity page.
-    fn write_identity(&self, identity: &Identity) -> Result<(), EndReason> {
-        // SAFETY: `Identity` is `repr(C)` and, as the assertion below keeps, without padding, so
-        // all of its bytes are initialised.
-        let bytes = unsafe {
-            std::slice::from_raw_parts((&raw const *identity).cast::<u8>(), size_of::<Identity>())
-        };
-        let address = GuestAddress(IDENTITY_ADDRESS);
-        self.ram.all().write_slice(bytes, address).map_err(|error| host(&error))
     }
 
     /// Runs the guest up to this exit; another one is its end.
@@ -572,28 +397,6 @@ impl Machine {
         }
     }
 }
-
-fn getrandom(buffer: &mut [u8; 64]) -> Result<(), EndReason> {
-    // SAFETY: the buffer has that many bytes. Up to 256 are never cut short (getrandom(2)).
-    let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if got == buffer.len() as isize { Ok(()) } else { Err(host(&io::Error::last_os_error())) }
-}
-
-/// What is in the identity page of a parked clone.
-const NOBODY: Identity = Identity {
-    wall_clock_ns: 0,
-    tsc: 0,
-    tsc_hz: 0,
-    entropy: [0; 64],
-    instance_id: [0; 16],
-    hostname: [0; 64],
-    ipv4: [0; 4],
-    gateway: [0; 4],
-    mac: [0; 6],
-    mtu: 0,
-};
-
-const _: () = assert!(size_of::<Identity>() == 3 * 8 + 64 + 16 + 64 + 4 + 4 + 6 + 2);
 
 /// All virtio devices, each with the number of its register page.
 fn devices<'a>(
