@@ -31,3 +31,4 @@ mod timer;
 pub mod zygote;
 
 pub use cpu::is_emulated;
+pub use linux::is_possible as can_run_linux;

@@ -3,7 +3,6 @@
 mod common;
 
 use std::collections::HashSet;
-use std::fmt::Debug;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -20,6 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 use warren_abi::microvm::HTTP_VSOCK_PORT;
+use warren_vmm::can_run_linux;
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::{EndReason, State, Tier};
 use warren_vmm::jail::{self, JailConfig};
@@ -38,7 +38,7 @@ fn linux() -> bool {
     }
     let has_images = file("linux-function.ext4").exists();
     let wanted = std::env::var("WARREN_REQUIRE_LINUX").as_deref() == Ok("1");
-    let missing = match (possible(), has_images) {
+    let missing = match (can_run_linux(), has_images) {
         (false, _) => {
             "this host's KVM cannot run Linux guests: `cargo xtask lab linux` has one that can"
         }
@@ -49,11 +49,6 @@ fn linux() -> bool {
     // Not by eprintln!, which the test runner keeps to itself for a test that passes.
     let _ = writeln!(std::io::stderr(), "!!! SKIPPED, NOTHING WAS TESTED: {missing} !!!");
     false
-}
-
-fn possible() -> bool {
-    let modules = Path::new("/sys/module");
-    modules.join("kvm_amd").exists() || modules.join("kvm_intel").exists()
 }
 
 /// A result of `cargo xtask linux`.
@@ -157,14 +152,6 @@ fn all_differ(reports: &[Value], field: &str) {
     assert_eq!(values.len(), reports.len(), "{field}: {values:?}");
 }
 
-#[track_caller]
-fn equal<T: PartialEq + Debug>(found: &Value, expected: T)
-where
-    Value: PartialEq<T>,
-{
-    assert_eq!(*found, expected);
-}
-
 /// Eight clones of a template, one after the other and all at a time, have eight identities.
 async fn eight_clones_differ(kernel: &str) {
     let mut linux = Linux::new(kernel).await;
@@ -184,12 +171,12 @@ async fn eight_clones_differ(kernel: &str) {
         let report = json(clone, "/cgi-bin/identity").await;
         let ended = now();
         let public = expected.identity;
-        equal(&report["hostname"], public.hostname.as_str());
-        equal(&report["mac"], public.mac.map(|byte| format!("{byte:02x}")).join(":").as_str());
+        assert_eq!(report["hostname"], public.hostname.as_str());
+        assert_eq!(report["mac"], public.mac.map(|byte| format!("{byte:02x}")).join(":").as_str());
         let address = std::net::Ipv4Addr::from(public.ipv4).to_string();
         assert!(report["ipv4"].as_str().is_some_and(|found| found.starts_with(&address)));
         let id = public.instance_id.map(|byte| format!("{byte:02x}")).concat();
-        equal(&report["machine_id"], id.as_str());
+        assert_eq!(report["machine_id"], id.as_str());
         // Its clock is the host's, wherever in the call it was read.
         let clock = Duration::from_nanos(report["wall_clock_ns"].as_u64().unwrap());
         let millisecond = Duration::from_millis(1);
@@ -254,10 +241,10 @@ async fn a_linux_guest_transfers_over_its_tap_and_is_recycled() {
         for life in 1..=2 {
             microvm.release(&identity(life)).await.unwrap();
             let fetched = json(&microvm, "/cgi-bin/fetch?169.254.1.1:8000/x").await;
-            equal(&fetched["status"], "ok");
-            equal(&fetched["bytes"], 3_000_000);
+            assert_eq!(fetched["status"], "ok");
+            assert_eq!(fetched["bytes"], 3_000_000);
             let report = json(&microvm, "/cgi-bin/identity").await;
-            equal(&report["hostname"], identity(life).identity.hostname.as_str());
+            assert_eq!(report["hostname"], identity(life).identity.hostname.as_str());
             assert!(random.insert(report["random"].to_string()));
             assert!(random.insert(report["boot_id"].to_string()));
             microvm.recycle().await.unwrap();
@@ -305,7 +292,7 @@ fn what_is_no_kernel_or_no_initrd_makes_no_template() {
 /// One sentence, before anything is tried.
 #[test]
 fn a_host_without_hardware_virtualisation_says_that_it_cannot_run_linux() {
-    if !kvm() || possible() {
+    if !kvm() || can_run_linux() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();

@@ -101,7 +101,7 @@ fn main() -> Result<()> {
         Task::Setup => setup::all(),
         Task::Build { log_verdicts } => build::all(log_verdicts),
         Task::Demo { json } => run::demo(json),
-        Task::Test { filter } => run::test(filter),
+        Task::Test { filter } => run::test(filter.as_deref()),
         Task::Chaos { seed, minutes } => run::chaos(seed, minutes),
         Task::Fuzz { target, seconds } => fuzz::run(target, seconds),
         Task::Lab { name, kernel, all, output } => {

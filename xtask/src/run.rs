@@ -39,7 +39,7 @@ pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
 }
 
 /// `cargo xtask test`.
-pub fn test(filter: Option<String>) -> Result<()> {
+pub fn test(filter: Option<&str>) -> Result<()> {
     setup::all()?;
     build::all(false)?;
     if !kvm_opens() {
@@ -49,7 +49,7 @@ pub fn test(filter: Option<String>) -> Result<()> {
     let before = leftovers::find()?;
     // Release: the binaries the tests start are there already, and their dependencies with them.
     let mut command = Command::new("cargo");
-    command.current_dir(root()).args(["test", "--release", "--no-fail-fast"]).args(&filter);
+    command.current_dir(root()).args(["test", "--release", "--no-fail-fast"]).args(filter);
     run(&mut command)?;
     let new = leftovers::settled(&before)?;
     if !new.is_empty() {

@@ -42,7 +42,7 @@ const TEST: Check = Check {
 };
 
 /// All of them, the quick ones first.
-pub const CHECKS: [Check; 7] = [
+pub const CHECKS: [Check; 8] = [
     Check {
         name: "lifecycle",
         what: "microVMs on ordinary KVM: start, release, calls, end",
@@ -76,6 +76,15 @@ pub const CHECKS: [Check; 7] = [
         short: &["eight_clones_of_linux_6_12"],
         linux_guests: true,
         patience: Duration::from_mins(20),
+        ..TEST
+    },
+    Check {
+        name: "linux-path",
+        what: "a Linux guest downloads through host and proxy",
+        test: "datapath",
+        short: &["linux::"],
+        whole: &["linux::"],
+        linux_guests: true,
         ..TEST
     },
     Check {

@@ -15,6 +15,7 @@ mod hostile;
 mod icmp;
 mod lifecycle;
 mod limits;
+mod linux;
 mod mss;
 mod policy;
 mod public;
