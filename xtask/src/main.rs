@@ -36,8 +36,11 @@ enum Task {
     /// Set up, build, and clone microVMs into two tenants' VPCs on this machine
     Demo {
         /// Also write the figures to this file
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", conflicts_with = "lab")]
         json: Option<PathBuf>,
+        /// In a machine that qemu emulates, where there is no /dev/kvm
+        #[arg(long)]
+        lab: bool,
     },
     /// Set up, build, and run every test
     Test {
@@ -100,7 +103,7 @@ fn main() -> Result<()> {
     match Arguments::parse().task {
         Task::Setup => setup::all(),
         Task::Build { log_verdicts } => build::all(log_verdicts),
-        Task::Demo { json } => run::demo(json),
+        Task::Demo { json, lab } => run::demo(json, lab),
         Task::Test { filter } => run::test(filter.as_deref()),
         Task::Chaos { seed, minutes } => run::chaos(seed, minutes),
         Task::Fuzz { target, seconds } => fuzz::run(target, seconds),

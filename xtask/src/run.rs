@@ -18,9 +18,12 @@ fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
 }
 
 /// `cargo xtask demo`.
-pub fn demo(json: Option<PathBuf>) -> Result<()> {
+pub fn demo(json: Option<PathBuf>, in_lab: bool) -> Result<()> {
     setup::all()?;
     build::all(false)?;
+    if in_lab {
+        return lab::demo::run();
+    }
     // In place of this process: Ctrl-C then reaches the one that has to clean up, and ends it.
     let mut command = with_json(Command::new(results().join("warren-demo")), json);
     Err(command.exec()).with_context(|| format!("cannot run {command:?}"))

@@ -78,16 +78,20 @@ struct Group {
 }
 
 impl Group {
-    /// Whether there is a process in the group of this name.
+    /// Whether there is a process in the group of this name, or one that ended and was not waited for,
+    /// which still counts as a task.
     fn has_somebody(&self, name: &str) -> bool {
-        let file = format!("{name}/cgroup.procs");
-        let opened = openat(
-            &self.directory,
-            file.as_str(),
-            OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        );
-        opened.is_ok_and(|file| matches!(File::from(file).read(&mut [0]), Ok(1..)))
+        let starts_with = |file: &str| {
+            let file = format!("{name}/{file}");
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            let opened = openat(&self.directory, file.as_str(), flags, Mode::empty());
+            let mut first = [0];
+            let read = opened.map(|file| File::from(file).read(&mut first));
+            matches!(read, Ok(Ok(1..))).then_some(first[0])
+        };
+        // The first has nothing if there is none, the second a number where pids are counted.
+        starts_with("cgroup.procs").is_some()
+            || !matches!(starts_with("pids.current"), None | Some(b'0'))
     }
 }
 

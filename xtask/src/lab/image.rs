@@ -25,12 +25,12 @@ const RESULTS: [&str; 4] =
 /// Programs of this machine that tests start.
 const PROGRAMS: [&str; 2] = ["ip", "tc"];
 
-/// Archives the programs, each where it lies on this machine: tests have paths in them. Beside those
-/// that all tests need, these results of the build.
+/// Archives the programs that are run, each where it lies on this machine: tests have paths in them.
+/// With them what all need, and `more` results of the build.
 pub fn of_programs(
     folder: &Path,
     more: &[String],
-    tests: impl Iterator<Item = PathBuf>,
+    run: impl Iterator<Item = PathBuf>,
 ) -> Result<PathBuf> {
     let stage = folder.join("programs");
     remove(&stage)?;
@@ -44,7 +44,7 @@ pub fn of_programs(
     let mut libraries = BTreeSet::new();
     let more = more.iter().map(String::as_str);
     let results = RESULTS.into_iter().chain(more).map(|name| results().join(name));
-    for path in results.chain(programs).chain(tests) {
+    for path in results.chain(programs).chain(run) {
         let to = inside(&stage, &path)?;
         if path.extension().is_some() {
             // The kernel's and guests', which are read as files.
@@ -89,7 +89,7 @@ fn inside(stage: &Path, path: &Path) -> Result<PathBuf> {
 }
 
 /// Where a program is.
-fn on_path(name: &str) -> Result<PathBuf> {
+pub fn on_path(name: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .map(|folder| folder.join(name))

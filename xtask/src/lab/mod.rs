@@ -6,6 +6,7 @@
 //! in the lab mean nothing.
 
 mod checks;
+pub mod demo;
 mod image;
 mod machine;
 mod report;
