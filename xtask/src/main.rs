@@ -10,8 +10,10 @@ mod leftovers;
 mod linux;
 mod run;
 mod setup;
+mod tests;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -99,8 +101,19 @@ enum Output {
     Json,
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().task {
+fn main() -> ExitCode {
+    match perform(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Without the stack of this program, which says nothing of what failed.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<()> {
+    match task {
         Task::Setup => setup::all(),
         Task::Build { log_verdicts } => build::all(log_verdicts),
         Task::Demo { json, lab } => run::demo(json, lab),
