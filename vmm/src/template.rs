@@ -12,10 +12,12 @@ use warren_abi::microvm::ABI_VERSION;
 use crate::boot::{self, BootError};
 use crate::control::{EndReason, GuestKind, PublicIdentity};
 use crate::cpu;
+use crate::function::{Function, FunctionError};
 use crate::linux;
 use crate::linux::boot::{LinuxBootError, Program};
 use crate::machine::{Exit, Machine, MachineError, Shell};
-use crate::memory::{GuestRam, Pages, create_memfd};
+use crate::memory::{GuestRam, Pages, Part, create_memfd};
+use crate::snapshot::diff::{self, Base, Snapshot};
 use crate::snapshot::{self, Header, Key, SnapshotError, Sources, Template};
 
 /// Why there is no template.
@@ -54,6 +56,17 @@ pub enum TemplateError {
         /// Why.
         source: LinuxBootError,
     },
+    /// The function cannot be used.
+    #[error("{}: {source}", path.display())]
+    Function {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: FunctionError,
+    },
+    /// A function of its own is for guests without an operating system.
+    #[error("{}: a Linux guest's template: its function is its disk", .0.display())]
+    LinuxFunction(PathBuf),
     /// This host cannot run it.
     #[error(
         "this host's KVM has no hardware virtualisation behind it (neither kvm_intel nor kvm_amd) and \
@@ -120,6 +133,47 @@ pub fn make(
     let mut booted = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.boot(ram, entry)?;
     booted.run_until(Exit::Barrier).map_err(TemplateError::Guest)?;
     save(booted, &kvm, &cpuid, &memory, None, output, key.as_ref())
+}
+
+/// Puts a function into a clone of a template and saves that, at its barrier, as a diff: the
+/// function's image. Nothing of the function has run. `data_bytes` is for its data and heap.
+pub fn make_image(
+    sources: &Sources,
+    function: &Path,
+    output: &Path,
+    data_bytes: u64,
+) -> Result<Summary, TemplateError> {
+    let elf = std::fs::read(function)
+        .map_err(|source| TemplateError::Program { path: function.to_owned(), source })?;
+    let refuse = |source| TemplateError::Function { path: function.to_owned(), source };
+    let function = Function::parse(&elf, data_bytes).map_err(refuse)?;
+    let (kvm, cpuid) = open_kvm()?;
+    let Template { header, mut memory, mut base, .. } = load(sources)?;
+    if header.machine.kind() != GuestKind::NoOs {
+        return Err(TemplateError::LinuxFunction(sources.template.clone()));
+    }
+    memory.data = Some(Part::new(data_bytes).map_err(TemplateError::Memory)?);
+    memory.code = Some(function.code().map_err(TemplateError::Memory)?);
+    let ram = GuestRam::clone_of(&memory).map_err(TemplateError::Memory)?;
+    let shell = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?;
+    let mut machine = shell.load(ram, &header.machine, None, None)?;
+    machine.take_function(&function).map_err(TemplateError::Guest)?;
+    base.pages = function.code_pages().collect();
+    let write = |machine: &mut Machine, base: &Base| {
+        let snapshot = Snapshot::take(machine, base).map_err(TemplateError::Guest)?;
+        let mut bytes = Vec::with_capacity(snapshot.bytes() as usize);
+        snapshot.write(&mut bytes).map_err(TemplateError::Memory)?;
+        Ok::<_, TemplateError>(diff::keep(output, bytes, sources.key.as_deref())?)
+    };
+    // What its clones will use shows in one of them.
+    write(&mut machine, &base)?;
+    let image = load(&Sources { diff: Some(output.to_owned()), ..sources.clone() })?;
+    let ram = GuestRam::clone_of(&image.memory).map_err(TemplateError::Memory)?;
+    let clone =
+        Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.load(ram, &image.header.machine, None, None)?;
+    (base.working_set, base.in_place) = try_out(clone)?;
+    let file_bytes = write(&mut machine, &base)?;
+    Ok(Summary { memory_bytes: image.memory.bytes(), file_bytes })
 }
 
 /// What a Linux guest is made of.

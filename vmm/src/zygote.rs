@@ -125,13 +125,16 @@ impl Zygote {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
-            let Template { header, memory, memory_bytes, base } = template::load(&options.sources)?;
+            let Template { header, memory, base, origin } = template::load(&options.sources)?;
             let disk = template::open_disk(&options.sources, &header)?;
-            let ram = GuestRam::map(&memory, memory_bytes, false)
-                .map_err(system("map the template's memory"))?;
-            let make = Make::new(&base.template, &options.jail);
-            let jail =
-                Jail::build(&options.jail, header.machine.kind(), memory_bytes, &options.run_dir)?;
+            let ram = GuestRam::clone_of(&memory).map_err(system("map the template's memory"))?;
+            let make = Make::new(&origin, &options.jail);
+            let jail = Jail::build(
+                &options.jail,
+                header.machine.kind(),
+                memory.bytes(),
+                &options.run_dir,
+            )?;
             // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
             let mut child = SigSet::empty();
             child.add(Signal::SIGCHLD);

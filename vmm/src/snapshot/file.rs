@@ -22,10 +22,10 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::SnapshotError;
 use super::crypt::{self, Key, NONCE, TAG};
@@ -33,7 +33,7 @@ use crate::linux::boot::MEMORY_MAX;
 use crate::memory::{GuestRam, PAGE};
 
 /// Version of the format. Raise it together with the layouts that tests pin.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 pub(super) const FIXED: usize = 8 + 4 + 4 + 8 + 4 + 4 + NONCE;
 pub(super) const CHECKSUM: usize = 32;
@@ -105,8 +105,7 @@ pub fn write(
     }
     let mut page = [0; PAGE as usize];
     for &number in pages {
-        let address = GuestAddress(u64::from(number) * PAGE);
-        ram.all().read_slice(&mut page, address).map_err(io::Error::other)?;
+        ram.read_page(number, &mut page)?;
         put(&page)?;
     }
     let checksum = hasher.finalize();
@@ -221,11 +220,19 @@ impl Content {
             return Err(malformed(path, kind, "size of memory"));
         }
         let (header, pages) = (header as usize, pages as usize);
-        let content = Self { path, kind, bytes, header, pages, memory_bytes, checksum };
-        if content.pages().any(|(number, _)| u64::from(number) >= memory_bytes / PAGE) {
-            return Err(content.malformed("page outside of memory"));
+        Ok(Self { path, kind, bytes, header, pages, memory_bytes, checksum })
+    }
+
+    /// Checks that the pages lie in memory, or in one of these ranges of addresses.
+    pub fn check_pages(&self, elsewhere: &[Range<u64>]) -> Result<(), SnapshotError> {
+        let lies_in_memory = |(number, _): (u32, &[u8])| {
+            let address = u64::from(number) * PAGE;
+            address < self.memory_bytes || elsewhere.iter().any(|range| range.contains(&address))
+        };
+        if self.pages().all(lies_in_memory) {
+            return Ok(());
         }
-        Ok(content)
+        Err(self.malformed("page outside of memory"))
     }
 
     /// Decodes the header.

@@ -24,7 +24,7 @@ pub use file::VERSION;
 use file::{Content, Kind};
 
 use crate::machine::MachineState;
-use crate::memory::{GuestRam, PAGE, Pages, create_memfd, seal};
+use crate::memory::{Backing, GuestRam, PAGE, Pages, Part};
 
 /// A template's file.
 static KIND: Kind = Kind { magic: *b"WARRENVM", name: "template", maker: "`warren-vmm template`" };
@@ -72,11 +72,11 @@ pub struct Template {
     /// Its header; of a diff, if there is one, processor and devices.
     pub header: Header,
     /// Sealed memory.
-    pub memory: File,
-    /// Size of the memory.
-    pub memory_bytes: u64,
+    pub memory: Backing,
     /// What snapshots of its clones are diffs against.
     pub base: diff::Base,
+    /// Checksum of the file that clones come out of: the diff's, if there is one.
+    pub origin: [u8; 32],
 }
 
 /// Writes a template, atomically: the file is there whole or not at all.
@@ -118,15 +118,21 @@ pub fn read(sources: &Sources) -> Result<Template, SnapshotError> {
     let key = Key::read_optional(key.as_deref())?;
     let io_error = |source| SnapshotError::Io { path: path.clone(), source };
     let content = Content::read(path, &KIND, key.as_ref())?;
-    let mut header = header(&content)?;
-    let memory = create_memfd(content.memory_bytes).map_err(io_error)?;
-    fill(&memory, &content).map_err(io_error)?;
-    let mut base = diff::Base { template: content.checksum, pages: Vec::new() };
+    let header = header(&content)?;
+    content.check_pages(&[])?;
+    let base = Part::new(content.memory_bytes).map_err(io_error)?;
+    fill(&base.memfd, content.pages()).map_err(io_error)?;
+    let mut template = Template {
+        base: diff::Base::of(content.checksum, &header),
+        header,
+        memory: Backing::new(base),
+        origin: content.checksum,
+    };
     if let Some(diff) = diff {
-        header.machine = diff::apply(diff, key.as_ref(), path, &mut base, &memory)?;
+        diff::apply(diff, key.as_ref(), path, &mut template)?;
     }
-    seal(&memory).map_err(io_error)?;
-    Ok(Template { header, memory, memory_bytes: content.memory_bytes, base })
+    template.memory.seal().map_err(io_error)?;
+    Ok(template)
 }
 
 /// A template's header, of this version.
@@ -136,11 +142,9 @@ fn header(content: &Content) -> Result<Header, SnapshotError> {
     Ok(header)
 }
 
-/// Copies the pages of a file to where they belong.
-fn fill(memory: &File, content: &Content) -> io::Result<()> {
-    content
-        .pages()
-        .try_for_each(|(number, page)| memory.write_all_at(page, u64::from(number) * PAGE))
+/// Copies pages to where they belong.
+fn fill<'p>(memory: &File, mut pages: impl Iterator<Item = (u32, &'p [u8])>) -> io::Result<()> {
+    pages.try_for_each(|(number, page)| memory.write_all_at(page, u64::from(number) * PAGE))
 }
 
 #[cfg(test)]

@@ -160,6 +160,21 @@ pub fn make_template(name: &str, sources: &Sources) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Makes the image of a function in a template that is there; fails with what `warren-vmm` says.
+pub fn make_image(sources: &Sources, function: &Path, image: &Path) -> Result<(), String> {
+    let mut command = Command::new(vmm());
+    command.arg("image").arg("--template").arg(&sources.template);
+    command.arg("--function").arg(function).arg("--output").arg(image).args(["--memory", "4"]);
+    if let Some(key) = &sources.key {
+        command.arg("--key").arg(key);
+    }
+    let output = command.output().unwrap();
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
 /// An identity that differs from slot to slot.
 pub fn identity(slot: u32) -> ReleaseRequest {
     let [_, _, high, low] = slot.to_be_bytes();
