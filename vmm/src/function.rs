@@ -74,7 +74,7 @@ impl<'elf> Function<'elf> {
     /// # Errors
     /// There is no memory for them.
     pub fn code(&self) -> std::io::Result<Part> {
-        let part = Part::new(self.place.code_end - CODE_ADDRESS)?;
+        let part = Part::new("warren-code", self.place.code_end - CODE_ADDRESS)?;
         for segment in &self.code {
             part.memfd.write_all_at(segment.bytes, segment.start - CODE_ADDRESS)?;
         }

@@ -101,6 +101,9 @@ enum Command {
         /// The key file of template and diff.
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
+        /// The template's memory comes over the control socket.
+        #[arg(long)]
+        takes_memory: bool,
         /// Directory of the microVMs' sockets.
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
@@ -171,6 +174,7 @@ fn main() -> anyhow::Result<ExitCode> {
             diff,
             disk,
             key,
+            takes_memory,
             run_dir,
             control_fd,
             watchdog_ms,
@@ -182,7 +186,8 @@ fn main() -> anyhow::Result<ExitCode> {
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
             let sources = Sources { template, diff, disk, key };
-            match zygote::run(&Options { sources, run_dir, jail, watchdog }, control)? {
+            let options = Options { sources, takes_memory, run_dir, jail, watchdog };
+            match zygote::run(&options, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::fs::File;
 use std::io;
 use std::num::NonZero;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -77,9 +77,9 @@ pub struct Part {
 }
 
 impl Part {
-    /// Zero-filled, and can be sealed.
-    pub fn new(bytes: u64) -> io::Result<Self> {
-        Ok(Self { memfd: create_memfd(bytes)?, bytes })
+    /// Zero-filled, and can be sealed. `/proc/PID/maps` shows the name.
+    pub fn new(name: &str, bytes: u64) -> io::Result<Self> {
+        Ok(Self { memfd: create_memfd(name, bytes)?, bytes })
     }
 }
 
@@ -303,10 +303,8 @@ impl GuestRam {
         if let Some(Part { memfd, bytes }) = data {
             regions.push(Region::new(memfd, DATA_ADDRESS, *bytes, false)?);
         }
-        let map = |part: &Part| {
-            let rights = READ | ProtFlags::PROT_EXEC;
-            Mapping::new(&part.memfd, part.bytes, rights, MapFlags::MAP_PRIVATE)
-        };
+        // Who executes it is the guest, by page tables of KVM's.
+        let map = |part: &Part| Mapping::new(&part.memfd, part.bytes, READ, MapFlags::MAP_PRIVATE);
         Self::of_regions(regions, code.as_ref().map(map).transpose()?)
     }
 
@@ -449,21 +447,24 @@ fn has_swap() -> io::Result<bool> {
 }
 
 /// A memfd of this size, zero-filled, that can be sealed.
-pub fn create_memfd(bytes: u64) -> io::Result<File> {
+pub fn create_memfd(name: &str, bytes: u64) -> io::Result<File> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let memfd: OwnedFd = memfd_create("warren-template", flags)?;
-    let file = File::from(memfd);
+    let file = File::from(memfd_create(name, flags)?);
     file.set_len(bytes)?;
     Ok(file)
 }
 
-/// Makes a memfd immutable for ever (`fcntl(2)`, File sealing). It must not be mapped shared.
+/// Makes a memfd immutable for ever (`fcntl(2)`, File sealing), if it is not. It must not be mapped
+/// shared.
 pub fn seal(file: &File) -> io::Result<()> {
     let seals = SealFlag::F_SEAL_WRITE
         | SealFlag::F_SEAL_SHRINK
         | SealFlag::F_SEAL_GROW
         | SealFlag::F_SEAL_SEAL;
-    fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
+    let has = SealFlag::from_bits_truncate(fcntl(file.as_fd(), FcntlArg::F_GET_SEALS)?);
+    if !has.contains(seals) {
+        fcntl(file.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
+    }
     Ok(())
 }
 
@@ -482,7 +483,7 @@ mod tests {
     /// Memory with changes and a function, in which each page differs from all others.
     fn backing() -> Backing {
         let part = |mark: u64| {
-            let part = Part::new(BYTES).unwrap();
+            let part = Part::new("test", BYTES).unwrap();
             for page in 0..BYTES / PAGE {
                 part.memfd.write_all_at(&(mark + page).to_le_bytes(), page * PAGE).unwrap();
             }
@@ -593,9 +594,9 @@ mod tests {
 
     #[test]
     fn what_differs_is_told_and_what_was_only_read_is_not() {
-        let memfd = create_memfd(BYTES).unwrap();
-        memfd.write_all_at(b"template", 7 * PAGE).unwrap();
-        let backing = Backing::new(Part { memfd, bytes: BYTES });
+        let part = Part::new("test", BYTES).unwrap();
+        part.memfd.write_all_at(b"template", 7 * PAGE).unwrap();
+        let backing = Backing::new(part);
         backing.seal().unwrap();
         let ram = GuestRam::clone_of(&backing).unwrap();
         assert_eq!(ram.changed().unwrap(), [0u32; 0]);
@@ -613,8 +614,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_clone_cannot_go_back() {
-        let memfd = create_memfd(BYTES).unwrap();
-        let ram = GuestRam::map(&memfd, BYTES, true).unwrap();
+        let ram = GuestRam::map(&Part::new("test", BYTES).unwrap().memfd, BYTES, true).unwrap();
         assert!(ram.reset(&[]).is_err() && ram.changed().is_err());
     }
 }

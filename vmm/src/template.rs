@@ -16,9 +16,9 @@ use crate::function::{Function, FunctionError};
 use crate::linux;
 use crate::linux::boot::{LinuxBootError, Program};
 use crate::machine::{Exit, Machine, MachineError, Shell};
-use crate::memory::{GuestRam, Pages, Part, create_memfd};
+use crate::memory::{GuestRam, Pages, Part};
 use crate::snapshot::diff::{self, Base, Snapshot};
-use crate::snapshot::{self, Header, Key, SnapshotError, Sources, Template};
+use crate::snapshot::{self, Given, Header, Key, SnapshotError, Sources, Template};
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -125,7 +125,7 @@ pub fn make(
     let elf = std::fs::read(program)
         .map_err(|source| TemplateError::Program { path: program.to_owned(), source })?;
     let (kvm, cpuid) = open_kvm()?;
-    let memory = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let memory = Part::new("warren-memory", memory_bytes).map_err(TemplateError::Memory)?.memfd;
     let map = |shared| GuestRam::map(&memory, memory_bytes, shared).map_err(TemplateError::Memory);
     let ram = map(true)?;
     let entry = boot::load(&ram, &elf)
@@ -148,11 +148,11 @@ pub fn make_image(
     let refuse = |source| TemplateError::Function { path: function.to_owned(), source };
     let function = Function::parse(&elf, data_bytes).map_err(refuse)?;
     let (kvm, cpuid) = open_kvm()?;
-    let Template { header, mut memory, mut base, .. } = load(sources)?;
+    let Template { header, mut memory, mut base, .. } = load(sources, None)?;
     if header.machine.kind() != GuestKind::NoOs {
         return Err(TemplateError::LinuxFunction(sources.template.clone()));
     }
-    memory.data = Some(Part::new(data_bytes).map_err(TemplateError::Memory)?);
+    memory.data = Some(Part::new("warren-data", data_bytes).map_err(TemplateError::Memory)?);
     memory.code = Some(function.code().map_err(TemplateError::Memory)?);
     let ram = GuestRam::clone_of(&memory).map_err(TemplateError::Memory)?;
     let shell = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?;
@@ -167,7 +167,7 @@ pub fn make_image(
     };
     // What its clones will use shows in one of them.
     write(&mut machine, &base)?;
-    let image = load(&Sources { diff: Some(output.to_owned()), ..sources.clone() })?;
+    let image = load(&Sources { diff: Some(output.to_owned()), ..sources.clone() }, None)?;
     let ram = GuestRam::clone_of(&image.memory).map_err(TemplateError::Memory)?;
     let clone =
         Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.load(ram, &image.header.machine, None, None)?;
@@ -209,7 +209,7 @@ pub fn make_linux(
     let program = Program { kernel, initrd, arguments: guest.arguments.clone() };
     let disk = guest.disk.as_deref().map(open).transpose()?;
     let (kvm, cpuid) = open_kvm()?;
-    let memory = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let memory = Part::new("warren-memory", memory_bytes).map_err(TemplateError::Memory)?.memfd;
     let ram = GuestRam::map(&memory, memory_bytes, true).map_err(TemplateError::Memory)?;
     let entry = linux::boot::load(&ram, &program)
         .map_err(|source| TemplateError::LinuxBoot { path: guest.kernel.clone(), source })?;
@@ -319,9 +319,9 @@ fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError
     clone.ram.pages_in_place().map_err(TemplateError::Memory)
 }
 
-/// Loads a template for this host.
-pub fn load(sources: &Sources) -> Result<Template, TemplateError> {
-    let template = snapshot::read(sources)?;
+/// Loads a template for this host, with the memory that was given if it is of that.
+pub fn load(sources: &Sources, given: Option<Given>) -> Result<Template, TemplateError> {
+    let template = snapshot::read(sources, given)?;
     let missing = cpu::missing_features(&template.header.cpu_features);
     if !missing.is_empty() {
         return Err(SnapshotError::Cpu { path: sources.template.clone(), missing }.into());

@@ -128,8 +128,7 @@ async fn clones_share_the_code() {
     for clone in [&one, &two] {
         call(clone, b"").await;
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps", clone.pid())).unwrap();
-        let mut lines =
-            maps.lines().skip_while(|line| !line.contains(" r-xp ") || !line.contains("/memfd:"));
+        let mut lines = maps.lines().skip_while(|line| !line.contains("/memfd:warren-code"));
         assert!(lines.next().is_some(), "no code is mapped:\n{maps}");
         let kib = |name: &str| -> u64 {
             let line = lines.clone().find(|line| line.starts_with(name)).unwrap();
@@ -140,6 +139,39 @@ async fn clones_share_the_code() {
     }
     stop(one).await;
     stop(two).await;
+}
+
+/// The inode of a microVM's mapping of this name.
+fn inode(microvm: &MicroVm, name: &str) -> String {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", microvm.pid())).unwrap();
+    let line = maps.lines().find(|line| line.contains(name));
+    line.unwrap_or_else(|| panic!("{name}:\n{maps}")).split_whitespace().nth(4).unwrap().to_owned()
+}
+
+/// A template's memory is there once for all of its images, as what it is: nothing is copied.
+#[tokio::test]
+async fn images_share_the_memory_of_their_template() {
+    if !kvm() {
+        return;
+    }
+    let image = Image::new(None);
+    let (of_template, of_other) = (image.host().await, image.host().await);
+    let memory = of_template.zygote.memory();
+    let sharing = Host::sharing(&memory, |config| config.sources = image.sources.clone()).await;
+    // What was made with another template is not taken for this one's.
+    let stranger = Image::new(Some(&[1; 32]));
+    let strange = Host::sharing(&memory, |config| config.sources = stranger.sources.clone()).await;
+    let (one, two) = (of_template.running(1).await, of_other.running(1).await);
+    let (three, four) = (sharing.running(1).await, strange.running(1).await);
+    for name in ["memfd:warren-memory", "memfd:warren-changes", "memfd:warren-data"] {
+        let is_shared = name == "memfd:warren-memory";
+        assert_eq!(inode(&one, name) == inode(&three, name), is_shared, "{name}");
+        assert!(inode(&one, name) != inode(&two, name) && inode(&one, name) != inode(&four, name));
+    }
+    for clone in [one, two, three, four] {
+        assert_eq!(call(&clone, b"").await, "hello 0 ");
+        stop(clone).await;
+    }
 }
 
 #[tokio::test]

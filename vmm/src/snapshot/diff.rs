@@ -176,8 +176,8 @@ pub(super) fn apply(
     let Template { memory, base, .. } = template;
     memory.changes = Some(changes(&memory.base, &content).map_err(io_error)?);
     if let Some((data, code)) = header.function {
-        memory.data = Some(part(&content, DATA_ADDRESS, data).map_err(io_error)?);
-        memory.code = Some(part(&content, CODE_ADDRESS, code).map_err(io_error)?);
+        memory.data = Some(part(&content, "warren-data", DATA_ADDRESS, data).map_err(io_error)?);
+        memory.code = Some(part(&content, "warren-code", CODE_ADDRESS, code).map_err(io_error)?);
     }
     base.pages.extend(content.pages().map(|(number, _)| number));
     base.working_set.clone_from(&header.working_set);
@@ -192,7 +192,7 @@ pub(super) fn apply(
 /// The pages of memory that differ from the template's. Between those that are close together there
 /// are the template's: each row of pages is a mapping of every clone's.
 fn changes(base: &Part, content: &Content) -> io::Result<(File, Vec<Pages>)> {
-    let Part { memfd, bytes } = Part::new(base.bytes)?;
+    let Part { memfd, bytes } = Part::new("warren-changes", base.bytes)?;
     let memory = || content.pages().filter(|(number, _)| u64::from(*number) * PAGE < bytes);
     let boot = (BOOT_ADDRESS / PAGE) as u32;
     let mut numbers: Vec<_> = memory().map(|(number, _)| number).chain([boot]).collect();
@@ -217,8 +217,8 @@ fn changes(base: &Part, content: &Content) -> io::Result<(File, Vec<Pages>)> {
 }
 
 /// A function's data or code, which begins at this address.
-fn part(content: &Content, address: u64, bytes: u64) -> io::Result<Part> {
-    let part = Part::new(bytes)?;
+fn part(content: &Content, name: &str, address: u64, bytes: u64) -> io::Result<Part> {
+    let part = Part::new(name, bytes)?;
     let first = (address / PAGE) as u32;
     let there = first..first + (bytes / PAGE) as u32;
     let pages = content.pages().filter(|(number, _)| there.contains(number));

@@ -111,17 +111,34 @@ fn used_pages(ram: &GuestRam) -> io::Result<Vec<u32>> {
     Ok(numbers)
 }
 
-/// Reads and verifies a template, and fills a sealed memfd with its memory; with a diff, with the
-/// memory that the diff makes of it.
-pub fn read(sources: &Sources) -> Result<Template, SnapshotError> {
+/// Memory that was filled before, and sealed.
+#[derive(Debug)]
+pub struct Given {
+    /// Checksum of its template.
+    pub template: [u8; 32],
+    /// The memory.
+    pub memfd: File,
+}
+
+/// Reads and verifies a template, and fills a sealed memfd with its memory, unless that was given;
+/// with a diff, others with what that adds.
+pub fn read(sources: &Sources, given: Option<Given>) -> Result<Template, SnapshotError> {
     let Sources { template: path, diff, key, .. } = sources;
     let key = Key::read_optional(key.as_deref())?;
     let io_error = |source| SnapshotError::Io { path: path.clone(), source };
     let content = Content::read(path, &KIND, key.as_ref())?;
     let header = header(&content)?;
     content.check_pages(&[])?;
-    let base = Part::new(content.memory_bytes).map_err(io_error)?;
-    fill(&base.memfd, content.pages()).map_err(io_error)?;
+    let base = match given {
+        Some(Given { template, memfd }) if template == content.checksum => {
+            Part { memfd, bytes: content.memory_bytes }
+        }
+        _ => {
+            let base = Part::new("warren-memory", content.memory_bytes).map_err(io_error)?;
+            fill(&base.memfd, content.pages()).map_err(io_error)?;
+            base
+        }
+    };
     let mut template = Template {
         base: diff::Base::of(content.checksum, &header),
         header,

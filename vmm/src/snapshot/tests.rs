@@ -100,7 +100,7 @@ fn machine() -> MachineState {
 
 fn ram() -> GuestRam {
     let bytes = 4 << 20;
-    let ram = GuestRam::map(&Part::new(bytes).unwrap().memfd, bytes, true).unwrap();
+    let ram = GuestRam::map(&Part::new("test", bytes).unwrap().memfd, bytes, true).unwrap();
     for (page, byte) in [(0, 1u8), (7, 2), (1023, 3)] {
         ram.all().write_slice(&[byte; 4096], GuestAddress(page * PAGE)).unwrap();
     }
@@ -143,7 +143,7 @@ impl Files {
 
     fn with_key(&self, name: Option<&str>) -> Result<Template, SnapshotError> {
         let key = name.map(|name| self.directory.path().join(name));
-        read(&Sources { key, ..self.sources.clone() })
+        read(&Sources { key, ..self.sources.clone() }, None)
     }
 }
 
@@ -161,7 +161,7 @@ fn layout_changes_only_together_with_the_version() {
 fn what_was_written_is_read_into_sealed_memory() {
     for encrypted in [false, true] {
         let files = Files::new(&header(), encrypted);
-        let template = read(&files.sources).unwrap();
+        let template = read(&files.sources, None).unwrap();
         assert_eq!(template.header, header());
         let memory = &template.memory;
         let clone = GuestRam::clone_of(memory).unwrap();
@@ -281,7 +281,7 @@ fn every_flipped_bit_under_a_right_checksum_is_refused_without_the_key() {
 #[test]
 fn other_versions_are_named() {
     let files = Files::new(&Header { abi_version: 77, ..header() }, false);
-    let error = read(&files.sources).unwrap_err();
+    let error = read(&files.sources, None).unwrap_err();
     let SnapshotError::Version { found: 77, expected: ABI_VERSION, .. } = &error else {
         panic!("{error}");
     };
