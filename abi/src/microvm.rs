@@ -23,6 +23,9 @@
 /// under another one, and a template records it.
 pub const ABI_VERSION: u32 = 3;
 
+/// The first version whose guests take a function.
+pub const FUNCTION_ABI: u32 = 3;
+
 /// Where [`Boot`] is.
 pub const BOOT_ADDRESS: u64 = 0x1_0000;
 

@@ -120,8 +120,6 @@ pub enum ZygoteReply {
     Loaded {
         /// Checksum of the template.
         template: [u8; 32],
-        /// Guest memory of each microVM, in bytes.
-        memory_bytes: u64,
         /// What all of its microVMs are of.
         make: Make,
     },

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION};
 use kvm_ioctls::Kvm;
-use warren_abi::microvm::ABI_VERSION;
+use warren_abi::microvm::{ABI_VERSION, FUNCTION_ABI};
 
 use crate::boot::{self, BootError};
 use crate::control::{EndReason, GuestKind, PublicIdentity};
@@ -67,6 +67,9 @@ pub enum TemplateError {
     /// A function of its own is for guests without an operating system.
     #[error("{}: a Linux guest's template: its function is its disk", .0.display())]
     LinuxFunction(PathBuf),
+    /// Its guest knows nothing of functions.
+    #[error("{}: its guest takes no function: make it anew with `warren-vmm template`", .0.display())]
+    OldTemplate(PathBuf),
     /// This host cannot run it.
     #[error(
         "this host's KVM has no hardware virtualisation behind it (neither kvm_intel nor kvm_amd) and \
@@ -151,6 +154,9 @@ pub fn make_image(
     let Template { header, mut memory, mut base, .. } = load(sources, None)?;
     if header.machine.kind() != GuestKind::NoOs {
         return Err(TemplateError::LinuxFunction(sources.template.clone()));
+    }
+    if header.abi_version < FUNCTION_ABI {
+        return Err(TemplateError::OldTemplate(sources.template.clone()));
     }
     memory.data = Some(Part::new("warren-data", data_bytes).map_err(TemplateError::Memory)?);
     memory.code = Some(function.code().map_err(TemplateError::Memory)?);

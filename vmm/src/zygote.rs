@@ -111,8 +111,8 @@ pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
             return Err(error);
         }
     };
-    let (memory_bytes, make, template) = (zygote.ram.bytes(), zygote.make, zygote.base.template);
-    let loaded = encode(&ZygoteReply::Loaded { memory_bytes, make, template });
+    let (make, template) = (zygote.make, zygote.base.template);
+    let loaded = encode(&ZygoteReply::Loaded { make, template });
     let slices = [IoSlice::new(&loaded)];
     let descriptors = [memory.as_raw_fd()];
     let attached = [ControlMessage::ScmRights(&descriptors)];

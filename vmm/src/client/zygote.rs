@@ -51,7 +51,6 @@ pub struct Zygote {
     control: Mutex<AsyncFd<OwnedFd>>,
     child: Child,
     run_dir: PathBuf,
-    memory_bytes: u64,
     make: Make,
     memory: TemplateMemory,
 }
@@ -131,10 +130,10 @@ impl Zygote {
             send(&control, &ZygoteRequest::Memory { template: *template }, memfd.as_fd()).await?;
         }
         match receive(&control).await? {
-            (ZygoteReply::Loaded { memory_bytes, make, template }, Some(memfd)) => {
+            (ZygoteReply::Loaded { make, template }, Some(memfd)) => {
                 let (control, run_dir) = (Mutex::new(control), config.run_dir.clone());
                 let memory = TemplateMemory { template, memfd: Arc::new(memfd) };
-                Ok(Self { control, child, run_dir, memory_bytes, make, memory })
+                Ok(Self { control, child, run_dir, make, memory })
             }
             (ZygoteReply::Failed { error }, _) => Err(ClientError::Zygote(error)),
             _ => Err(ClientError::Malformed),
@@ -144,11 +143,6 @@ impl Zygote {
     /// The zygote's process; `None` once it was waited for.
     pub fn pid(&self) -> Option<u32> {
         self.child.id()
-    }
-
-    /// Guest memory of each microVM, in bytes.
-    pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
     }
 
     /// What its microVMs are of.

@@ -18,7 +18,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use warren_abi::microvm::{
-    ABI_VERSION, BOOT_ADDRESS, Boot, CODE_ADDRESS, COMMAND_PARK, DATA_ADDRESS, FUNCTION_BYTES_MAX,
+    BOOT_ADDRESS, Boot, CODE_ADDRESS, COMMAND_PARK, DATA_ADDRESS, FUNCTION_BYTES_MAX,
     IDENTITY_ADDRESS,
 };
 
@@ -44,6 +44,8 @@ const GAP: u32 = 8;
 /// What a clone's snapshot is a diff against.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Base {
+    /// [`super::Header::abi_version`].
+    pub abi_version: u32,
     /// Checksum of the template's file.
     pub template: [u8; 32],
     /// Pages that differ from it in all clones, in ascending order: those of the diff that the
@@ -58,8 +60,8 @@ pub struct Base {
 impl Base {
     /// Of a template itself.
     pub fn of(template: [u8; 32], header: &super::Header) -> Self {
-        let (working_set, in_place) = (header.working_set.clone(), header.in_place.clone());
-        Self { template, pages: Vec::new(), working_set, in_place }
+        let super::Header { abi_version, working_set, in_place, .. } = header.clone();
+        Self { abi_version, template, pages: Vec::new(), working_set, in_place }
     }
 }
 
@@ -89,6 +91,21 @@ impl Header {
     }
 }
 
+/// [`Header`] of version 3.
+#[derive(Deserialize)]
+struct Header3 {
+    abi_version: u32,
+    template: [u8; 32],
+    machine: MachineState,
+}
+
+impl From<Header3> for Header {
+    fn from(Header3 { abi_version, template, machine }: Header3) -> Self {
+        let (function, working_set, in_place) = Default::default();
+        Self { abi_version, template, machine, function, working_set, in_place }
+    }
+}
+
 /// A snapshot of a machine that stands still.
 pub struct Snapshot<'m> {
     header: Vec<u8>,
@@ -100,7 +117,7 @@ impl<'m> Snapshot<'m> {
     /// Takes one of a machine whose guest waits, or stands at the barrier.
     pub fn take(machine: &'m mut Machine, base: &Base) -> Result<Self, EndReason> {
         let header = Header {
-            abi_version: ABI_VERSION,
+            abi_version: base.abi_version,
             template: base.template,
             machine: machine.save()?,
             function: machine.ram.function_bytes(),
@@ -144,8 +161,11 @@ pub fn keep(path: &Path, mut bytes: Vec<u8>, key: Option<&Path>) -> Result<u64, 
 }
 
 fn header(content: &Content) -> Result<Header, SnapshotError> {
-    let header: Header = content.header()?;
-    content.check_abi(header.abi_version, ABI_VERSION)?;
+    let header = match content.version {
+        3 => content.header::<Header3>()?.into(),
+        _ => content.header::<Header>()?,
+    };
+    content.check_abi(header.abi_version)?;
     let fits = |bytes: u64| (1..=FUNCTION_BYTES_MAX).contains(&bytes) && bytes % PAGE == 0;
     if let Some((data, code)) = header.function
         && !(fits(data) && fits(code) && content.memory_bytes <= DATA_ADDRESS)
@@ -180,11 +200,14 @@ pub(super) fn apply(
         memory.code = Some(part(&content, "warren-code", CODE_ADDRESS, code).map_err(io_error)?);
     }
     base.pages.extend(content.pages().map(|(number, _)| number));
-    base.working_set.clone_from(&header.working_set);
-    base.in_place.clone_from(&header.in_place);
     template.header.machine = header.machine;
-    template.header.working_set = header.working_set;
-    template.header.in_place = header.in_place;
+    // A diff of version 3 knows nothing of its own of what its clones will use.
+    if !header.in_place.is_empty() {
+        base.working_set.clone_from(&header.working_set);
+        base.in_place.clone_from(&header.in_place);
+        template.header.working_set = header.working_set;
+        template.header.in_place = header.in_place;
+    }
     template.origin = content.checksum;
     Ok(())
 }

@@ -282,7 +282,7 @@ fn every_flipped_bit_under_a_right_checksum_is_refused_without_the_key() {
 fn other_versions_are_named() {
     let files = Files::new(&Header { abi_version: 77, ..header() }, false);
     let error = read(&files.sources, None).unwrap_err();
-    let SnapshotError::Version { found: 77, expected: ABI_VERSION, .. } = &error else {
+    let SnapshotError::Version { found: 77, newest: ABI_VERSION, .. } = &error else {
         panic!("{error}");
     };
     assert!(error.to_string().contains("guest ABI 77"), "{error}");
