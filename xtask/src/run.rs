@@ -53,6 +53,8 @@ pub fn test(filter: Option<&str>) -> Result<()> {
     // Release: the binaries the tests start are there already, and their dependencies with them.
     let mut command = Command::new("cargo");
     command.current_dir(root()).args(["test", "--release", "--no-fail-fast"]).args(filter);
+    // What failed says where, and no more than that is read.
+    command.env("RUST_BACKTRACE", "0");
     tests::run(&mut command)?;
     let new = leftovers::settled(&before)?;
     if !new.is_empty() {
