@@ -47,7 +47,9 @@ impl<'elf> Function<'elf> {
     /// # Errors
     /// It is none, or does not fit.
     pub fn parse(elf: &'elf [u8], data_bytes: u64) -> Result<Self, FunctionError> {
-        if !(2 << 20..=FUNCTION_BYTES_MAX).contains(&data_bytes) || data_bytes % (2 << 20) != 0 {
+        if !(2 << 20..=FUNCTION_BYTES_MAX).contains(&data_bytes)
+            || !data_bytes.is_multiple_of(2 << 20)
+        {
             return Err(FunctionError::MemorySize(data_bytes));
         }
         let Program { entry, segments } = Program::parse(elf).map_err(FunctionError::Elf)?;

@@ -394,15 +394,12 @@ fn take_memory(control: &OwnedFd) -> Result<Given, ZygoteError> {
     poll(&mut fds, PollTimeout::NONE).map_err(system("control socket"))?;
     let (length, memfd) = receive_with_descriptor(control, &mut buffer, MsgFlags::empty())
         .map_err(system("control socket"))?;
-    match (decode(&buffer[..length]), memfd) {
-        (Ok(ZygoteRequest::Memory { template }), Some(memfd)) => {
-            Ok(Given { template, memfd: memfd.into() })
-        }
-        _ => {
-            let error = io::Error::other("no memory came, although it was said that it would");
-            Err(system("control socket")(error))
-        }
+    let asked = decode(&buffer[..length]);
+    if let (Ok(ZygoteRequest::Memory { template }), Some(memfd)) = (asked, memfd) {
+        return Ok(Given { template, memfd: memfd.into() });
     }
+    let error = io::Error::other("no memory came, although it was said that it would");
+    Err(system("control socket")(error))
 }
 
 fn reply(control: &OwnedFd, reply: &ZygoteReply) -> io::Result<()> {

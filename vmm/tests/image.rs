@@ -69,7 +69,7 @@ async fn clones_of_an_image_answer_with_its_function_and_see_nothing_of_each_oth
         for clone in &clones {
             let name = format!("slot {}", clone.slot());
             assert_eq!(call(clone, name.as_bytes()).await, "hello 0 ");
-            assert_eq!(call(clone, &[b'x'; 1 << 20]).await, format!("hello 1 {name}"));
+            assert_eq!(call(clone, &vec![b'x'; 1 << 20]).await, format!("hello 1 {name}"));
             assert_eq!(call(clone, b"").await, format!("hello 2 {}", "x".repeat(256)));
         }
         for clone in clones {

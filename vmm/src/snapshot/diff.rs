@@ -166,7 +166,7 @@ fn header(content: &Content) -> Result<Header, SnapshotError> {
         _ => content.header::<Header>()?,
     };
     content.check_abi(header.abi_version)?;
-    let fits = |bytes: u64| (1..=FUNCTION_BYTES_MAX).contains(&bytes) && bytes % PAGE == 0;
+    let fits = |bytes: u64| (1..=FUNCTION_BYTES_MAX).contains(&bytes) && bytes.is_multiple_of(PAGE);
     if let Some((data, code)) = header.function
         && !(fits(data) && fits(code) && content.memory_bytes <= DATA_ADDRESS)
     {

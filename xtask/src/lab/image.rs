@@ -19,7 +19,7 @@ use crate::kernels::{Files, remove};
 const MODULES: [&str; 7] = ["kvm-amd", "tun", "vxlan", "veth", "bridge", "sch_ingress", "cls_bpf"];
 
 /// Results of the build that tests look for beside themselves.
-const RESULTS: [&str; 4] = [
+const RESULTS: [&str; 5] = [
     "warren-vmm",
     "warren-guest.elf",
     "warren-guest-hostile.elf",
