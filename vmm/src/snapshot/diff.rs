@@ -160,7 +160,7 @@ pub fn keep(path: &Path, mut bytes: Vec<u8>, key: Option<&Path>) -> Result<u64, 
     Ok(bytes.len() as u64)
 }
 
-fn header(content: &Content) -> Result<Header, SnapshotError> {
+pub(super) fn header(content: &Content) -> Result<Header, SnapshotError> {
     let header = match content.version {
         3 => content.header::<Header3>()?.into(),
         _ => content.header::<Header>()?,

@@ -168,5 +168,25 @@ fn fill<'p>(memory: &File, mut pages: impl Iterator<Item = (u32, &'p [u8])>) -> 
     pages.try_for_each(|(number, page)| memory.write_all_at(page, u64::from(number) * PAGE))
 }
 
+/// Reads a template or a diff to which the right checksum is added, whatever else is in it; returns how
+/// many pages it has. For fuzz targets.
+#[doc(hidden)]
+pub fn examine(mut bytes: Vec<u8>) -> Result<usize, SnapshotError> {
+    let checksum = *blake3::hash(&bytes).as_bytes();
+    bytes.extend(checksum);
+    let path = Path::new("examined");
+    let content = if bytes.starts_with(&diff::KIND.magic) {
+        let content = Content::verify(path, &diff::KIND, bytes, None)?;
+        diff::header(&content)?;
+        content
+    } else {
+        let content = Content::verify(path, &KIND, bytes, None)?;
+        header(&content)?;
+        content.check_pages(&[])?;
+        content
+    };
+    Ok(content.pages().count())
+}
+
 #[cfg(test)]
 mod tests;
