@@ -286,7 +286,7 @@ impl Instance {
         machine: &mut Machine,
         request: &ReleaseRequest,
     ) -> Result<(), EndReason> {
-        machine.net.drain();
+        machine.net.drain(machine.ram.dma())?;
         self.timeline.released_ns = machine.release(&request.identity)?;
         if machine.has_interrupts() {
             machine.exchange()?;

@@ -183,6 +183,9 @@ async fn eight_clones_differ(kernel: &str) {
         assert!(clock + millisecond >= began && clock <= ended + millisecond, "{clock:?}");
         // Time went on where the template's stood still.
         assert!(report["uptime"].as_f64().is_some_and(|uptime| uptime > 0.0 && uptime < 3600.0));
+        // VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_MQ: its driver took several pairs of queues.
+        let features = report["net_features"].as_str().unwrap().as_bytes();
+        assert_eq!((features[17], features[22]), (b'1', b'1'));
         // Its kernel reseeds by itself where it knows of generations (CONFIG_VMGENID).
         assert_eq!(report["generations"], i32::from(kernel == "6.12"));
         reports.push(report);

@@ -21,7 +21,7 @@ use crate::control::{EndReason, GuestKind};
 use crate::cpu::{self, CpuState};
 use crate::devices::disk::DiskError;
 use crate::devices::mmio::MmioState;
-use crate::devices::net::Net;
+use crate::devices::net::{Net, NetState};
 use crate::devices::vsock::Vsock;
 use crate::devices::{Device, QueueError};
 use crate::linux;
@@ -41,7 +41,7 @@ pub struct MachineState {
     /// Processor.
     pub cpu: CpuState,
     /// Network device.
-    pub net: MmioState,
+    pub net: NetState,
     /// Vsock device.
     pub vsock: MmioState,
     /// What a Linux guest has beyond.
