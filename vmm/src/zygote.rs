@@ -27,6 +27,7 @@ use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
+use crate::rates::Rates;
 use crate::snapshot::diff::Base;
 use crate::snapshot::{Sources, Template};
 use crate::template::{self, TemplateError};
@@ -68,6 +69,7 @@ struct Zygote {
     children: SignalFd,
     /// How long a guest may run without an exit.
     watchdog: Duration,
+    rates: Rates,
     kvm: Kvm,
     cpuid: CpuId,
     /// Mapped as each clone has it; the zygote never touches it.
@@ -91,6 +93,8 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What their devices may move.
+    pub rates: Rates,
     /// How long a guest may run without an exit.
     pub watchdog: Duration,
 }
@@ -129,7 +133,7 @@ impl Zygote {
             let disk = template::open_disk(&options.sources, &header)?;
             let ram = GuestRam::map(&memory, memory_bytes, false)
                 .map_err(system("map the template's memory"))?;
-            let make = Make::new(&base.template, &options.jail);
+            let make = Make::new(&base.template, &options.jail, &options.rates);
             let jail =
                 Jail::build(&options.jail, header.machine.kind(), memory_bytes, &options.run_dir)?;
             // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
@@ -148,6 +152,7 @@ impl Zygote {
                 control,
                 children,
                 watchdog: options.watchdog,
+                rates: options.rates,
                 kvm,
                 cpuid,
                 ram,
@@ -257,6 +262,7 @@ impl Zygote {
             control,
             children,
             watchdog,
+            rates,
             kvm,
             cpuid,
             ram,
@@ -281,7 +287,19 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, disk, watchdog })
+            Ok(Origin {
+                kvm,
+                cpuid,
+                ram,
+                working_set,
+                in_place,
+                state,
+                base,
+                tap,
+                disk,
+                rates,
+                watchdog,
+            })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");

@@ -23,6 +23,7 @@ use warren_vmm::can_run_linux;
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::{EndReason, State, Tier};
 use warren_vmm::jail::{self, JailConfig};
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 
 /// The kernels that `cargo xtask linux` has.
@@ -93,6 +94,7 @@ impl Linux {
             sources: Sources { disk: Some(file("linux-function.ext4")), ..Sources::from(path) },
             run_dir: directory.path().to_owned(),
             jail: JailConfig::named(&format!("test{name}")),
+            rates: Rates::default(),
         };
         let zygote = Zygote::spawn(&config).await.unwrap();
         Self { zygote, directory, config, pids: Vec::new() }

@@ -18,6 +18,7 @@ use super::{ClientError, MicroVm};
 use crate::control::{MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
 use crate::jail::JailConfig;
 use crate::make::Make;
+use crate::rates::Rates;
 use crate::snapshot::Sources;
 
 /// What a zygote is started with.
@@ -32,6 +33,8 @@ pub struct ZygoteConfig {
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What their devices may move.
+    pub rates: Rates,
 }
 
 /// A running zygote. When this is dropped the zygote exits; its microVMs live on.
@@ -76,6 +79,11 @@ impl Zygote {
         for (option, file) in [("--diff", diff), ("--disk", disk), ("--key", key)] {
             if let Some(file) = file {
                 command.arg(option).arg(file);
+            }
+        }
+        for (option, rate) in config.rates.options() {
+            if let Some(rate) = rate {
+                command.arg(option).arg(rate.to_string());
             }
         }
         let child = command

@@ -18,6 +18,7 @@ use crate::control::EndReason;
 use crate::devices::blk::{Blk, BlkState, ID_BYTES};
 use crate::devices::console::Console;
 use crate::devices::disk::{Disk, DiskError};
+use crate::devices::limiter::Limiter;
 use crate::devices::mmio::MmioState;
 use crate::devices::rng::Rng;
 use crate::devices::{Device, QueueError};
@@ -163,6 +164,13 @@ impl Pc {
                 serial.modem_status,
                 serial.scratch,
             ],
+        }
+    }
+
+    /// Limits what is read from the disk from now on, if there is one.
+    pub fn limit_disk(&mut self, limiter: Limiter) {
+        if let Some(blk) = &mut self.blk {
+            blk.set_limiter(limiter);
         }
     }
 

@@ -15,6 +15,7 @@ use warren_netns::topology::SERVER;
 use warren_vmm::client::{Zygote, ZygoteConfig};
 use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::JailConfig;
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 
 use crate::bed::{Bed, VNI_A};
@@ -55,6 +56,7 @@ async fn zygote(directory: &Path, cgroup: std::path::PathBuf) -> Zygote {
         sources: Sources { disk: Some(disk), ..Sources::from(template) },
         run_dir,
         jail: JailConfig { cgroup, ..JailConfig::named("") },
+        rates: Rates::default(),
     };
     Zygote::spawn(&config).await.expect("the template is of this host")
 }
