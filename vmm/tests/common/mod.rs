@@ -1,6 +1,8 @@
 //! What the tests on real KVM share: templates, TAPs in namespaces of their own, microVMs.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod linux;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
