@@ -196,6 +196,7 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
         },
         run_dir: config.run_dir.clone(),
         jail,
+        rates: section.limits,
     };
     let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
     let parked_most = section.parked_most.unwrap_or(section.slots);

@@ -25,6 +25,7 @@ mod linux;
 mod machine;
 pub mod make;
 mod memory;
+pub mod rates;
 mod server;
 pub mod snapshot;
 pub mod template;

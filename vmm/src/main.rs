@@ -15,6 +15,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
 use warren_vmm::jail::{FIRST_UID, JailConfig};
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 use warren_vmm::template::{self, LinuxGuest, Summary};
 use warren_vmm::zygote::{self, Options};
@@ -122,6 +123,8 @@ enum Command {
         /// Share of one processor that each microVM may use, in percent.
         #[arg(long, value_name = "PERCENT", default_value_t = 100)]
         cpu_percent: u32,
+        #[command(flatten)]
+        rates: Rates,
     },
 }
 
@@ -181,12 +184,13 @@ fn main() -> anyhow::Result<ExitCode> {
             first_uid,
             cgroup,
             cpu_percent,
+            rates,
         } => {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
             let sources = Sources { template, diff, disk, key };
-            let options = Options { sources, takes_memory, run_dir, jail, watchdog };
+            let options = Options { sources, takes_memory, run_dir, jail, rates, watchdog };
             match zygote::run(&options, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),

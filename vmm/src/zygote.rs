@@ -28,6 +28,7 @@ use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
+use crate::rates::Rates;
 use crate::snapshot::diff::Base;
 use crate::snapshot::{Given, Sources, Template};
 use crate::template::{self, TemplateError};
@@ -69,6 +70,7 @@ struct Zygote {
     children: SignalFd,
     /// How long a guest may run without an exit.
     watchdog: Duration,
+    rates: Rates,
     kvm: Kvm,
     cpuid: CpuId,
     /// Mapped as each clone has it; the zygote never touches it.
@@ -94,6 +96,8 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What their devices may move.
+    pub rates: Rates,
     /// How long a guest may run without an exit.
     pub watchdog: Duration,
 }
@@ -141,7 +145,7 @@ impl Zygote {
             let Template { header, memory, base, origin } = template;
             let disk = template::open_disk(&options.sources, &header)?;
             let ram = GuestRam::clone_of(&memory).map_err(system("map the template's memory"))?;
-            let make = Make::new(&origin, &options.jail);
+            let make = Make::new(&origin, &options.jail, &options.rates);
             let jail = Jail::build(
                 &options.jail,
                 header.machine.kind(),
@@ -166,6 +170,7 @@ impl Zygote {
                     control,
                     children,
                     watchdog: options.watchdog,
+                    rates: options.rates,
                     kvm,
                     cpuid,
                     ram,
@@ -268,6 +273,7 @@ impl Zygote {
             control,
             children,
             watchdog,
+            rates,
             kvm,
             cpuid,
             ram,
@@ -292,7 +298,19 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, disk, watchdog })
+            Ok(Origin {
+                kvm,
+                cpuid,
+                ram,
+                working_set,
+                in_place,
+                state,
+                base,
+                tap,
+                disk,
+                rates,
+                watchdog,
+            })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");

@@ -22,6 +22,7 @@ use crate::control::{
 };
 use crate::jail::JailConfig;
 use crate::make::Make;
+use crate::rates::Rates;
 use crate::snapshot::Sources;
 
 /// What a zygote is started with.
@@ -36,6 +37,8 @@ pub struct ZygoteConfig {
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What their devices may move.
+    pub rates: Rates,
 }
 
 /// A template's memory, verified and sealed: [`Zygote::memory`].
@@ -108,6 +111,11 @@ impl Zygote {
         }
         if memory.is_some() {
             command.arg("--takes-memory");
+        }
+        for (option, rate) in config.rates.options() {
+            if let Some(rate) = rate {
+                command.arg(option).arg(rate.to_string());
+            }
         }
         let child = command
             .arg("--run-dir")

@@ -61,7 +61,7 @@ impl Shell {
         disk: Option<File>,
     ) -> Result<Machine, MachineError> {
         ram.open_to_devices();
-        let (mut net, mut vsock) = (Net::new(), Vsock::new());
+        let (mut net, mut vsock) = (Net::multiqueue(), Vsock::new());
         net.mmio_mut().use_interrupts();
         vsock.mmio_mut().use_interrupts();
         let msrs = kvm_fd.get_msr_index_list().map_err(kvm("list the registers"))?;

@@ -23,7 +23,7 @@ use warren_abi::microvm::{
 };
 
 use super::file::{self, Content, Kind};
-use super::{Key, SnapshotError, Template, fill};
+use super::{Key, SnapshotError, Template, fill, former};
 use crate::control::EndReason;
 use crate::machine::{Machine, MachineState, host};
 use crate::memory::{GuestRam, PAGE, Pages, Part};
@@ -91,21 +91,6 @@ impl Header {
     }
 }
 
-/// [`Header`] of version 3.
-#[derive(Deserialize)]
-struct Header3 {
-    abi_version: u32,
-    template: [u8; 32],
-    machine: MachineState,
-}
-
-impl From<Header3> for Header {
-    fn from(Header3 { abi_version, template, machine }: Header3) -> Self {
-        let (function, working_set, in_place) = Default::default();
-        Self { abi_version, template, machine, function, working_set, in_place }
-    }
-}
-
 /// A snapshot of a machine that stands still.
 pub struct Snapshot<'m> {
     header: Vec<u8>,
@@ -162,7 +147,7 @@ pub fn keep(path: &Path, mut bytes: Vec<u8>, key: Option<&Path>) -> Result<u64, 
 
 pub(super) fn header(content: &Content) -> Result<Header, SnapshotError> {
     let header = match content.version {
-        3 => content.header::<Header3>()?.into(),
+        3 => content.header::<former::Diff>()?.into(),
         _ => content.header::<Header>()?,
     };
     content.check_abi(header.abi_version)?;

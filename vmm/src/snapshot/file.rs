@@ -35,7 +35,7 @@ use crate::memory::{GuestRam, PAGE};
 /// Version of the format that is written. Raise it together with the layouts that tests pin.
 pub const VERSION: u32 = 4;
 
-/// Versions that are read. Of the former ones, 3 had no functions in its diffs.
+/// Versions that are read.
 pub const VERSIONS: RangeInclusive<u32> = 3..=VERSION;
 
 pub(super) const FIXED: usize = 8 + 4 + 4 + 8 + 4 + 4 + NONCE;

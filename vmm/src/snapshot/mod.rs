@@ -1,13 +1,14 @@
 //! What clones are made from: a template, the machine at its release barrier; and, if they are to be
 //! branches of one that ran, a diff against it.
 //!
-//! [`file`] is the form of both, [`diff`] what is special about the second, [`crypt`] their
-//! encryption. What was verified is what fills the sealed memfd that all clones map.
+//! [`file`] is the form of both, [`diff`] what is special about the second, `former` what older ones
+//! have, [`crypt`] their encryption. What was verified is what fills the sealed memfd that all clones map.
 
 pub mod crypt;
 pub mod diff;
 mod error;
 mod file;
+mod former;
 
 use std::fs::File;
 use std::io;
@@ -158,7 +159,10 @@ pub fn read(sources: &Sources, given: Option<Given>) -> Result<Template, Snapsho
 
 /// A template's header, of this version.
 fn header(content: &Content) -> Result<Header, SnapshotError> {
-    let header: Header = content.header()?;
+    let header: Header = match content.version {
+        3 => content.header::<former::Template>()?.into(),
+        _ => content.header()?,
+    };
     content.check_abi(header.abi_version)?;
     Ok(header)
 }

@@ -1,6 +1,8 @@
 //! What the tests on real KVM share: templates, TAPs in namespaces of their own, microVMs.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod linux;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,6 +19,7 @@ use tempfile::TempDir;
 use warren_vmm::client::{MicroVm, TemplateMemory, Zygote, ZygoteConfig};
 use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::{self, JailConfig};
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 
 /// Whether this machine can run microVMs. If not it says so, loudly; under `WARREN_REQUIRE_KVM=1`
@@ -158,7 +161,8 @@ fn config_of(sources: Sources, run_dir: &Path) -> ZygoteConfig {
     // No two directories have the same name.
     let name = run_dir.file_name().unwrap().to_str().unwrap();
     let jail = JailConfig::named(&format!("test{name}"));
-    ZygoteConfig { binary: vmm(), sources, run_dir: run_dir.to_owned(), jail }
+    let (run_dir, rates) = (run_dir.to_owned(), Rates::default());
+    ZygoteConfig { binary: vmm(), sources, run_dir, jail, rates }
 }
 
 /// Makes a template of a guest program, encrypted if there is a key.
