@@ -7,17 +7,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::jail::JailConfig;
 
-/// Tells whether one microVM can stand in for another before they are released: the same template,
-/// the same jail, and `warren-vmm` of the same version. It shows in no other way what it is of.
+/// Tells whether one microVM can stand in for another before they are released: of the same template
+/// or diff, in the same jail, and `warren-vmm` of the same version. It shows in no other way what it is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Make([u8; 32]);
 
 impl Make {
-    /// Of the template with this checksum, in this jail, by this program.
-    pub fn new(template: &[u8; 32], jail: &JailConfig) -> Self {
+    /// Of the file with this checksum, in this jail, by this program.
+    pub fn new(origin: &[u8; 32], jail: &JailConfig) -> Self {
         let JailConfig { first_uid, cgroup, cpu_percent } = jail;
         let mut hasher = blake3::Hasher::new_derive_key("warren microVM's make");
-        hasher.update(template);
+        hasher.update(origin);
         hasher.update(&first_uid.to_le_bytes());
         hasher.update(&cpu_percent.to_le_bytes());
         for text in [env!("CARGO_PKG_VERSION").as_bytes(), cgroup.as_os_str().as_bytes()] {

@@ -32,7 +32,7 @@ use std::path::PathBuf;
 
 pub use invocation::{Invocation, invoke};
 pub use microvm::{MicroVm, discover};
-pub use zygote::{Zygote, ZygoteConfig};
+pub use zygote::{TemplateMemory, Zygote, ZygoteConfig};
 
 use crate::control::{EndReason, Refusal};
 use crate::snapshot::SnapshotError;

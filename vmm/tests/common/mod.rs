@@ -14,7 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
-use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
+use warren_vmm::client::{MicroVm, TemplateMemory, Zygote, ZygoteConfig};
 use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::{self, JailConfig};
 use warren_vmm::snapshot::Sources;
@@ -95,8 +95,21 @@ impl Host {
         Self::start(config, run_dir, Duration::from_secs(5)).await
     }
 
+    /// The same, with the memory of another zygote's template.
+    pub async fn sharing(memory: &TemplateMemory, choose: impl FnOnce(&mut ZygoteConfig)) -> Self {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut config = config_of(PathBuf::new().into(), run_dir.path());
+        choose(&mut config);
+        let zygote = Zygote::spawn_sharing(&config, memory).await.unwrap();
+        Self::of(zygote, config, run_dir)
+    }
+
     async fn start(config: ZygoteConfig, run_dir: TempDir, watchdog: Duration) -> Self {
         let zygote = Zygote::spawn_with_watchdog(&config, watchdog).await.unwrap();
+        Self::of(zygote, config, run_dir)
+    }
+
+    fn of(zygote: Zygote, config: ZygoteConfig, run_dir: TempDir) -> Self {
         Self { zygote, run_dir, jail: config.jail.clone(), config, pids: Mutex::new(Vec::new()) }
     }
 
@@ -158,6 +171,21 @@ pub fn make_template(name: &str, sources: &Sources) {
     }
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Makes the image of a function in a template that is there; fails with what `warren-vmm` says.
+pub fn make_image(sources: &Sources, function: &Path, image: &Path) -> Result<(), String> {
+    let mut command = Command::new(vmm());
+    command.arg("image").arg("--template").arg(&sources.template);
+    command.arg("--function").arg(function).arg("--output").arg(image).args(["--memory", "4"]);
+    if let Some(key) = &sources.key {
+        command.arg("--key").arg(key);
+    }
+    let output = command.output().unwrap();
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// An identity that differs from slot to slot.
