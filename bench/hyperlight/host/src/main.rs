@@ -92,15 +92,14 @@ fn start<S: BorrowMut<Sandbox>>(
     calls_before: i32,
     ready: impl FnOnce() -> Result<S>,
 ) -> Result<Start> {
-    let guest_before = guest_time::total();
+    let guest_before = guest_time::total_us();
     let began = Instant::now();
     let mut sandbox = ready()?;
     call(sandbox.borrow_mut(), number, calls_before)?;
-    let took = began.elapsed();
-    let guest = guest_time::total() - guest_before;
-    ensure!(!guest.is_zero(), "the time that the guest ran was not counted");
-    let us = took.as_secs_f64() * 1e6;
-    Ok(Start { us, host_us: us - guest.as_secs_f64() * 1e6 })
+    let us = began.elapsed().as_secs_f64() * 1e6;
+    let guest_us = guest_time::total_us() - guest_before;
+    ensure!(guest_us > 0.0, "the time that the guest ran was not counted");
+    Ok(Start { us, host_us: us - guest_us })
 }
 
 /// Calls the guest's function, whose reply tells how often the microVM was called before.
