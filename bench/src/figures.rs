@@ -47,13 +47,20 @@ pub struct Figures {
     bench: String,
     #[serde(rename = "figures")]
     by_key: BTreeMap<String, Figure>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
     machine: BTreeMap<&'static str, String>,
 }
 
 impl Figures {
     /// No figures yet.
     pub fn new(bench: &str) -> Self {
-        Self { bench: bench.to_owned(), by_key: BTreeMap::new(), machine: machine() }
+        Self {
+            bench: bench.to_owned(),
+            by_key: BTreeMap::new(),
+            notes: Vec::new(),
+            machine: machine(),
+        }
     }
 
     /// Adds a count.
@@ -85,6 +92,16 @@ impl Figures {
     ) {
         let values = values.into_iter().map(|(name, value)| (name.into(), value)).collect();
         self.by_key.insert(key.to_owned(), Figure::Values(values));
+    }
+
+    /// Adds a sentence that the reader of the figures has to know.
+    pub fn note(&mut self, sentence: impl Into<String>) {
+        self.notes.push(sentence.into());
+    }
+
+    /// What [`Self::note`] has added.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// A figure by its key.
@@ -158,12 +175,14 @@ fn machine() -> BTreeMap<&'static str, String> {
         let line = text.lines().find(|line| line.starts_with(key)).map(str::to_owned);
         line.and_then(|line| Some(line.split_once(':')?.1.trim().to_owned())).unwrap_or_default()
     };
+    let kernel_mode = if warren_vmm::can_run_linux() { "native" } else { "emulated" };
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     BTreeMap::from([
         ("cpu", after_colon(read("/proc/cpuinfo"), "model name")),
         ("cores", cores.to_string()),
         ("memory", after_colon(read("/proc/meminfo"), "MemTotal")),
         ("kernel", read("/proc/sys/kernel/osrelease").trim().to_owned()),
+        ("guest_kernel_mode", kernel_mode.to_owned()),
     ])
 }
 

@@ -91,6 +91,9 @@ fn main() -> Result<()> {
         }
     };
     println!("{table}");
+    for note in figures.notes() {
+        println!("\n{note}");
+    }
     match arguments.json {
         Some(path) => figures.write(&path),
         None => Ok(()),

@@ -13,6 +13,9 @@ use crate::command::{run, step};
 /// Present where Debian's compiler has a core library for eBPF.
 const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none";
 
+/// The peer of `cargo xtask bench clone`, a workspace of its own.
+pub const HYPERLIGHT: &str = "bench/hyperlight";
+
 /// The workspace's folder.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").into()
@@ -48,6 +51,41 @@ pub fn other_ebpf() -> Result<()> {
     step("build", "other eBPF programs");
     ebpf_into("ebpf-other", &["revision"])?;
     keep("ebpf-other/bpfel-unknown-none/release/warren-ebpf", "warren-ebpf-other.o")
+}
+
+/// Builds what `bench clone` compares with; says so where that fails, and leaves none from before.
+pub fn hyperlight() {
+    const RESULTS: [(&str, &str); 2] = [
+        ("hyperlight/host/release/hyperlight-peer", "hyperlight-peer"),
+        (
+            "hyperlight/guest/x86_64-unknown-none/release/hyperlight-peer-guest",
+            "hyperlight-peer-guest.elf",
+        ),
+    ];
+    step("build", "Hyperlight, and its guest");
+    let built = run(&mut hyperlight_host()).and_then(|()| run(&mut hyperlight_guest()));
+    let kept = built.and_then(|()| RESULTS.iter().try_for_each(|(from, name)| keep(from, name)));
+    if let Err(error) = kept {
+        step("build", &format!("Hyperlight cannot be built, and is not measured: {error:#}"));
+        for (_, name) in RESULTS {
+            std::fs::remove_file(results().join(name)).ok();
+        }
+    }
+}
+
+fn hyperlight_host() -> Command {
+    let mut command = Command::new("cargo");
+    command.current_dir(root().join(HYPERLIGHT)).args(["build", "--release", "--locked"]);
+    command.args(["--package", "hyperlight-peer", "--target-dir"]);
+    command.arg(target().join("hyperlight/host"));
+    command
+}
+
+/// Its target and the rest are in the package's `.cargo/config.toml`.
+fn hyperlight_guest() -> Command {
+    let mut command = no_std_cargo("hyperlight/guest");
+    command.current_dir(root().join(HYPERLIGHT).join("guest")).arg("--locked");
+    command
 }
 
 fn ebpf_into(folder: &str, features: &[&str]) -> Result<()> {
@@ -116,5 +154,6 @@ fn keep(from: &str, name: &str) -> Result<()> {
         return Ok(());
     }
     std::fs::create_dir_all(results())?;
-    std::fs::write(&to, new).with_context(|| format!("cannot write {}", to.display()))
+    std::fs::copy(&from, &to).with_context(|| format!("cannot write {}", to.display()))?;
+    Ok(())
 }

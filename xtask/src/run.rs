@@ -36,6 +36,9 @@ pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
     if name.as_deref() == Some("restart") {
         build::other_ebpf()?;
     }
+    if name.as_deref() == Some("clone") {
+        build::hyperlight();
+    }
     let mut command = Command::new(results().join("warren-bench"));
     command.args(name);
     run(&mut with_json(command, json))
@@ -101,7 +104,9 @@ pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
 /// `cargo xtask lint`.
 pub fn lint() -> Result<()> {
     step("lint", "rustfmt");
-    run(Command::new("cargo").current_dir(root()).args(["fmt", "--all", "--check"]))?;
+    for workspace in [root(), root().join(build::HYPERLIGHT)] {
+        run(Command::new("cargo").current_dir(workspace).args(["fmt", "--all", "--check"]))?;
+    }
     step("lint", "clippy");
     let mut command = Command::new("cargo");
     command.current_dir(root()).args(["clippy", "--release", "--quiet", "--all-targets"]);

@@ -2,6 +2,7 @@
 //! and fifty at a time; sustained rates; and what four thousand of them take.
 
 mod density;
+mod hyperlight;
 mod nursery;
 mod peers;
 mod rate;
