@@ -182,6 +182,9 @@ fn by_reason(drops: &[DropCount], is_host: bool) -> BTreeMap<(&'static str, Opti
     sums
 }
 
+/// A number of a pool.
+type OfPool = fn(&Level) -> u32;
+
 /// Reads a snapshot at each scrape.
 struct Scraped<F>(F);
 
@@ -196,7 +199,7 @@ impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Scraped<F> {
         let Snapshot { levels, drops } = (self.0)();
         let is_host = levels.is_some();
         if let Some(Levels { slots, free, pools, instances, flows }) = levels {
-            let levels: [(_, _, fn(&Level) -> u32); 4] = [
+            let levels: [(_, _, OfPool); 4] = [
                 ("shell_microvms", "MicroVMs with KVM's objects, not loaded", |it| it.now.shells),
                 ("loaded_microvms", "MicroVMs that are loaded and did not run", |it| it.now.loaded),
                 ("parked_microvms", "MicroVMs ready at their barrier", |it| it.now.parked),

@@ -82,13 +82,11 @@ impl Pools {
     /// Takes the microVM of a template that is furthest; if there is none, forks one at once.
     pub async fn take(&self, template: &str) -> Result<Taken, PoolError> {
         let pool = self.get(template)?;
-        match pool.take() {
-            Some(taken) => Ok(taken),
-            None => {
-                let slot = self.make_room().await?;
-                Ok(Taken { microvm: pool.fork(slot, Tier::Shell).await?, from: None })
-            }
+        if let Some(taken) = pool.take() {
+            return Ok(taken);
         }
+        let slot = self.make_room().await?;
+        Ok(Taken { microvm: pool.fork(slot, Tier::Shell).await?, from: None })
     }
 
     /// Forks a microVM of a zygote that has no pool, at once.
