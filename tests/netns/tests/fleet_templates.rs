@@ -138,7 +138,7 @@ async fn templates_have_pools_of_their_own() {
     assert_eq!((of(TEMPLATE), of(LARGE)), (1, 4));
     let (adopted, _) = start(&fleet, LARGE).await;
     assert!(waiting.1.contains(&adopted.pid), "{waiting:?}, {}", adopted.pid);
-    assert_eq!(warren(&fleet, &format!("vm clone --from golden"))[0]["template"], LARGE);
+    assert_eq!(warren(&fleet, "vm clone --from golden")[0]["template"], LARGE);
 }
 
 #[tokio::test(flavor = "multi_thread")]
