@@ -15,11 +15,16 @@
 //! | 0x20000 | page tables (supervisor) |
 //! | [`PROGRAM_ADDRESS`] | the program, each segment with its own rights, then the heap |
 //! | end of memory - [`STACK_BYTES`] | the stack, with an unmapped page below it |
+//! | [`DATA_ADDRESS`] | a function's data, then the heap from when it is loaded on |
+//! | [`CODE_ADDRESS`] | a function's code and constants: no clone can write to them, all share them |
 //! | [`NET_MMIO`] and up | virtio-mmio registers (virtio 1.2, 4.2.2), one page each |
 
 /// Version of everything in this module except the invocation framing. A guest refuses to boot
 /// under another one, and a template records it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
+
+/// The first version whose guests take a function.
+pub const FUNCTION_ABI: u32 = 3;
 
 /// Where [`Boot`] is.
 pub const BOOT_ADDRESS: u64 = 0x1_0000;
@@ -32,6 +37,15 @@ pub const PROGRAM_ADDRESS: u64 = 0x20_0000;
 
 /// Size of the stack, in bytes, at the end of memory.
 pub const STACK_BYTES: u64 = 0x4_0000;
+
+/// Where a function's data begins. Only microVMs of a function's image have memory there.
+pub const DATA_ADDRESS: u64 = 0x2000_0000;
+
+/// Where a function's code begins. Only microVMs of a function's image have something there.
+pub const CODE_ADDRESS: u64 = 0x4000_0000;
+
+/// The most that a function may have of either, in bytes.
+pub const FUNCTION_BYTES_MAX: u64 = 512 << 20;
 
 /// Registers of the network device.
 pub const NET_MMIO: u64 = 0xd000_0000;
@@ -79,6 +93,32 @@ pub const COMMAND_PREFAULT: u32 = 1;
 /// [`Boot::command`]: apply the [`Identity`], write [`READY_PORT`], and run.
 pub const COMMAND_RELEASE: u32 = 2;
 
+/// [`Boot::command`]: a function was put in its place, as [`Boot::function`] says: give out memory of
+/// its data region from now on, and come to the barrier again. Nothing of the function runs.
+pub const COMMAND_LOAD: u32 = 3;
+
+/// Where a function is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FunctionPlace {
+    /// Its [`FunctionEntry`]; 0: there is no function.
+    pub entry: u64,
+    /// End of its code and constants, which begin at [`CODE_ADDRESS`].
+    pub code_end: u64,
+    /// First byte of the heap behind its data, page-aligned.
+    pub heap_start: u64,
+    /// End of the heap, page-aligned.
+    pub heap_end: u64,
+}
+
+/// A function's entry point, which answers one call: it is given a request and a place for the reply,
+/// and returns the reply's length. A longer one than there is room for ends the microVM.
+///
+/// # Safety
+/// The first two arguments bound memory to be read, the last two memory to be written, and nothing
+/// else writes to either meanwhile.
+pub type FunctionEntry = unsafe extern "C" fn(*const u8, usize, *mut u8, usize) -> usize;
+
 /// What the guest must know to boot.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +135,8 @@ pub struct Boot {
     /// that waited. Before it does anything else it follows [`Boot::command`] as at its barrier,
     /// whose connections, frames and calls in progress are not its own.
     pub generation: u64,
+    /// The function that was loaded, if one was.
+    pub function: FunctionPlace,
 }
 
 /// What a panicking guest leaves behind.

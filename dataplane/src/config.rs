@@ -10,6 +10,7 @@ use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
 use warren_proto::hook::Hook;
 use warren_vmm::jail::FIRST_UID;
+use warren_vmm::rates::Rates;
 
 pub use self::nat::{Nat, Timeouts};
 use crate::datapath::MAX_SLOTS;
@@ -98,6 +99,9 @@ pub struct HostConfig {
     /// How microVMs are confined.
     #[serde(default)]
     pub jail: Jail,
+    /// What each microVM's devices may move, each rate at least 1; without one there is no limit.
+    #[serde(default)]
+    pub limits: Rates,
     /// The microVM program.
     #[serde(default = "default_vmm")]
     pub vmm: PathBuf,
@@ -397,6 +401,8 @@ mod tests {
             (format!("{SMALL}{template}[host.jail]\ncpu_percent = 0"), "cpu_percent"),
             (format!("{SMALL}{template}[host.jail]\ncgroup = '/a'"), "jail.cgroup"),
             (format!("{SMALL}{template}[host.jail]\ncgroup = 'a/../..'"), "jail.cgroup"),
+            (format!("{SMALL}{template}[host.limits]\ndisk_requests = 0"), "disk_requests"),
+            (format!("{SMALL}{template}[host.limits]\nnet_bytes = 1"), "net_bytes"),
             (format!("{SMALL}{template}[host.flow_log]\nmax_bytes = 1"), "max_bytes"),
             (format!("{SMALL}{template}[host.flow_log]\nkeep = 0"), "flow_log.keep"),
             (format!("control = 'http://192.0.2.3:7700'\n{SMALL}"), "advertise"),

@@ -29,6 +29,7 @@ use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
 use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline};
 use warren_vmm::jail::JailConfig;
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 
 use crate::boot::BootId;
@@ -224,6 +225,8 @@ pub struct HostOptions {
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What each microVM's network and disk may do.
+    pub rates: Rates,
     /// What microVMs are cloned from, the default first.
     pub templates: Vec<TemplateOptions>,
     /// Directory of snapshots; made when the first is taken.
@@ -252,6 +255,7 @@ impl HostOptions {
             sources: template.sources.clone(),
             run_dir: sockets::of_template(&self.run_dir, &template.name),
             jail,
+            rates: self.rates,
         }
     }
 }

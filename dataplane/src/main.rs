@@ -199,6 +199,7 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
         vmm: section.vmm.clone(),
         run_dir: config.run_dir.clone(),
         jail,
+        rates: section.limits,
         templates: templates.collect(),
         snapshots: section.snapshots.clone(),
     };

@@ -20,7 +20,7 @@ use warren_vmm::devices::blk::Blk;
 use warren_vmm::devices::console::{Console, OUTPUT_MAX};
 use warren_vmm::devices::disk::Disk;
 use warren_vmm::devices::limiter::{Limit, Limiter};
-use warren_vmm::devices::net::Net;
+use warren_vmm::devices::net::{Limits, Net};
 use warren_vmm::devices::rng::Rng;
 use warren_vmm::devices::vsock::Vsock;
 use warren_vmm::devices::{Device, QueueError};
@@ -228,13 +228,13 @@ fn act(
             descriptor.extend(u32::to_le_bytes(length));
             descriptor.extend(u16::from(flags & 7).to_le_bytes());
             descriptor.extend(u16::from(next & 15).to_le_bytes());
-            let queue = 0x400 * u64::from(place >> 6);
+            let queue = 0x400 * u64::from(place >> 6 | (flags >> 1 & 0xc));
             put(queue + 16 * u64::from(place & 15), &descriptor);
         }
         // A chain is made available, and the device notified or not.
         6..=8 => {
             let [place, head] = bytes.array();
-            let (queue, ahead) = (place & 3, u16::from(place >> 6) + 1);
+            let (queue, ahead) = (place & 15, u16::from(place >> 6) + 1);
             let ring = 0x400 * u64::from(queue) + 0x100;
             let index: u16 = memory.read_obj(GuestAddress(BASE + ring + 2)).unwrap_or(0);
             put(ring + 4 + 2 * u64::from(index % SIZE), &u16::from(head & 15).to_le_bytes());
@@ -269,13 +269,12 @@ struct NetSubject {
 }
 
 impl NetSubject {
-    fn new() -> Self {
+    fn new(mut net: Net) -> Self {
         let (tap, host) = UnixDatagram::pair().expect("a pair of sockets");
         for end in [&tap, &host] {
             end.set_nonblocking(true).expect("a socket");
         }
         let tap = OwnedFd::from(tap);
-        let mut net = Net::new();
         net.set_mac([2, 0, 0, 0, 0, 1]);
         net.attach(tap.try_clone().expect("a descriptor"));
         Self { net, tap, host }
@@ -304,7 +303,13 @@ impl Subject for NetSubject {
                 }
                 let _ = self.host.send(&frame);
             }
-            4 => self.net.drain(),
+            4 => self.net.drain(memory)?,
+            5 => {
+                let per_second = NonZeroU64::MIN.saturating_add(1 << 20);
+                let limit = bytes.first().map(|&burst| Limit { per_second, burst: burst.into() });
+                let limiter = Limiter::new(limit, None, Instant::now());
+                self.net.set_limits(Limits { receive: limiter, transmit: limiter });
+            }
             _ => {}
         }
         self.net.poll_fd(memory)?;
@@ -466,9 +471,10 @@ pub fn rng(data: &[u8]) {
     drive(Rng::new(), data);
 }
 
-/// The network device.
+/// The network device, with one pair of queues or several.
 pub fn net(data: &[u8]) {
-    drive(NetSubject::new(), data);
+    let has_several = data.first().is_some_and(|begin| begin & 4 != 0);
+    drive(NetSubject::new(if has_several { Net::multiqueue() } else { Net::new() }), data);
 }
 
 /// The vsock device.

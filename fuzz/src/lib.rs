@@ -10,14 +10,16 @@ mod nat;
 #[path = "../../abi/tests/model/packet.rs"]
 mod packet;
 mod proto;
+mod vmm;
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// All targets, by name.
-pub const TARGETS: [(&str, Target); 17] = [
+pub const TARGETS: [(&str, Target); 19] = [
     ("conntrack", nat::conntrack),
     ("endpoint", proto::endpoint),
+    ("function", vmm::function),
     ("icmp_error", abi::icmp_error),
     ("limits", proto::limits),
     ("messages", proto::messages),
@@ -28,6 +30,7 @@ pub const TARGETS: [(&str, Target); 17] = [
     ("route", proto::route),
     ("rule", proto::rule),
     ("security", proto::security),
+    ("snapshot", vmm::snapshot),
     ("virtio_blk", devices::blk),
     ("virtio_console", devices::console),
     ("virtio_net", devices::net),

@@ -4,7 +4,8 @@ use core::arch::asm;
 use core::ptr;
 
 use warren_abi::microvm::{
-    BOOT_ADDRESS, Boot, COMMAND_PREFAULT, COMMAND_RELEASE, IDENTITY_ADDRESS, Identity, STACK_BYTES,
+    BOOT_ADDRESS, Boot, CODE_ADDRESS, COMMAND_LOAD, COMMAND_PREFAULT, COMMAND_RELEASE,
+    DATA_ADDRESS, FunctionPlace, IDENTITY_ADDRESS, Identity, STACK_BYTES,
 };
 
 use crate::net::COLD_BYTES;
@@ -19,6 +20,9 @@ const HOT_STACK: u64 = 0x6000;
 
 /// How much of each large buffer, in bytes.
 const HOT_BUFFER: u64 = 0x2000;
+
+/// How much of a function's code, and of its data.
+const HOT_FUNCTION: u64 = 0x4_0000;
 
 const PAGE: u64 = 4096;
 
@@ -35,6 +39,11 @@ pub fn wait() -> Identity {
         let boot = boot();
         match boot.command {
             COMMAND_PREFAULT => prefault(&boot),
+            // SAFETY: given once, to a template's clone, whose heap has moved nowhere yet; the VMM has
+            // mapped the region.
+            COMMAND_LOAD => unsafe {
+                heap::move_to(boot.function.heap_start, boot.function.heap_end);
+            },
             // SAFETY: the VMM wrote a whole Identity before it gave this command.
             COMMAND_RELEASE => unsafe {
                 return ptr::read_volatile(IDENTITY_ADDRESS as *const Identity);
@@ -69,7 +78,15 @@ fn prefault(boot: &Boot) {
     for buffer in cold {
         touch(buffer, buffer + HOT_BUFFER.min(COLD_BYTES as u64));
     }
-    touch(boot.heap_start, boot.heap_start + heap::used() + HOT_HEAP);
+    let heap = match boot.function {
+        FunctionPlace { entry: 0, .. } => boot.heap_start,
+        FunctionPlace { code_end, heap_start, .. } => {
+            look(CODE_ADDRESS, code_end.min(CODE_ADDRESS + HOT_FUNCTION));
+            touch(DATA_ADDRESS, heap_start.min(DATA_ADDRESS + HOT_FUNCTION));
+            heap_start
+        }
+    };
+    touch(heap, heap + heap::used() + HOT_HEAP);
     // An unmapped page lies between heap and stack.
     touch(stack - HOT_STACK, boot.heap_end + PAGE + STACK_BYTES);
 }

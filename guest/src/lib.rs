@@ -21,6 +21,7 @@ mod clock;
 mod hal;
 mod heap;
 mod identity;
+mod loaded;
 mod machine;
 mod net;
 mod port;

@@ -13,6 +13,7 @@ use warren_abi::microvm::{ABI_VERSION, Identity, MMIO_BYTES, NET_MMIO, VSOCK_MMI
 
 use crate::calls::{Calls, NoCredit};
 use crate::clock::Clock;
+use crate::loaded::Loaded;
 use crate::net::{NetDevice, Sockets};
 use crate::{barrier, heap, identity, net, port};
 
@@ -46,11 +47,12 @@ pub struct Machine {
     orphaned: bool,
 }
 
-/// Boots, stands at the release barrier, takes its identity and serves calls for ever.
-pub fn run(function: &mut dyn Function) -> ! {
+/// Boots, stands at the release barrier, takes its identity and serves calls for ever: with the
+/// function that was loaded, if one was, else with the program's own.
+pub fn run(own: &mut dyn Function) -> ! {
     let boot = barrier::boot();
-    // SAFETY: called once, first of all, with what the VMM set aside for the heap.
-    unsafe { heap::init(boot.heap_start, boot.heap_end) };
+    // SAFETY: called first of all, with what the VMM set aside for the heap.
+    unsafe { heap::move_to(boot.heap_start, boot.heap_end) };
     assert_eq!(boot.abi_version, ABI_VERSION, "guest and VMM must be of one release");
     let device = NetDevice::new(transport(NET_MMIO));
     let calls = Calls::new(transport(VSOCK_MMIO));
@@ -58,6 +60,8 @@ pub fn run(function: &mut dyn Function) -> ! {
 
     let identity = barrier::wait();
     let mut machine = Machine::new(identity, device, sockets, calls);
+    let mut loaded = Loaded::from(barrier::boot().function);
+    let function = loaded.as_mut().map_or(own, |loaded| loaded as &mut dyn Function);
     port::ready();
     loop {
         while let Some((caller, request)) = machine.calls.next() {

@@ -9,8 +9,9 @@ use elf::abi::{EM_X86_64, ET_EXEC, PF_W, PF_X, PT_LOAD};
 use elf::endian::LittleEndian;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use warren_abi::microvm::{
-    ABI_VERSION, BARRIER_PORT, BOOT_ADDRESS, Boot, COMMAND_PARK, IDENTITY_ADDRESS, MMIO_BYTES,
-    NET_MMIO, PANIC_PORT, PROGRAM_ADDRESS, STACK_BYTES,
+    ABI_VERSION, BARRIER_PORT, BOOT_ADDRESS, Boot, CODE_ADDRESS, COMMAND_PARK, DATA_ADDRESS,
+    FUNCTION_BYTES_MAX, FunctionPlace, IDENTITY_ADDRESS, MMIO_BYTES, NET_MMIO, PANIC_PORT,
+    PROGRAM_ADDRESS, STACK_BYTES,
 };
 
 use crate::memory::{GuestRam, PAGE};
@@ -18,11 +19,13 @@ use crate::memory::{GuestRam, PAGE};
 /// The top-level page table: CR3.
 pub const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
-/// Page directory of the first GiB.
+/// Page directory of the first GiB: memory, and a function's data from its middle on.
 const PD_MEMORY: u64 = 0x3000;
 /// Page directory and table of the devices' registers.
 const PD_MMIO: u64 = 0x4000;
 const PT_MMIO: u64 = 0x5000;
+/// Page directory of the second GiB: a function's code.
+const PD_CODE: u64 = 0x6000;
 /// Task state segment: exception stack pointer and I/O permission bitmap.
 pub const TSS: u64 = 0x7000;
 /// Its last byte's offset.
@@ -47,6 +50,8 @@ pub const EXCEPTION_PORT: u16 = 0x40;
 /// The largest guest memory: what its page tables' place and one page directory allow, in bytes.
 pub const MEMORY_MAX: u64 = 512 << 20;
 
+const _: () = assert!(MEMORY_MAX <= DATA_ADDRESS);
+
 // Page table entry (Intel SDM volume 3, 4.5). Accessed and dirty are set ahead, or the processor
 // would write to the tables and so break their sharing among clones.
 const PRESENT: u64 = 1;
@@ -55,6 +60,8 @@ const USER: u64 = 1 << 2;
 const UNCACHED: u64 = 0b11 << 3;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
+/// In a page directory: not a table but 2 MiB.
+const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const TABLE: u64 = PRESENT | WRITABLE | USER | ACCESSED;
 
@@ -100,7 +107,8 @@ pub fn load(ram: &GuestRam, program: &[u8]) -> Result<u64, BootError> {
     let (heap_start, heap_end) = (program_end, stack - PAGE);
     tables.map(heap_start, heap_end, data)?;
     let (abi_version, command, generation) = (ABI_VERSION, COMMAND_PARK, 0);
-    let boot = Boot { abi_version, command, heap_start, heap_end, generation };
+    let function = FunctionPlace::default();
+    let boot = Boot { abi_version, command, heap_start, heap_end, generation, function };
     ram.all().write_slice(&boot_bytes(&boot), GuestAddress(BOOT_ADDRESS))?;
     Ok(entry)
 }
@@ -113,7 +121,14 @@ pub fn boot_bytes(boot: &Boot) -> Vec<u8> {
     bytes.extend(boot.heap_start.to_le_bytes());
     bytes.extend(boot.heap_end.to_le_bytes());
     bytes.extend(boot.generation.to_le_bytes());
+    bytes.extend(function_bytes(&boot.function));
     bytes
+}
+
+/// [`FunctionPlace`] as the guest reads it.
+pub fn function_bytes(place: &FunctionPlace) -> Vec<u8> {
+    let FunctionPlace { entry, code_end, heap_start, heap_end } = *place;
+    [entry, code_end, heap_start, heap_end].into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
 struct Tables<'a> {
@@ -130,6 +145,16 @@ impl Tables<'_> {
         self.write(PDPT, PD_MEMORY | TABLE)?;
         for table in 0..self.ram.bytes() >> 21 {
             self.write(PD_MEMORY + table * 8, (PAGE_TABLES + table * PAGE) | TABLE)?;
+        }
+        // Whether there is anything is KVM's to know: the tables are the same with every function.
+        self.write(PDPT + (CODE_ADDRESS >> 30) * 8, PD_CODE | TABLE)?;
+        let user = PRESENT | USER | LARGE | ACCESSED;
+        for large in 0..FUNCTION_BYTES_MAX >> 21 {
+            let (data, code) = (DATA_ADDRESS + (large << 21), CODE_ADDRESS + (large << 21));
+            let entry = |directory, address: u64| directory + ((address >> 21) & 511) * 8;
+            let rights = user | WRITABLE | DIRTY | NO_EXECUTE;
+            self.write(entry(PD_MEMORY, data), data | rights)?;
+            self.write(entry(PD_CODE, code), code | user)?;
         }
         self.write(PDPT + (NET_MMIO >> 30) * 8, PD_MMIO | TABLE)?;
         self.write(PD_MMIO + ((NET_MMIO >> 21) & 511) * 8, PT_MMIO | TABLE)?;
@@ -193,39 +218,84 @@ fn descriptor_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> {
 
 /// Loads the segments; returns the entry point and the first page after them.
 fn load_elf(ram: &GuestRam, tables: &Tables, program: &[u8]) -> Result<(u64, u64), BootError> {
-    let bad = |error: &dyn std::fmt::Display| BootError::Elf(error.to_string());
-    let file = ElfBytes::<LittleEndian>::minimal_parse(program).map_err(|error| bad(&error))?;
-    if file.ehdr.e_type != ET_EXEC || file.ehdr.e_machine != EM_X86_64 {
-        return Err(bad(&"wrong type or machine"));
-    }
+    let Program { entry, segments } = Program::parse(program).map_err(BootError::Elf)?;
     let available = ram.bytes();
     let mut end = PROGRAM_ADDRESS;
-    for segment in file.segments().ok_or_else(|| bad(&"no segments"))? {
-        if segment.p_type != PT_LOAD {
-            continue;
-        }
-        let data = file.segment_data(&segment).map_err(|error| bad(&error))?;
-        let start = segment.p_vaddr;
-        if start < end || start % PAGE != 0 || (data.len() as u64) > segment.p_memsz {
-            return Err(bad(&format!("segment at {start:#x} is out of place")));
+    for segment in segments {
+        let Segment { start, bytes, size, writable, executable } = segment;
+        if start < end {
+            return Err(BootError::Elf(out_of_place(start)));
         }
         // The heap gets at least a megabyte.
-        let needed = start.saturating_add(segment.p_memsz).saturating_add(STACK_BYTES + (1 << 20));
+        let needed = start.saturating_add(size).saturating_add(STACK_BYTES + (1 << 20));
         if needed > available {
             return Err(BootError::TooLarge { needed, available });
         }
-        let writable = if segment.p_flags & PF_W == 0 { 0 } else { WRITABLE };
-        let executable = if segment.p_flags & PF_X == 0 { NO_EXECUTE } else { 0 };
-        if writable != 0 && executable == 0 {
-            return Err(bad(&"a segment is writable and executable"));
-        }
-        end = (start + segment.p_memsz).next_multiple_of(PAGE);
-        ram.all().write_slice(data, GuestAddress(start))?;
+        end = (start + size).next_multiple_of(PAGE);
+        ram.all().write_slice(bytes, GuestAddress(start))?;
+        let writable = if writable { WRITABLE } else { 0 };
+        let executable = if executable { 0 } else { NO_EXECUTE };
         tables.map(start, end, PRESENT | USER | writable | executable)?;
     }
-    let entry = file.ehdr.e_entry;
     if entry < PROGRAM_ADDRESS || entry >= end {
-        return Err(bad(&"no entry point"));
+        return Err(BootError::Elf("no entry point".to_owned()));
     }
     Ok((entry, end))
+}
+
+/// A static executable.
+pub struct Program<'elf> {
+    /// Where it begins to run.
+    pub entry: u64,
+    /// What is to be in memory.
+    pub segments: Vec<Segment<'elf>>,
+}
+
+/// Memory of a program's.
+pub struct Segment<'elf> {
+    /// Its address, page-aligned.
+    pub start: u64,
+    /// What it begins with; the rest is zero.
+    pub bytes: &'elf [u8],
+    /// How long it is, in bytes.
+    pub size: u64,
+    /// Whether the program may write to it.
+    pub writable: bool,
+    /// Whether it is code.
+    pub executable: bool,
+}
+
+impl<'elf> Program<'elf> {
+    /// Reads an ELF file.
+    ///
+    /// # Errors
+    /// What is wrong with it, for people.
+    pub fn parse(program: &'elf [u8]) -> Result<Self, String> {
+        let file = ElfBytes::<LittleEndian>::minimal_parse(program).map_err(|e| e.to_string())?;
+        if file.ehdr.e_type != ET_EXEC || file.ehdr.e_machine != EM_X86_64 {
+            return Err("wrong type or machine".to_owned());
+        }
+        let mut segments = Vec::new();
+        for segment in file.segments().ok_or("no segments")? {
+            if segment.p_type != PT_LOAD {
+                continue;
+            }
+            let bytes = file.segment_data(&segment).map_err(|error| error.to_string())?;
+            let (start, size) = (segment.p_vaddr, segment.p_memsz);
+            let (writable, executable) = (segment.p_flags & PF_W != 0, segment.p_flags & PF_X != 0);
+            if start % PAGE != 0 || bytes.len() as u64 > size {
+                return Err(out_of_place(start));
+            }
+            if writable && executable {
+                return Err("a segment is writable and executable".to_owned());
+            }
+            segments.push(Segment { start, bytes, size, writable, executable });
+        }
+        Ok(Self { entry: file.ehdr.e_entry, segments })
+    }
+}
+
+/// What is said of a segment that lies where it cannot be.
+pub fn out_of_place(start: u64) -> String {
+    format!("segment at {start:#x} is out of place")
 }

@@ -1,7 +1,7 @@
 //! The messages between the client and `warren-vmm`'s processes, and how they are framed.
 //!
-//! To the zygote: one postcard message per `SOCK_SEQPACKET` packet ([`ZygoteRequest`] with the TAP
-//! descriptor attached as `SCM_RIGHTS`, [`ZygoteReply`]).
+//! To the zygote: one postcard message per `SOCK_SEQPACKET` packet ([`ZygoteRequest`] and
+//! [`ZygoteReply`], with a descriptor attached as `SCM_RIGHTS` where they say so).
 //!
 //! To a microVM: a stream socket at [`socket_path`]. The first line of a connection decides what it
 //! is: [`CONTROL_LINE`], followed by frames (a little-endian `u32` length and that many bytes of
@@ -9,9 +9,12 @@
 //! `OK <port>\n` and followed by the raw bytes of a vsock stream (Firecracker's convention).
 
 use std::fmt;
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde::{Deserialize, Serialize};
 
 use crate::make::Make;
@@ -39,6 +42,26 @@ pub fn socket_slot(path: &Path) -> Option<u32> {
     path.file_name()?.to_str()?.strip_prefix("vm-")?.strip_suffix(".sock")?.parse().ok()
 }
 
+/// Receives a packet, and the last descriptor that came with it. Nobody at the other end: 0 bytes.
+pub(crate) fn receive_with_descriptor(
+    socket: &OwnedFd,
+    buffer: &mut [u8],
+    flags: MsgFlags,
+) -> nix::Result<(usize, Option<OwnedFd>)> {
+    let mut ancillary = nix::cmsg_space!([RawFd; 4]);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut ancillary), flags)?;
+    let mut descriptors = Vec::new();
+    for part in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = part {
+            // SAFETY: the kernel has just made these descriptors for this process.
+            descriptors.extend(received.iter().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok((message.bytes, descriptors.pop()))
+}
+
 /// What the zygote is asked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ZygoteRequest {
@@ -49,6 +72,12 @@ pub enum ZygoteRequest {
         slot: u32,
         /// How far it is to go by itself.
         tier: Tier,
+    },
+    /// First of all, from a client that said it would: the memory of a template, sealed, as another
+    /// zygote sent it with [`ZygoteReply::Loaded`], is attached.
+    Memory {
+        /// Checksum of the template.
+        template: [u8; 32],
     },
 }
 
@@ -87,10 +116,10 @@ impl Tier {
 /// What the zygote answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ZygoteReply {
-    /// Once, when it starts: the template is verified and loaded.
+    /// Once, when it starts: the template is verified and loaded. Its memory is attached, sealed.
     Loaded {
-        /// Guest memory of each microVM, in bytes.
-        memory_bytes: u64,
+        /// Checksum of the template.
+        template: [u8; 32],
         /// What all of its microVMs are of.
         make: Make,
     },

@@ -16,9 +16,11 @@ use crate::control::{
     EndReason, GuestKind, PublicIdentity, Refusal, ReleaseRequest, Reply, Request, State, Status,
     TAG_MAX, Tier, Timeline,
 };
+use crate::devices::Device;
 use crate::machine::{Exit, Machine, MachineState, Shell, host};
 use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
+use crate::rates::Rates;
 use crate::server::{Event, Server};
 use crate::snapshot::diff::{Base, Snapshot};
 use crate::timer::kick_on_input;
@@ -46,6 +48,8 @@ pub struct Origin {
     pub tap: OwnedFd,
     /// The function's image, for a Linux guest that has one.
     pub disk: Option<File>,
+    /// What its devices may move.
+    pub rates: Rates,
     /// How long the guest may run without an exit.
     pub watchdog: Duration,
 }
@@ -125,8 +129,19 @@ impl Instance {
     /// The tiers one after the other, as far as somebody wants them; then the guest's life. The
     /// machine is the caller's to keep, until the end was told.
     fn live(&mut self, origin: Origin, machine: &mut Option<Machine>) -> Result<Never, EndReason> {
-        let Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, disk, watchdog } =
-            origin;
+        let Origin {
+            kvm,
+            cpuid,
+            ram,
+            working_set,
+            in_place,
+            state,
+            base,
+            tap,
+            disk,
+            rates,
+            watchdog,
+        } = origin;
         self.base = base;
         self.timeline.jailed_ns = monotonic_ns()?;
         let shell = Shell::new(&kvm, &cpuid, state.kind())?;
@@ -158,6 +173,7 @@ impl Instance {
             for (stream, port) in self.streams.drain(..) {
                 machine.vsock.connect(stream, port);
             }
+            machine.set_rates(&rates);
             self.release(machine, &request)?;
             self.state = State::Running;
             self.server.reply(client, &Reply::Ready(self.timeline));
@@ -286,7 +302,7 @@ impl Instance {
         machine: &mut Machine,
         request: &ReleaseRequest,
     ) -> Result<(), EndReason> {
-        machine.net.drain();
+        machine.net.drain(machine.ram.dma())?;
         self.timeline.released_ns = machine.release(&request.identity)?;
         if machine.has_interrupts() {
             machine.exchange()?;
@@ -331,12 +347,15 @@ impl Instance {
                 }
                 return Ok(());
             }
-            self.poll(machine, left)?;
+            // What a limit holds goes on by itself.
+            let due = machine.net.due().map(|due| due.saturating_duration_since(now));
+            self.poll(machine, left.into_iter().chain(due).min())?;
         }
     }
 
-    /// Saves the machine for all who want that. Its guest waits, all that it sent is on its way, and
-    /// nothing was handed to it that it has not seen.
+    /// Saves the machine for all who want that. Its guest waits, all that it sent is on its way but
+    /// for what a limit holds in the queue, from where it sends that and a clone does not
+    /// ([`crate::devices::net::Net::drain`]); nothing was handed to it that it has not seen.
     fn take_snapshots(&mut self, machine: &mut Machine) -> Result<(), EndReason> {
         let snapshot = Snapshot::take(machine, &self.base)?;
         let reply = Reply::Snapshot { bytes: snapshot.bytes() };

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -15,8 +15,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 use tracing_subscriber::EnvFilter;
 use warren_vmm::control::WATCHDOG;
 use warren_vmm::jail::{FIRST_UID, JailConfig};
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
-use warren_vmm::template::{self, LinuxGuest};
+use warren_vmm::template::{self, LinuxGuest, Summary};
 use warren_vmm::zygote::{self, Options};
 
 /// Snapshot-cloned microVMs.
@@ -64,6 +65,28 @@ enum Command {
         #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
         output_format: OutputFormat,
     },
+    /// Puts a function into a no-OS guest's template and saves what that adds as the function's image:
+    /// a diff, whose clones answer calls with the function.
+    Image {
+        /// The template.
+        #[arg(long, value_name = "FILE")]
+        template: PathBuf,
+        /// The function: a static executable (see `warren_vmm::function`).
+        #[arg(long, value_name = "ELF")]
+        function: PathBuf,
+        /// Where to write the image.
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+        /// Memory for the function's data, in MiB: a multiple of 2, 2 to 512
+        #[arg(long, default_value_t = 16)]
+        memory: u64,
+        /// The template's key file, to encrypt the image with as well.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+        /// How to print what was made.
+        #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
+        output_format: OutputFormat,
+    },
     /// Forks microVMs from a template for the client at the other end of a socket (see
     /// `warren_vmm::client`); not for people.
     Zygote {
@@ -79,6 +102,9 @@ enum Command {
         /// The key file of template and diff.
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
+        /// The template's memory comes over the control socket.
+        #[arg(long)]
+        takes_memory: bool,
         /// Directory of the microVMs' sockets.
         #[arg(long, value_name = "DIR")]
         run_dir: PathBuf,
@@ -97,6 +123,8 @@ enum Command {
         /// Share of one processor that each microVM may use, in percent.
         #[arg(long, value_name = "PERCENT", default_value_t = 100)]
         cpu_percent: u32,
+        #[command(flatten)]
+        rates: Rates,
     },
 }
 
@@ -137,39 +165,52 @@ fn main() -> anyhow::Result<ExitCode> {
                 }
                 _ => bail!("give --guest, or --kernel and --initrd"),
             };
-            match output_format {
-                OutputFormat::Json => println!("{}", serde_json::to_string(&summary)?),
-                OutputFormat::Text => println!(
-                    "{}: {} MiB of memory in {} KiB",
-                    output.display(),
-                    summary.memory_bytes >> 20,
-                    summary.file_bytes >> 10
-                ),
-            }
-            Ok(ExitCode::SUCCESS)
+            report(&output, &summary, output_format)
+        }
+        Command::Image { template, function, output, memory, key, output_format } => {
+            let sources = Sources { key, ..Sources::from(template) };
+            let summary = template::make_image(&sources, &function, &output, memory << 20)?;
+            report(&output, &summary, output_format)
         }
         Command::Zygote {
             template,
             diff,
             disk,
             key,
+            takes_memory,
             run_dir,
             control_fd,
             watchdog_ms,
             first_uid,
             cgroup,
             cpu_percent,
+            rates,
         } => {
             let control = take_control(control_fd).context("--control-fd")?;
             let watchdog = Duration::from_millis(watchdog_ms);
             let jail = JailConfig { first_uid, cgroup, cpu_percent };
             let sources = Sources { template, diff, disk, key };
-            match zygote::run(&Options { sources, run_dir, jail, watchdog }, control)? {
+            let options = Options { sources, takes_memory, run_dir, jail, rates, watchdog };
+            match zygote::run(&options, control)? {
                 zygote::Ended::Zygote => Ok(ExitCode::SUCCESS),
                 zygote::Ended::MicroVm(reason) => Ok(ExitCode::from(reason.exit_code() as u8)),
             }
         }
     }
+}
+
+/// Prints what was made.
+fn report(output: &Path, summary: &Summary, format: OutputFormat) -> anyhow::Result<ExitCode> {
+    match format {
+        OutputFormat::Json => println!("{}", serde_json::to_string(summary)?),
+        OutputFormat::Text => println!(
+            "{}: {} MiB of memory in {} KiB",
+            output.display(),
+            summary.memory_bytes >> 20,
+            summary.file_bytes >> 10
+        ),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Takes the control socket to a descriptor that is not a standard one, and closes whatever else

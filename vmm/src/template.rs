@@ -7,16 +7,18 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION};
 use kvm_ioctls::Kvm;
-use warren_abi::microvm::ABI_VERSION;
+use warren_abi::microvm::{ABI_VERSION, FUNCTION_ABI};
 
 use crate::boot::{self, BootError};
 use crate::control::{EndReason, GuestKind, PublicIdentity};
 use crate::cpu;
+use crate::function::{Function, FunctionError};
 use crate::linux;
 use crate::linux::boot::{LinuxBootError, Program};
 use crate::machine::{Exit, Machine, MachineError, Shell};
-use crate::memory::{GuestRam, Pages, create_memfd};
-use crate::snapshot::{self, Header, Key, SnapshotError, Sources, Template};
+use crate::memory::{GuestRam, Pages, Part};
+use crate::snapshot::diff::{self, Base, Snapshot};
+use crate::snapshot::{self, Given, Header, Key, SnapshotError, Sources, Template};
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +56,20 @@ pub enum TemplateError {
         /// Why.
         source: LinuxBootError,
     },
+    /// The function cannot be used.
+    #[error("{}: {source}", path.display())]
+    Function {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: FunctionError,
+    },
+    /// A function of its own is for guests without an operating system.
+    #[error("{}: a Linux guest's template: its function is its disk", .0.display())]
+    LinuxFunction(PathBuf),
+    /// Its guest knows nothing of functions.
+    #[error("{}: its guest takes no function: make it anew with `warren-vmm template`", .0.display())]
+    OldTemplate(PathBuf),
     /// This host cannot run it.
     #[error(
         "this host's KVM has no hardware virtualisation behind it (neither kvm_intel nor kvm_amd) and \
@@ -112,7 +128,7 @@ pub fn make(
     let elf = std::fs::read(program)
         .map_err(|source| TemplateError::Program { path: program.to_owned(), source })?;
     let (kvm, cpuid) = open_kvm()?;
-    let memory = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let memory = Part::new("warren-memory", memory_bytes).map_err(TemplateError::Memory)?.memfd;
     let map = |shared| GuestRam::map(&memory, memory_bytes, shared).map_err(TemplateError::Memory);
     let ram = map(true)?;
     let entry = boot::load(&ram, &elf)
@@ -120,6 +136,50 @@ pub fn make(
     let mut booted = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.boot(ram, entry)?;
     booted.run_until(Exit::Barrier).map_err(TemplateError::Guest)?;
     save(booted, &kvm, &cpuid, &memory, None, output, key.as_ref())
+}
+
+/// Puts a function into a clone of a template and saves that, at its barrier, as a diff: the
+/// function's image. Nothing of the function has run. `data_bytes` is for its data and heap.
+pub fn make_image(
+    sources: &Sources,
+    function: &Path,
+    output: &Path,
+    data_bytes: u64,
+) -> Result<Summary, TemplateError> {
+    let elf = std::fs::read(function)
+        .map_err(|source| TemplateError::Program { path: function.to_owned(), source })?;
+    let refuse = |source| TemplateError::Function { path: function.to_owned(), source };
+    let function = Function::parse(&elf, data_bytes).map_err(refuse)?;
+    let (kvm, cpuid) = open_kvm()?;
+    let Template { header, mut memory, mut base, .. } = load(sources, None)?;
+    if header.machine.kind() != GuestKind::NoOs {
+        return Err(TemplateError::LinuxFunction(sources.template.clone()));
+    }
+    if header.abi_version < FUNCTION_ABI {
+        return Err(TemplateError::OldTemplate(sources.template.clone()));
+    }
+    memory.data = Some(Part::new("warren-data", data_bytes).map_err(TemplateError::Memory)?);
+    memory.code = Some(function.code().map_err(TemplateError::Memory)?);
+    let ram = GuestRam::clone_of(&memory).map_err(TemplateError::Memory)?;
+    let shell = Shell::new(&kvm, &cpuid, GuestKind::NoOs)?;
+    let mut machine = shell.load(ram, &header.machine, None, None)?;
+    machine.take_function(&function).map_err(TemplateError::Guest)?;
+    base.pages = function.code_pages().collect();
+    let write = |machine: &mut Machine, base: &Base| {
+        let snapshot = Snapshot::take(machine, base).map_err(TemplateError::Guest)?;
+        let mut bytes = Vec::with_capacity(snapshot.bytes() as usize);
+        snapshot.write(&mut bytes).map_err(TemplateError::Memory)?;
+        Ok::<_, TemplateError>(diff::keep(output, bytes, sources.key.as_deref())?)
+    };
+    // What its clones will use shows in one of them.
+    write(&mut machine, &base)?;
+    let image = load(&Sources { diff: Some(output.to_owned()), ..sources.clone() }, None)?;
+    let ram = GuestRam::clone_of(&image.memory).map_err(TemplateError::Memory)?;
+    let clone =
+        Shell::new(&kvm, &cpuid, GuestKind::NoOs)?.load(ram, &image.header.machine, None, None)?;
+    (base.working_set, base.in_place) = try_out(clone)?;
+    let file_bytes = write(&mut machine, &base)?;
+    Ok(Summary { memory_bytes: image.memory.bytes(), file_bytes })
 }
 
 /// What a Linux guest is made of.
@@ -155,7 +215,7 @@ pub fn make_linux(
     let program = Program { kernel, initrd, arguments: guest.arguments.clone() };
     let disk = guest.disk.as_deref().map(open).transpose()?;
     let (kvm, cpuid) = open_kvm()?;
-    let memory = create_memfd(memory_bytes).map_err(TemplateError::Memory)?;
+    let memory = Part::new("warren-memory", memory_bytes).map_err(TemplateError::Memory)?.memfd;
     let ram = GuestRam::map(&memory, memory_bytes, true).map_err(TemplateError::Memory)?;
     let entry = linux::boot::load(&ram, &program)
         .map_err(|source| TemplateError::LinuxBoot { path: guest.kernel.clone(), source })?;
@@ -265,9 +325,9 @@ fn try_out(mut clone: Machine) -> Result<(Vec<Pages>, Vec<Pages>), TemplateError
     clone.ram.pages_in_place().map_err(TemplateError::Memory)
 }
 
-/// Loads a template for this host.
-pub fn load(sources: &Sources) -> Result<Template, TemplateError> {
-    let template = snapshot::read(sources)?;
+/// Loads a template for this host, with the memory that was given if it is of that.
+pub fn load(sources: &Sources, given: Option<Given>) -> Result<Template, TemplateError> {
+    let template = snapshot::read(sources, given)?;
     let missing = cpu::missing_features(&template.header.cpu_features);
     if !missing.is_empty() {
         return Err(SnapshotError::Cpu { path: sources.template.clone(), missing }.into());

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, ErrorKind, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, ErrorKind, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,13 +13,14 @@ use kvm_ioctls::Kvm;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
+use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 
 use crate::clock::monotonic_ns;
 use crate::control::{
-    EndReason, MESSAGE_MAX, Tier, Timeline, ZygoteReply, ZygoteRequest, decode, encode, socket_path,
+    EndReason, MESSAGE_MAX, Tier, Timeline, ZygoteReply, ZygoteRequest, decode, encode,
+    receive_with_descriptor, socket_path,
 };
 use crate::cpu;
 use crate::instance::{self, Origin};
@@ -27,8 +28,9 @@ use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
 use crate::machine::{MachineState, host};
 use crate::make::Make;
 use crate::memory::{GuestRam, Pages};
+use crate::rates::Rates;
 use crate::snapshot::diff::Base;
-use crate::snapshot::{Sources, Template};
+use crate::snapshot::{Given, Sources, Template};
 use crate::template::{self, TemplateError};
 
 /// Why a zygote cannot go on.
@@ -68,6 +70,7 @@ struct Zygote {
     children: SignalFd,
     /// How long a guest may run without an exit.
     watchdog: Duration,
+    rates: Rates,
     kvm: Kvm,
     cpuid: CpuId,
     /// Mapped as each clone has it; the zygote never touches it.
@@ -87,10 +90,14 @@ struct Zygote {
 pub struct Options {
     /// What clones are made from.
     pub sources: Sources,
+    /// The client's first message is [`ZygoteRequest::Memory`].
+    pub takes_memory: bool,
     /// Directory of the microVMs' sockets.
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What their devices may move.
+    pub rates: Rates,
     /// How long a guest may run without an exit.
     pub watchdog: Duration,
 }
@@ -101,16 +108,23 @@ pub struct Options {
 /// The template cannot be used or the jail cannot be built, which the client is told as well; or the
 /// host fails.
 pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
-    let mut zygote = match Zygote::new(options, control) {
-        Ok(zygote) => zygote,
+    let (mut zygote, memory) = match Zygote::new(options, control) {
+        Ok(made) => made,
         Err((control, error)) => {
             let _ = reply(&control, &ZygoteReply::Failed { error: error.to_string() });
             return Err(error);
         }
     };
-    let (memory_bytes, make) = (zygote.ram.bytes(), zygote.make);
-    reply(&zygote.control, &ZygoteReply::Loaded { memory_bytes, make })
+    let (make, template) = (zygote.make, zygote.base.template);
+    let loaded = encode(&ZygoteReply::Loaded { make, template });
+    let slices = [IoSlice::new(&loaded)];
+    let descriptors = [memory.as_raw_fd()];
+    let attached = [ControlMessage::ScmRights(&descriptors)];
+    let control = zygote.control.as_raw_fd();
+    sendmsg::<()>(control, &slices, &attached, MsgFlags::MSG_NOSIGNAL, None)
         .map_err(system("control socket"))?;
+    // It is mapped.
+    drop(memory);
     loop {
         match zygote.serve()? {
             Served::Client => {}
@@ -121,17 +135,23 @@ pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
 }
 
 impl Zygote {
-    fn new(options: &Options, control: OwnedFd) -> Result<Self, (OwnedFd, ZygoteError)> {
+    /// Also returns the template's memory.
+    fn new(options: &Options, control: OwnedFd) -> Result<(Self, File), (OwnedFd, ZygoteError)> {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
             cpu::is_emulated();
-            let Template { header, memory, memory_bytes, base } = template::load(&options.sources)?;
+            let given = options.takes_memory.then(|| take_memory(&control)).transpose()?;
+            let template = template::load(&options.sources, given)?;
+            let Template { header, memory, base, origin } = template;
             let disk = template::open_disk(&options.sources, &header)?;
-            let ram = GuestRam::map(&memory, memory_bytes, false)
-                .map_err(system("map the template's memory"))?;
-            let make = Make::new(&base.template, &options.jail);
-            let jail =
-                Jail::build(&options.jail, header.machine.kind(), memory_bytes, &options.run_dir)?;
+            let ram = GuestRam::clone_of(&memory).map_err(system("map the template's memory"))?;
+            let make = Make::new(&origin, &options.jail, &options.rates);
+            let jail = Jail::build(
+                &options.jail,
+                header.machine.kind(),
+                memory.bytes(),
+                &options.run_dir,
+            )?;
             // Blocked in the zygote and read from a descriptor; unblocked again in each microVM.
             let mut child = SigSet::empty();
             child.add(Signal::SIGCHLD);
@@ -140,26 +160,31 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            Ok((kvm, cpuid, header, base, disk, ram, make, jail, children))
+            let memory = memory.base.memfd;
+            Ok((kvm, cpuid, header, base, disk, ram, memory, make, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, base, disk, ram, make, jail, children)) => Ok(Self {
-                control,
-                children,
-                watchdog: options.watchdog,
-                kvm,
-                cpuid,
-                ram,
-                working_set: header.working_set,
-                in_place: header.in_place,
-                state: header.machine,
-                base,
-                disk,
-                make,
-                jail,
-                living: Census::default(),
-            }),
+            Ok((kvm, cpuid, header, base, disk, ram, memory, make, jail, children)) => {
+                let zygote = Self {
+                    control,
+                    children,
+                    watchdog: options.watchdog,
+                    rates: options.rates,
+                    kvm,
+                    cpuid,
+                    ram,
+                    working_set: header.working_set,
+                    in_place: header.in_place,
+                    state: header.machine,
+                    base,
+                    disk,
+                    make,
+                    jail,
+                    living: Census::default(),
+                };
+                Ok((zygote, memory))
+            }
         }
     }
 
@@ -183,6 +208,9 @@ impl Zygote {
                 Received::Request(Ok(ZygoteRequest::Fork { slot, tier }), tap) => {
                     self.fork(slot, tier, tap)
                 }
+                Received::Request(Ok(ZygoteRequest::Memory { .. }), _) => {
+                    Err("memory comes first of all".to_owned())
+                }
                 Received::Request(Err(error), _) => Err(error),
             };
             let answer = match forked {
@@ -202,30 +230,18 @@ impl Zygote {
     /// The next request, if there is one.
     fn receive(&self) -> Result<Received, ZygoteError> {
         let mut buffer = [0; MESSAGE_MAX];
-        let mut ancillary = nix::cmsg_space!([RawFd; 4]);
-        let mut slices = [IoSliceMut::new(&mut buffer)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let message =
-            recvmsg::<()>(self.control.as_raw_fd(), &mut slices, Some(&mut ancillary), flags);
-        let message = match message {
-            Ok(message) => message,
+        let received = receive_with_descriptor(&self.control, &mut buffer, MsgFlags::MSG_DONTWAIT);
+        let (length, descriptor) = match received {
+            Ok(received) => received,
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(Received::Nothing),
             Err(nix::Error::ECONNRESET) => return Ok(Received::End),
             Err(errno) => return Err(system("control socket")(errno)),
         };
-        let mut descriptors = Vec::new();
-        for part in message.cmsgs().map_err(system("control socket"))? {
-            if let ControlMessageOwned::ScmRights(received) = part {
-                // SAFETY: the kernel has just made these descriptors for this process.
-                descriptors.extend(received.iter().map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        let length = message.bytes;
         if length == 0 {
             return Ok(Received::End);
         }
         let request = decode(&buffer[..length]).map_err(|error| error.to_string());
-        Ok(Received::Request(request, descriptors.pop()))
+        Ok(Received::Request(request, descriptor))
     }
 
     fn fork(&mut self, slot: u32, tier: Tier, tap: Option<OwnedFd>) -> Result<Forked, String> {
@@ -257,6 +273,7 @@ impl Zygote {
             control,
             children,
             watchdog,
+            rates,
             kvm,
             cpuid,
             ram,
@@ -281,7 +298,19 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin { kvm, cpuid, ram, working_set, in_place, state, base, tap, disk, watchdog })
+            Ok(Origin {
+                kvm,
+                cpuid,
+                ram,
+                working_set,
+                in_place,
+                state,
+                base,
+                tap,
+                disk,
+                rates,
+                watchdog,
+            })
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");
@@ -374,6 +403,21 @@ enum Received {
 enum Forked {
     Parent(u32, Pid),
     Child(Birth),
+}
+
+/// The memory that a client has for its zygote, and the checksum of its template.
+fn take_memory(control: &OwnedFd) -> Result<Given, ZygoteError> {
+    let mut buffer = [0; MESSAGE_MAX];
+    let mut fds = [PollFd::new(control.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::NONE).map_err(system("control socket"))?;
+    let (length, memfd) = receive_with_descriptor(control, &mut buffer, MsgFlags::empty())
+        .map_err(system("control socket"))?;
+    let asked = decode(&buffer[..length]);
+    if let (Ok(ZygoteRequest::Memory { template }), Some(memfd)) = (asked, memfd) {
+        return Ok(Given { template, memfd: memfd.into() });
+    }
+    let error = io::Error::other("no memory came, although it was said that it would");
+    Err(system("control socket")(error))
 }
 
 fn reply(control: &OwnedFd, reply: &ZygoteReply) -> io::Result<()> {

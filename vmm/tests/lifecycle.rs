@@ -256,7 +256,7 @@ async fn damaged_template_is_refused_with_its_name_and_the_remedy() {
     let cases = [
         ("truncated", &bytes[..bytes.len() - 1], "truncated or damaged"),
         ("flipped", &flipped, "wrong checksum"),
-        ("version", &other_version, "template of format 4, this warren-vmm needs 3"),
+        ("version", &other_version, "template of format 5, this warren-vmm takes 3 to 4"),
         ("empty", &[], "not a template"),
     ];
     for (name, content, complaint) in cases {

@@ -15,6 +15,7 @@ use warren_netns::rundir::RunDir;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
 use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::JailConfig;
+use warren_vmm::rates::Rates;
 
 use crate::tap;
 
@@ -54,6 +55,7 @@ impl Nursery {
             sources: template(&run, GUEST)?.into(),
             run_dir,
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
+            rates: Rates::default(),
         };
         let zygote = Zygote::spawn(&config).await?;
         Ok(Self { config, zygote, taps, pids: Mutex::default(), _run: run, _namespace: namespace })

@@ -20,6 +20,7 @@ use warren_netns::topology::SERVER;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig, invoke};
 use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::JailConfig;
+use warren_vmm::rates::Rates;
 
 use super::path::{Kind, MICROVM, MTU, Path, guest_address, guest_mac};
 use super::{Sample, medians, ratios};
@@ -59,7 +60,8 @@ pub fn measure(paths: &mut [Path], run: &RunDir, rounds: u32, figures: &mut Figu
             let binary = built("warren-vmm")?;
             let jail =
                 JailConfig { cgroup: run.cgroup().join(kind.key()), ..JailConfig::named("") };
-            let config = ZygoteConfig { binary, sources: template.clone().into(), run_dir, jail };
+            let (sources, rates) = (template.clone().into(), Rates::default());
+            let config = ZygoteConfig { binary, sources, run_dir, jail, rates };
             let tap = path.take_microvm_tap()?.into();
             guests.push(Guest::start(&config, tap, path.vpc()).await?);
         }

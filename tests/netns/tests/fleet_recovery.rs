@@ -51,6 +51,12 @@ async fn listed(fleet: &Fleet) -> Vec<String> {
     listed.instances.into_iter().map(|instance| instance.id).collect()
 }
 
+async fn listed_by_control(fleet: &Fleet) -> Vec<String> {
+    let mut control = fleet.control().await.unwrap();
+    let listed = control.list_instances(v1::ListInstancesRequest::default()).await.unwrap();
+    listed.into_inner().instances.into_iter().map(|instance| instance.id).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_orphan_is_reaped_and_its_slot_is_used_again() {
     if !kvm_or_skip("an_orphan_is_reaped_and_its_slot_is_used_again") {
@@ -77,6 +83,12 @@ async fn an_orphan_is_reaped_and_its_slot_is_used_again() {
     let now = others(&fleet, &[&kept]);
     assert!(!now.contains(&silent), "{now:?}");
     assert!(now.contains(pooled.last().unwrap()), "one that fits waits on: {pooled:?}, {now:?}");
+    // What was started just before the crash is the control plane's until the second heartbeat.
+    let deadline = Instant::now() + PATIENCE;
+    while listed_by_control(&fleet).await != std::slice::from_ref(&kept.id) {
+        assert!(Instant::now() < deadline, "the control plane knows of one that was lost");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     // All slots but that of the one that was kept.
     let mut slots = BTreeSet::from([kept.slot]);
     for _ in 1..OPTIONS.slots {

@@ -7,12 +7,14 @@
 //! use warren_vmm::client::{self, Zygote, ZygoteConfig};
 //! use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 //! use warren_vmm::jail::JailConfig;
+//! use warren_vmm::rates::Rates;
 //!
 //! let config = ZygoteConfig {
 //!     binary: "/usr/bin/warren-vmm".into(),
 //!     sources: PathBuf::from("/var/lib/warren/probe.template").into(),
 //!     run_dir: "/run/warren/vm".into(),
 //!     jail: JailConfig::named("example"),
+//!     rates: Rates::default(),
 //! };
 //! let zygote = Zygote::spawn(&config).await?;
 //! let mut microvm = zygote.fork(1, tap, Tier::Parked).await?;
@@ -32,7 +34,7 @@ use std::path::PathBuf;
 
 pub use invocation::{Invocation, invoke};
 pub use microvm::{MicroVm, discover};
-pub use zygote::{Zygote, ZygoteConfig};
+pub use zygote::{TemplateMemory, Zygote, ZygoteConfig};
 
 use crate::control::{EndReason, Refusal};
 use crate::snapshot::SnapshotError;

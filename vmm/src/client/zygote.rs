@@ -1,13 +1,14 @@
 //! The process that forks microVMs.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -15,9 +16,13 @@ use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
 use super::{ClientError, MicroVm};
-use crate::control::{MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode};
+use crate::control::{
+    MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode,
+    receive_with_descriptor,
+};
 use crate::jail::JailConfig;
 use crate::make::Make;
+use crate::rates::Rates;
 use crate::snapshot::Sources;
 
 /// What a zygote is started with.
@@ -32,6 +37,15 @@ pub struct ZygoteConfig {
     pub run_dir: PathBuf,
     /// How microVMs are confined.
     pub jail: JailConfig,
+    /// What their devices may move.
+    pub rates: Rates,
+}
+
+/// A template's memory, verified and sealed: [`Zygote::memory`].
+#[derive(Clone, Debug)]
+pub struct TemplateMemory {
+    template: [u8; 32],
+    memfd: Arc<OwnedFd>,
 }
 
 /// A running zygote. When this is dropped the zygote exits; its microVMs live on.
@@ -40,8 +54,8 @@ pub struct Zygote {
     control: Mutex<AsyncFd<OwnedFd>>,
     child: Child,
     run_dir: PathBuf,
-    memory_bytes: u64,
     make: Make,
+    memory: TemplateMemory,
 }
 
 impl Zygote {
@@ -53,11 +67,28 @@ impl Zygote {
         Self::spawn_with_watchdog(config, WATCHDOG).await
     }
 
+    /// [`Zygote::spawn`], with memory that another zygote has filled: if that is of the same template,
+    /// it is mapped and not filled once more.
+    pub async fn spawn_sharing(
+        config: &ZygoteConfig,
+        memory: &TemplateMemory,
+    ) -> Result<Self, ClientError> {
+        Self::spawn_with(config, WATCHDOG, Some(memory)).await
+    }
+
     /// [`Zygote::spawn`], with another time that a guest may run without an exit before it is ended
     /// as one that loops for ever; precise to 20 ms.
     pub async fn spawn_with_watchdog(
         config: &ZygoteConfig,
         watchdog: Duration,
+    ) -> Result<Self, ClientError> {
+        Self::spawn_with(config, watchdog, None).await
+    }
+
+    async fn spawn_with(
+        config: &ZygoteConfig,
+        watchdog: Duration,
+        memory: Option<&TemplateMemory>,
     ) -> Result<Self, ClientError> {
         let spawn_error =
             |source: io::Error| ClientError::Spawn { binary: config.binary.clone(), source };
@@ -78,6 +109,14 @@ impl Zygote {
                 command.arg(option).arg(file);
             }
         }
+        if memory.is_some() {
+            command.arg("--takes-memory");
+        }
+        for (option, rate) in config.rates.options() {
+            if let Some(rate) = rate {
+                command.arg(option).arg(rate.to_string());
+            }
+        }
         let child = command
             .arg("--run-dir")
             .arg(&config.run_dir)
@@ -95,13 +134,17 @@ impl Zygote {
             .map_err(spawn_error)?;
         // SAFETY: an OwnedFd stays open, and the same, until it is dropped with the AsyncFd.
         let control = unsafe { AsyncFd::register(ours) }.map_err(|e| spawn_error(e.into()))?;
+        if let Some(TemplateMemory { template, memfd }) = memory {
+            send(&control, &ZygoteRequest::Memory { template: *template }, memfd.as_fd()).await?;
+        }
         match receive(&control).await? {
-            ZygoteReply::Loaded { memory_bytes, make } => {
+            (ZygoteReply::Loaded { make, template }, Some(memfd)) => {
                 let (control, run_dir) = (Mutex::new(control), config.run_dir.clone());
-                Ok(Self { control, child, run_dir, memory_bytes, make })
+                let memory = TemplateMemory { template, memfd: Arc::new(memfd) };
+                Ok(Self { control, child, run_dir, make, memory })
             }
-            ZygoteReply::Failed { error } => Err(ClientError::Zygote(error)),
-            ZygoteReply::Forked { .. } => Err(ClientError::Malformed),
+            (ZygoteReply::Failed { error }, _) => Err(ClientError::Zygote(error)),
+            _ => Err(ClientError::Malformed),
         }
     }
 
@@ -110,14 +153,14 @@ impl Zygote {
         self.child.id()
     }
 
-    /// Guest memory of each microVM, in bytes.
-    pub fn memory_bytes(&self) -> u64 {
-        self.memory_bytes
-    }
-
     /// What its microVMs are of.
     pub fn make(&self) -> Make {
         self.make
+    }
+
+    /// Its template's memory, for other zygotes of the same template.
+    pub fn memory(&self) -> TemplateMemory {
+        self.memory.clone()
     }
 
     /// Forks a microVM into a slot. It prepares itself up to a tier, and can be released at once.
@@ -139,21 +182,8 @@ impl Zygote {
         tap: OwnedFd,
     ) -> Result<i32, ClientError> {
         let control = self.control.lock().await;
-        let message = encode(request);
-        control
-            .async_io(Interest::WRITABLE, |socket| {
-                sendmsg::<()>(
-                    socket.as_raw_fd(),
-                    &[IoSlice::new(&message)],
-                    &[ControlMessage::ScmRights(&[tap.as_raw_fd()])],
-                    MsgFlags::MSG_NOSIGNAL,
-                    None,
-                )
-                .map_err(io::Error::from)
-            })
-            .await
-            .map_err(|_| ClientError::ZygoteEnded)?;
-        match receive(&control).await? {
+        send(&control, request, tap.as_fd()).await?;
+        match receive(&control).await?.0 {
             ZygoteReply::Forked { pid, slot: forked } if forked == slot => Ok(pid),
             ZygoteReply::Failed { error } => Err(ClientError::Zygote(error)),
             _ => Err(ClientError::Malformed),
@@ -161,16 +191,37 @@ impl Zygote {
     }
 }
 
-async fn receive(control: &AsyncFd<OwnedFd>) -> Result<ZygoteReply, ClientError> {
+async fn send(
+    control: &AsyncFd<OwnedFd>,
+    request: &ZygoteRequest,
+    descriptor: BorrowedFd<'_>,
+) -> Result<(), ClientError> {
+    let message = encode(request);
+    let sent = control.async_io(Interest::WRITABLE, |socket| {
+        sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(&message)],
+            &[ControlMessage::ScmRights(&[descriptor.as_raw_fd()])],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map_err(io::Error::from)
+    });
+    sent.await.map(drop).map_err(|_| ClientError::ZygoteEnded)
+}
+
+/// A reply, and the descriptor that came with it.
+async fn receive(
+    control: &AsyncFd<OwnedFd>,
+) -> Result<(ZygoteReply, Option<OwnedFd>), ClientError> {
     let mut buffer = vec![0; MESSAGE_MAX];
-    let length = control
-        .async_io(Interest::READABLE, |socket| {
-            recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()).map_err(io::Error::from)
-        })
-        .await
-        .map_err(|_| ClientError::ZygoteEnded)?;
+    let received = control.async_io(Interest::READABLE, |socket| {
+        receive_with_descriptor(socket, &mut buffer, MsgFlags::empty()).map_err(io::Error::from)
+    });
+    let (length, descriptor) = received.await.map_err(|_| ClientError::ZygoteEnded)?;
     if length == 0 {
         return Err(ClientError::ZygoteEnded);
     }
-    decode(&buffer[..length]).map_err(|_| ClientError::Malformed)
+    let reply = decode(&buffer[..length]).map_err(|_| ClientError::Malformed)?;
+    Ok((reply, descriptor))
 }

@@ -91,7 +91,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read_only`].
     pub fn with_layer_in_memory(base: File) -> Result<Self, DiskError> {
-        let layer = create_memfd(0);
+        let layer = create_memfd("warren-disk", 0);
         let layer = layer.map_err(|source| DiskError::Io { what: "memory for a disk", source })?;
         Self::with_layer(base, layer)
     }

@@ -8,15 +8,20 @@
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 /// How much may pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
     /// What passes in the long run, in units (bytes, or operations) per second.
     pub per_second: NonZeroU64,
     /// What passes at once after a pause, in the same units. 0 is as good as 1.
     pub burst: u64,
+}
+
+impl Limit {
+    /// So much per second, and what that is in 100 ms at once.
+    pub fn per_second(per_second: NonZeroU64) -> Self {
+        Self { per_second, burst: per_second.get() / 10 }
+    }
 }
 
 /// A bucket of tokens.
@@ -68,6 +73,12 @@ impl Limiter {
     pub fn new(bytes: Option<Limit>, operations: Option<Limit>, now: Instant) -> Self {
         let bucket = |limit: Option<Limit>| limit.map(|limit| Bucket::new(limit, now));
         Self { bytes: bucket(bytes), operations: bucket(operations) }
+    }
+
+    /// One with full buckets of these rates per second; `None` is no limit.
+    pub fn of_rates(bytes: Option<NonZeroU64>, operations: Option<NonZeroU64>) -> Self {
+        let limit = |rate: Option<NonZeroU64>| rate.map(Limit::per_second);
+        Self::new(limit(bytes), limit(operations), Instant::now())
     }
 
     /// When an operation may pass next, if that time is still to come.

@@ -84,6 +84,13 @@ pub struct MmioState {
     queues: Vec<SavedQueue>,
 }
 
+impl MmioState {
+    /// Whether the device offers this feature.
+    pub fn offers(&self, feature: u64) -> bool {
+        self.offered & feature != 0
+    }
+}
+
 /// [`QueueState`], of which the crate has no serialised form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct SavedQueue {
@@ -135,6 +142,11 @@ impl Mmio {
     /// Whether the driver is interrupted, instead of polling.
     pub fn has_interrupts(&self) -> bool {
         self.interrupts
+    }
+
+    /// Whether the driver is offered this feature.
+    pub fn offers(&self, feature: u64) -> bool {
+        self.offered & feature != 0
     }
 
     /// Whether the driver took this feature.

@@ -24,6 +24,7 @@ pub mod net;
 pub mod offload;
 pub mod queue;
 pub mod rng;
+pub mod steering;
 pub mod uring;
 pub mod vsock;
 

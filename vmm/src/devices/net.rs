@@ -1,10 +1,14 @@
-//! virtio-net (virtio 1.2, 5.1) over a TAP.
+//! virtio-net (virtio 1.2, 5.1) over a TAP, with one pair of queues or several.
+//!
+//! All pairs send to the one queue of the TAP. What comes from it goes to the pair that [`Steering`]
+//! says, and waits there for the driver's buffers: frames behind it wait, too.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use super::limiter::Limiter;
@@ -13,15 +17,23 @@ use super::offload::{
     CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HEADER, HOST_TSO4, HOST_TSO6, Header, from_driver,
     from_host, tun_offloads,
 };
+use super::steering::Steering;
 use super::{Device, QueueError};
 
 /// `VIRTIO_NET_F_MAC`
 const MAC: u64 = 1 << 5;
 /// `VIRTIO_NET_F_MRG_RXBUF`
 const MRG_RXBUF: u64 = 1 << 15;
+/// `VIRTIO_NET_F_CTRL_VQ`
+const CTRL_VQ: u64 = 1 << 17;
+/// `VIRTIO_NET_F_MQ`
+const MQ: u64 = 1 << 22;
 
-/// virtio-net.
-pub static KIND: Kind = Kind {
+const RECEIVE: QueueKind = QueueKind { name: "net rx", size: 256, notify: false };
+const TRANSMIT: QueueKind = QueueKind { name: "net tx", size: 256, notify: false };
+const CONTROL: QueueKind = QueueKind { name: "net control", size: 64, notify: true };
+
+const SINGLE: Kind = Kind {
     id: 1,
     features: CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MRG_RXBUF,
     optional: MAC,
@@ -31,14 +43,46 @@ pub static KIND: Kind = Kind {
         (GUEST_TSO6, GUEST_CSUM),
         (HOST_TSO4, CSUM),
         (HOST_TSO6, CSUM),
+        (MQ, CTRL_VQ),
     ],
-    queues: &[
-        QueueKind { name: "net rx", size: 256, notify: false },
-        QueueKind { name: "net tx", size: 256, notify: false },
-    ],
+    queues: &[RECEIVE, TRANSMIT],
 };
+
+/// virtio-net with one pair of queues.
+pub static KIND: Kind = SINGLE;
+
+/// virtio-net with [`PAIRS`].
+pub static MULTIQUEUE: Kind = Kind {
+    features: SINGLE.features | CTRL_VQ | MQ,
+    queues: &[RECEIVE, TRANSMIT, RECEIVE, TRANSMIT, RECEIVE, TRANSMIT, RECEIVE, TRANSMIT, CONTROL],
+    ..SINGLE
+};
+
+/// Pairs of queues that a driver may use which takes `VIRTIO_NET_F_MQ`.
+pub const PAIRS: u16 = 4;
+const _: () = assert!(MULTIQUEUE.queues.len() == 2 * PAIRS as usize + 1);
+
+// The first pair's queues (5.1.2), by which directions are told apart as well.
 const RX: usize = 0;
 const TX: usize = 1;
+
+/// The receive queue of a pair.
+fn rx(pair: u16) -> usize {
+    2 * usize::from(pair) + RX
+}
+
+/// The transmit queue of a pair.
+fn tx(pair: u16) -> usize {
+    2 * usize::from(pair) + TX
+}
+
+// The control queue's commands and answers (5.1.6.5).
+/// `VIRTIO_NET_CTRL_MQ`
+const CONTROL_MQ: u8 = 4;
+/// `VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET`
+const SET_PAIRS: u8 = 0;
+const ACK_OK: u8 = 0;
+const ACK_ERROR: u8 = 1;
 
 /// The longest frame on the wire with its header: an Ethernet header, a VLAN tag and an IP packet of
 /// 1500.
@@ -55,8 +99,13 @@ nix::ioctl_write_int_bad!(tun_set_offload, libc::TUNSETOFFLOAD);
 /// The network device.
 pub struct Net {
     mmio: Mmio,
-    /// MAC address, link up.
-    config: [u8; 8],
+    /// MAC address, link up, pairs of queues (5.1.4).
+    config: [u8; 10],
+    /// How many pairs the driver wants to use; 0 before it said so.
+    pairs: u16,
+    /// Where the limit stopped what the driver sends: another pair begins the next turn.
+    first: u16,
+    steering: Steering,
     /// None in a template, and when the interface was removed.
     tap: Option<File>,
     /// What the TAP was told to hand out: flags of `TUNSETOFFLOAD`.
@@ -87,12 +136,52 @@ enum Look {
     Frame,
 }
 
+/// A network device, saved. Of what it learned about flows it learns anew.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Its registers and queues.
+    mmio: MmioState,
+    /// How many pairs of queues the driver wants to use; 0 before it said so.
+    pairs: u16,
+}
+
+impl From<MmioState> for NetState {
+    /// Of a driver that uses one pair.
+    fn from(mmio: MmioState) -> Self {
+        Self { mmio, pairs: 0 }
+    }
+}
+
 impl Default for Net {
     fn default() -> Self {
+        Self::with(Mmio::new(&KIND))
+    }
+}
+
+impl Net {
+    /// A device after reset with one pair of queues, without a TAP.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A device after reset with [`PAIRS`], of which the driver uses one until it asks for more;
+    /// without a TAP.
+    pub fn multiqueue() -> Self {
+        Self::with(Mmio::new(&MULTIQUEUE))
+    }
+
+    fn with(mmio: Mmio) -> Self {
+        // All zeroes: the guest takes its own address from its identity.
+        let mut config = [0, 0, 0, 0, 0, 0, 1, 0, 0, 0];
+        if mmio.offers(MQ) {
+            config[8..].copy_from_slice(&PAIRS.to_le_bytes());
+        }
         Self {
-            mmio: Mmio::new(&KIND),
-            // All zeroes: the guest takes its own from its identity.
-            config: [0, 0, 0, 0, 0, 0, 1, 0],
+            mmio,
+            config,
+            pairs: 0,
+            first: 0,
+            steering: Steering::default(),
             tap: None,
             offloads: 0,
             sending: vec![0; FRAME_MAX + 1],
@@ -102,23 +191,24 @@ impl Default for Net {
             stopped: [None; 2],
         }
     }
-}
-
-impl Net {
-    /// A device after reset, without a TAP.
-    pub fn new() -> Self {
-        Self::default()
-    }
 
     /// A device in a saved state on a TAP as described at
     /// [`crate::control::ZygoteRequest::Fork`], or without a cable.
+    ///
+    /// # Errors
+    /// The state is not one of this device in this memory.
     pub fn load(
-        state: &MmioState,
+        state: &NetState,
         memory: &GuestMemoryMmap,
         tap: Option<OwnedFd>,
     ) -> Result<Self, QueueError> {
-        let mmio = Mmio::load(&KIND, state, memory)?;
-        let mut net = Self { mmio, tap: tap.map(File::from), ..Self::new() };
+        let kind = if state.mmio.offers(MQ) { &MULTIQUEUE } else { &KIND };
+        let mut net = Self::with(Mmio::load(kind, &state.mmio, memory)?);
+        if state.pairs > net.pairs_offered() {
+            return Err(net.mmio.queues[RX].error(&"saved with more pairs of queues"));
+        }
+        net.pairs = state.pairs;
+        net.tap = tap.map(File::from);
         net.set_offloads();
         Ok(net)
     }
@@ -136,7 +226,7 @@ impl Net {
         self.config[..6].copy_from_slice(&mac);
     }
 
-    /// Limits the rate of frames from now on. A frame over the limit waits: one of the guest's in
+    /// Limits the rates of frames from now on. A frame over the limit waits: one of the guest's in
     /// its queue, one for it in the TAP.
     pub fn set_limits(&mut self, limits: Limits) {
         self.limits = limits;
@@ -144,22 +234,54 @@ impl Net {
     }
 
     /// Saves the device.
-    pub fn save(&self) -> MmioState {
-        self.mmio.save()
+    pub fn save(&self) -> NetState {
+        NetState { mmio: self.mmio.save(), pairs: self.pairs }
+    }
+
+    /// Pairs of queues that the driver may use: one, unless it took `VIRTIO_NET_F_MQ`.
+    fn pairs_offered(&self) -> u16 {
+        if self.mmio.has(MQ) { PAIRS } else { 1 }
+    }
+
+    /// Pairs on which frames are received: one until the driver asks for more (5.1.6.5.6.2).
+    fn pairs_receiving(&self) -> u16 {
+        self.pairs.max(1)
+    }
+
+    /// Pairs on which frames are sent: all once the driver said how many it wants, so that what waits
+    /// on a pair that it gives up is sent as well.
+    fn pairs_sending(&self) -> u16 {
+        if self.pairs == 0 { 1 } else { self.pairs_offered() }
+    }
+
+    /// The control queue's index (5.1.2), if the driver wants one.
+    fn control_queue(&self) -> Option<usize> {
+        self.mmio.has(CTRL_VQ).then_some(rx(self.pairs_offered()))
     }
 
     /// Sends the frames that the guest queued. What the TAP does not take is lost, as on a wire.
+    ///
+    /// # Errors
+    /// As [`Device::notify`].
     pub fn transmit(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        if !self.mmio.is_live(TX) {
-            return Ok(());
-        }
-        let features = self.mmio.features();
-        let queue = &mut self.mmio.queues[TX];
-        queue.begin();
+        (0..self.pairs_offered()).for_each(|pair| self.mmio.queues[tx(pair)].begin());
         self.stopped[TX] = None;
+        let (first, pairs) = (self.first, self.pairs_sending());
+        for pair in (0..pairs).map(|turn| (first + turn) % pairs) {
+            if self.mmio.is_live(tx(pair)) && self.stopped[TX].is_none() {
+                self.transmit_pair(pair, memory)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn transmit_pair(&mut self, pair: u16, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        let features = self.mmio.features();
+        let queue = &mut self.mmio.queues[tx(pair)];
         while queue.is_available(memory)? {
             self.stopped[TX] = self.limits.transmit.stopped_until();
             if self.stopped[TX].is_some() {
+                self.first = pair + 1;
                 break;
             }
             let Some(chain) = queue.next_chain(memory)? else { break };
@@ -172,6 +294,9 @@ impl Net {
             if let Some(packet) = self.sending.get_mut(..length) {
                 reader.read_exact(packet).map_err(|error| queue.error(&error))?;
                 self.limits.transmit.passed(length - HEADER);
+                if self.pairs > 1 {
+                    self.steering.sent(&packet[HEADER..], pair);
+                }
                 if let (true, Some(tap)) = (check_sent(packet, features), &mut self.tap) {
                     let _ = tap.write(packet);
                 }
@@ -182,16 +307,24 @@ impl Net {
     }
 
     /// Hands frames to the guest while there are any and it has buffers; returns whether it did.
+    ///
+    /// # Errors
+    /// As [`Device::notify`].
     pub fn receive(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
         if !self.mmio.is_live(RX) {
             return Ok(false);
         }
-        self.mmio.queues[RX].begin();
+        let mut turn = 0;
+        for pair in 0..self.pairs_offered() {
+            let queue = &mut self.mmio.queues[rx(pair)];
+            queue.begin();
+            turn += queue.size();
+        }
         self.stopped[RX] = None;
         let mut received = false;
         // As long as a turn, also if all frames are dropped.
-        for _ in 0..self.mmio.queues[RX].size() {
-            if !self.mmio.queues[RX].is_available(memory)? {
+        for _ in 0..turn {
+            if !self.has_buffers(memory)? {
                 break;
             }
             self.stopped[RX] = self.limits.receive.stopped_until();
@@ -212,7 +345,11 @@ impl Net {
         }
         // If that was the last buffer the driver is to tell of the next one: without one the TAP is
         // not looked at.
-        self.mmio.queues[RX].is_available(memory)?;
+        for queue in (0..self.pairs_receiving()).map(rx) {
+            if self.mmio.is_live(queue) {
+                self.mmio.queues[queue].is_available(memory)?;
+            }
+        }
         Ok(received)
     }
 
@@ -236,10 +373,21 @@ impl Net {
         Look::Frame
     }
 
+    /// The receive queue for the frame that was read.
+    fn destination(&self) -> usize {
+        if self.pairs <= 1 {
+            return RX;
+        }
+        let queue = rx(self.steering.pair(&self.receiving[HEADER..self.held], self.pairs));
+        if self.mmio.is_live(queue) { queue } else { RX }
+    }
+
     /// Puts the frame that was read into the guest's buffers; `false` if they have no room yet.
     fn deliver(&mut self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
         let mergeable = self.mmio.has(MRG_RXBUF);
-        let queue = &mut self.mmio.queues[RX];
+        // Asked anew each time: the driver may have given the pair up meanwhile.
+        let destination = self.destination();
+        let queue = &mut self.mmio.queues[destination];
         let mut room = 0;
         let mut buffers = Vec::with_capacity(1);
         while room < self.held {
@@ -272,12 +420,65 @@ impl Net {
         Ok(true)
     }
 
+    /// Does what the driver asks for in the control queue (5.1.6.5).
+    fn control(&mut self, queue: usize, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
+        if !self.mmio.is_live(queue) {
+            return Ok(());
+        }
+        self.mmio.queues[queue].begin();
+        while let Some(chain) = self.mmio.queues[queue].next_chain(memory)? {
+            let head = chain.head_index();
+            let error = |error: &dyn std::fmt::Display| self.mmio.queues[queue].error(error);
+            let mut reader = chain.clone().reader(memory).map_err(|cause| error(&cause))?;
+            let mut writer = chain.writer(memory).map_err(|cause| error(&cause))?;
+            if writer.available_bytes() == 0 {
+                return Err(error(&"a command has no room for its answer"));
+            }
+            // Class, command and data: of the only one that there is, and room to see that it is longer.
+            let mut bytes = [0; 5];
+            let length = reader.read(&mut bytes).map_err(|cause| error(&cause))?;
+            let is_done = match bytes[..length] {
+                [CONTROL_MQ, SET_PAIRS, low, high] => {
+                    self.set_pairs(u16::from_le_bytes([low, high]))
+                }
+                _ => false,
+            };
+            let answer = if is_done { ACK_OK } else { ACK_ERROR };
+            let queue = &mut self.mmio.queues[queue];
+            writer.write_all(&[answer]).map_err(|error| queue.error(&error))?;
+            queue.add_used(memory, head, 1)?;
+        }
+        Ok(())
+    }
+
+    /// The driver wants to use so many pairs; whether it may.
+    fn set_pairs(&mut self, pairs: u16) -> bool {
+        let is_offered = self.mmio.has(MQ) && (1..=PAIRS).contains(&pairs);
+        if is_offered {
+            self.pairs = pairs;
+        }
+        is_offered
+    }
+
+    /// Whether the driver has buffers for frames.
+    fn has_buffers(&self, memory: &GuestMemoryMmap) -> Result<bool, QueueError> {
+        for queue in (0..self.pairs_receiving()).map(rx) {
+            if self.mmio.is_live(queue) && self.mmio.queues[queue].has_chain(memory)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The TAP, if a frame from it could be handed to the guest.
+    ///
+    /// # Errors
+    /// The driver's rings cannot be read.
     pub fn poll_fd(&self, memory: &GuestMemoryMmap) -> Result<Option<BorrowedFd<'_>>, QueueError> {
         let wanted = self.held == 0
             && self.stopped[RX].is_none()
             && self.mmio.is_live(RX)
-            && self.mmio.queues[RX].has_chain(memory)?;
+            && self.has_buffers(memory)?;
         Ok(self.tap.as_ref().filter(|_| wanted).map(AsFd::as_fd))
     }
 
@@ -291,15 +492,26 @@ impl Net {
         self.tap.take().map(OwnedFd::from)
     }
 
-    /// Throws away what waits in the TAP: it was not for this instance.
-    pub fn drain(&mut self) {
+    /// Throws away what waits in the TAP, and what the driver queued: neither is this instance's.
+    ///
+    /// # Errors
+    /// As [`Net::transmit`].
+    pub fn drain(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         self.held = 0;
-        let Some(tap) = &mut self.tap else { return };
-        for _ in 0..TAP_QUEUE {
-            if !matches!(tap.read(&mut self.receiving[..]), Ok(1..)) {
-                return;
+        let mut tap = self.tap.take();
+        // Without a cable frames go nowhere, and do not count.
+        let limits = std::mem::take(&mut self.limits);
+        let drained = self.transmit(memory);
+        self.limits = limits;
+        if let Some(tap) = &mut tap {
+            for _ in 0..TAP_QUEUE {
+                if !matches!(tap.read(&mut self.receiving[..]), Ok(1..)) {
+                    break;
+                }
             }
         }
+        self.tap = tap;
+        drained
     }
 
     /// Lets the TAP hand out what the driver can take.
@@ -334,15 +546,16 @@ impl Device for Net {
 
     fn notify(&mut self, queue: usize, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         match queue {
-            TX => self.transmit(memory),
+            _ if Some(queue) == self.control_queue() => self.control(queue, memory),
+            _ if queue % 2 == TX => self.transmit(memory),
             // A driver that polls looks for frames before it waits, and not after that.
-            RX if self.mmio.has_interrupts() => self.receive(memory).map(|_| ()),
+            _ if self.mmio.has_interrupts() => self.receive(memory).map(|_| ()),
             _ => Ok(()),
         }
     }
 
     fn negotiated(&mut self) {
-        self.held = 0;
+        (self.held, self.pairs, self.first) = (0, 0, 0);
         self.set_offloads();
     }
 

@@ -121,6 +121,7 @@ const ZYGOTE: &[libc::c_long] = &[
     libc::SYS_prctl,
     libc::SYS_recvmsg,
     libc::SYS_seccomp,
+    libc::SYS_sendmsg,
     libc::SYS_set_robust_list,
     libc::SYS_setresgid,
     libc::SYS_setresuid,

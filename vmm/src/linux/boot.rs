@@ -8,7 +8,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{self, BzImage, Elf, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 use warren_abi::microvm::{
-    ABI_VERSION, BOOT_ADDRESS, Boot, COMMAND_PARK, IDENTITY_ADDRESS, NET_MMIO,
+    ABI_VERSION, BOOT_ADDRESS, Boot, COMMAND_PARK, FunctionPlace, IDENTITY_ADDRESS, NET_MMIO,
 };
 
 use super::acpi;
@@ -147,7 +147,8 @@ pub fn load(ram: &GuestRam, program: &Program) -> Result<u64, LinuxBootError> {
     }
     // The agent has no use for a heap's place.
     let (abi_version, command, generation) = (ABI_VERSION, COMMAND_PARK, 0);
-    let boot = Boot { abi_version, command, heap_start: 0, heap_end: 0, generation };
+    let function = FunctionPlace::default();
+    let boot = Boot { abi_version, command, heap_start: 0, heap_end: 0, generation, function };
     memory.write_slice(&boot_bytes(&boot), GuestAddress(BOOT_ADDRESS))?;
     Ok(entry)
 }

@@ -2,9 +2,9 @@
 //! clone continues with, beyond what every guest has.
 
 use kvm_bindings::{
-    CpuId, KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    Msrs, kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_segment, kvm_vcpu_events,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data,
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_segment, kvm_vcpu_events,
 };
 use kvm_ioctls::{Error, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -178,8 +178,8 @@ pub fn load(vm: &VmFd, vcpu: &VcpuFd, state: &PlatformState) -> Result<u64, Erro
         state.msrs.iter().copied().partition(|(index, _)| *index == TSC_DEADLINE);
     set_msrs(vcpu, &msrs)?;
     set_msrs(vcpu, &deadline)?;
+    // No flags: that the counter is stable is for reading only.
     let clock = kvm_clock_data { clock: state.clock_ns, ..kvm_clock_data::default() };
-    debug_assert_eq!(clock.flags & KVM_CLOCK_TSC_STABLE, 0, "that flag is for reading");
     vm.set_clock(&clock)?;
     vcpu.set_mp_state(state.mp_state)?;
     vcpu.set_vcpu_events(&state.events)?;

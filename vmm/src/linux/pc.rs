@@ -4,7 +4,6 @@
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::fs::File;
-use std::rc::Rc;
 
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -18,6 +17,7 @@ use crate::control::EndReason;
 use crate::devices::blk::{Blk, BlkState, ID_BYTES};
 use crate::devices::console::Console;
 use crate::devices::disk::{Disk, DiskError};
+use crate::devices::limiter::Limiter;
 use crate::devices::mmio::MmioState;
 use crate::devices::rng::Rng;
 use crate::devices::{Device, QueueError};
@@ -59,7 +59,6 @@ pub struct Pc {
     blk: Option<Blk>,
     console: Console,
     serial: Serial<Line, NoEvents, Log>,
-    serial_line: Line,
     console_log: Log,
 }
 
@@ -74,8 +73,8 @@ pub struct PcState {
 }
 
 /// An interrupt line that somebody wants to be raised.
-#[derive(Clone, Default)]
-struct Line(Rc<Cell<bool>>);
+#[derive(Default)]
+struct Line(Cell<bool>);
 
 impl Trigger for Line {
     type E = Infallible;
@@ -92,14 +91,12 @@ impl Pc {
     /// # Errors
     /// The file cannot be a disk.
     pub fn new(disk: Option<File>) -> Result<Self, DiskError> {
-        let serial_line = Line::default();
         let disk = disk.map(Disk::read_only).transpose()?;
         let mut pc = Self {
             rng: Rng::new(),
             blk: disk.map(|disk| Blk::new(disk, DISK_ID)),
             console: Console::new(),
-            serial: Serial::new(serial_line.clone(), Log::new("kernel")),
-            serial_line,
+            serial: Serial::new(Line::default(), Log::new("kernel")),
             console_log: Log::new("console"),
         };
         pc.devices().for_each(|(_, device)| device.mmio_mut().use_interrupts());
@@ -126,13 +123,8 @@ impl Pc {
             (Some(_), None) => return Err(refuse("the template's disk was not given".to_owned())),
             (None, Some(_)) => return Err(refuse("the template has no disk".to_owned())),
         };
-        let serial_line = Line::default();
-        let serial = Serial::from_state(
-            &serial_state(&state.serial),
-            serial_line.clone(),
-            NoEvents,
-            Log::new("kernel"),
-        );
+        let registers = serial_state(&state.serial);
+        let serial = Serial::from_state(&registers, Line::default(), NoEvents, Log::new("kernel"));
         let serial =
             serial.map_err(|error| QueueError { queue: "serial", error: format!("{error:?}") })?;
         Ok(Self {
@@ -140,7 +132,6 @@ impl Pc {
             blk,
             console: Console::load(&state.console, memory)?,
             serial,
-            serial_line,
             console_log: Log::new("console"),
         })
     }
@@ -163,6 +154,13 @@ impl Pc {
                 serial.modem_status,
                 serial.scratch,
             ],
+        }
+    }
+
+    /// Limits what is read from the disk from now on, if there is one.
+    pub fn limit_disk(&mut self, limiter: Limiter) {
+        if let Some(blk) = &mut self.blk {
+            blk.set_limiter(limiter);
         }
     }
 
@@ -222,7 +220,7 @@ impl Pc {
 
     /// Raises the serial port's interrupt, if it wants it.
     pub fn raise_serial(&mut self, vm: &VmFd) -> Result<(), EndReason> {
-        if self.serial_line.0.take() { pulse(vm, SERIAL_GSI) } else { Ok(()) }
+        if self.serial.interrupt_evt().0.take() { pulse(vm, SERIAL_GSI) } else { Ok(()) }
     }
 
     /// Puts the devices back into a saved state, with the same disk.

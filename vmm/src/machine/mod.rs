@@ -21,13 +21,14 @@ use crate::control::{EndReason, GuestKind};
 use crate::cpu::{self, CpuState};
 use crate::devices::disk::DiskError;
 use crate::devices::mmio::MmioState;
-use crate::devices::net::Net;
+use crate::devices::net::{Limits, Net, NetState};
 use crate::devices::vsock::Vsock;
 use crate::devices::{Device, QueueError};
 use crate::linux;
 use crate::linux::cpu::PlatformState;
 use crate::linux::pc::{Pc, PcState, pulse, virtio_gsi};
 use crate::memory::{GuestRam, Pages};
+use crate::rates::Rates;
 use crate::timer::KickTimer;
 pub use shell::Shell;
 
@@ -41,7 +42,7 @@ pub struct MachineState {
     /// Processor.
     pub cpu: CpuState,
     /// Network device.
-    pub net: MmioState,
+    pub net: NetState,
     /// Vsock device.
     pub vsock: MmioState,
     /// What a Linux guest has beyond.
@@ -159,6 +160,15 @@ impl Machine {
     /// Changes how long the guest may run without an exit.
     pub fn set_watchdog(&mut self, budget: Duration) {
         self.watchdog = budget;
+    }
+
+    /// Limits what its devices move from now on.
+    pub fn set_rates(&mut self, rates: &Rates) {
+        self.net
+            .set_limits(Limits { receive: rates.net_receive(), transmit: rates.net_transmit() });
+        if let Some(linux) = &mut self.linux {
+            linux.pc.limit_disk(rates.disk());
+        }
     }
 
     /// Saves processor and devices. The guest must stand at the barrier, or wait: then it goes on

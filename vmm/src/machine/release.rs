@@ -4,12 +4,15 @@ use std::io;
 
 use vm_memory::{Bytes, GuestAddress};
 use warren_abi::microvm::{
-    BOOT_ADDRESS, Boot, COMMAND_PARK, COMMAND_PREFAULT, COMMAND_RELEASE, IDENTITY_ADDRESS, Identity,
+    BOOT_ADDRESS, Boot, COMMAND_LOAD, COMMAND_PARK, COMMAND_PREFAULT, COMMAND_RELEASE,
+    IDENTITY_ADDRESS, Identity,
 };
 
 use super::{Exit, Machine, host};
+use crate::boot::function_bytes;
 use crate::clock::{monotonic_ns, wall_clock_ns};
 use crate::control::{EndReason, PublicIdentity};
+use crate::function::Function;
 use crate::linux::pc::{GENERATION_ADDRESS, GENERATION_GSI, pulse};
 
 impl Machine {
@@ -20,6 +23,22 @@ impl Machine {
         getrandom(&mut [0; 64])?;
         self.write_identity(&NOBODY)?;
         self.command(COMMAND_PREFAULT)?;
+        self.run_until(Exit::Barrier)?;
+        self.command(COMMAND_PARK)
+    }
+
+    /// Puts a function in its place, and lets the guest, which stands at its barrier, know of it.
+    pub fn take_function(&mut self, function: &Function) -> Result<(), EndReason> {
+        let write = |address, bytes: &[u8]| {
+            let written = self.ram.all().write_slice(bytes, GuestAddress(address));
+            written.map_err(|error| host(&error))
+        };
+        for segment in &function.data {
+            write(segment.start, segment.bytes)?;
+        }
+        let place_at = BOOT_ADDRESS + std::mem::offset_of!(Boot, function) as u64;
+        write(place_at, &function_bytes(&function.place))?;
+        self.command(COMMAND_LOAD)?;
         self.run_until(Exit::Barrier)?;
         self.command(COMMAND_PARK)
     }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use kvm_bindings::{CpuId, kvm_userspace_memory_region};
+use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::{Linux, Machine, MachineError, MachineState, kvm};
@@ -61,7 +61,7 @@ impl Shell {
         disk: Option<File>,
     ) -> Result<Machine, MachineError> {
         ram.open_to_devices();
-        let (mut net, mut vsock) = (Net::new(), Vsock::new());
+        let (mut net, mut vsock) = (Net::multiqueue(), Vsock::new());
         net.mmio_mut().use_interrupts();
         vsock.mmio_mut().use_interrupts();
         let msrs = kvm_fd.get_msr_index_list().map_err(kvm("list the registers"))?;
@@ -108,15 +108,17 @@ impl Shell {
         let Self { timer, vcpu, vm } = self;
         let tsc_hz = vcpu.get_tsc_khz().map_err(kvm("ask for the frequency of its counter"))?;
         let tsc_hz = u64::from(tsc_hz) * 1000;
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: ram.bytes(),
-            userspace_addr: ram.host_address(),
-        };
-        // SAFETY: the range is `ram`'s mapping, which outlives the VM: fields drop in order.
-        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set the memory region"))?;
+        for (slot, memory) in (0u32..).zip(ram.slots()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: if memory.read_only { KVM_MEM_READONLY } else { 0 },
+                guest_phys_addr: memory.guest_address,
+                memory_size: memory.bytes,
+                userspace_addr: memory.host_address,
+            };
+            // SAFETY: the range is a mapping of `ram`'s, which outlives the VM: fields drop in order.
+            unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set a memory region"))?;
+        }
         let last_exit = Instant::now();
         let watchdog = WATCHDOG;
         Ok(Machine { timer, vcpu, vm, ram, net, vsock, linux, tsc_hz, watchdog, last_exit })

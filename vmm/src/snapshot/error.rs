@@ -26,7 +26,7 @@ pub enum SnapshotError {
     },
     /// Another version wrote it.
     #[error(
-        "{}: {kind} of {what} {found}, this warren-vmm needs {expected}; \
+        "{}: {kind} of {what} {found}, this warren-vmm takes {oldest} to {newest}; \
          make it anew with {maker}", path.display()
     )]
     Version {
@@ -40,8 +40,10 @@ pub enum SnapshotError {
         what: &'static str,
         /// The file's.
         found: u32,
-        /// This program's.
-        expected: u32,
+        /// The oldest that this program takes.
+        oldest: u32,
+        /// The newest.
+        newest: u32,
     },
     /// Its length is not what its beginning says.
     #[error(

@@ -5,7 +5,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | 8 | what it is: [`Kind::magic`] |
-//! | 4 | [`VERSION`] |
+//! | 4 | one of [`VERSIONS`] |
 //! | 4 | 0: plain, 1: encrypted ([`super::crypt`]) |
 //! | 8 | size of guest memory |
 //! | 4 | length of the header |
@@ -22,18 +22,21 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use vm_memory::{Bytes, GuestAddress};
 
-use super::SnapshotError;
 use super::crypt::{self, Key, NONCE, TAG};
+use super::{ABI_VERSIONS, SnapshotError};
 use crate::linux::boot::MEMORY_MAX;
 use crate::memory::{GuestRam, PAGE};
 
-/// Version of the format. Raise it together with the layouts that tests pin.
-pub const VERSION: u32 = 3;
+/// Version of the format that is written. Raise it together with the layouts that tests pin.
+pub const VERSION: u32 = 4;
+
+/// Versions that are read.
+pub const VERSIONS: RangeInclusive<u32> = 3..=VERSION;
 
 pub(super) const FIXED: usize = 8 + 4 + 4 + 8 + 4 + 4 + NONCE;
 pub(super) const CHECKSUM: usize = 32;
@@ -105,8 +108,7 @@ pub fn write(
     }
     let mut page = [0; PAGE as usize];
     for &number in pages {
-        let address = GuestAddress(u64::from(number) * PAGE);
-        ram.all().read_slice(&mut page, address).map_err(io::Error::other)?;
+        ram.read_page(number, &mut page)?;
         put(&page)?;
     }
     let checksum = hasher.finalize();
@@ -149,6 +151,8 @@ pub fn put(path: &Path, bytes: &[u8]) -> Result<(), SnapshotError> {
 pub struct Content {
     path: PathBuf,
     kind: &'static Kind,
+    /// Version of its format.
+    pub version: u32,
     bytes: Vec<u8>,
     header: usize,
     pages: usize,
@@ -186,8 +190,8 @@ impl Content {
         let length = |path, expected| SnapshotError::Length { path, found, expected };
         let too_short = |path| length(path, (FIXED + CHECKSUM) as u64);
         let Some(version) = word(&bytes, 8) else { return Err(too_short(path)) };
-        if version != VERSION {
-            return Err(other_version(path, kind, "format", version, VERSION));
+        if !VERSIONS.contains(&version) {
+            return Err(other_version(path, kind, "format", version, VERSIONS));
         }
         let Some((cipher, head)) = fixed(&bytes) else { return Err(too_short(path)) };
         let tag_bytes = if cipher == ENCRYPTED { TAG } else { 0 };
@@ -221,11 +225,19 @@ impl Content {
             return Err(malformed(path, kind, "size of memory"));
         }
         let (header, pages) = (header as usize, pages as usize);
-        let content = Self { path, kind, bytes, header, pages, memory_bytes, checksum };
-        if content.pages().any(|(number, _)| u64::from(number) >= memory_bytes / PAGE) {
-            return Err(content.malformed("page outside of memory"));
+        Ok(Self { path, kind, version, bytes, header, pages, memory_bytes, checksum })
+    }
+
+    /// Checks that the pages lie in memory, or in one of these ranges of addresses.
+    pub fn check_pages(&self, elsewhere: &[Range<u64>]) -> Result<(), SnapshotError> {
+        let lies_in_memory = |(number, _): (u32, &[u8])| {
+            let address = u64::from(number) * PAGE;
+            address < self.memory_bytes || elsewhere.iter().any(|range| range.contains(&address))
+        };
+        if self.pages().all(lies_in_memory) {
+            return Ok(());
         }
-        Ok(content)
+        Err(self.malformed("page outside of memory"))
     }
 
     /// Decodes the header.
@@ -252,11 +264,11 @@ impl Content {
     }
 
     /// Checks the version of the ABI that the guest was built with.
-    pub fn check_abi(&self, found: u32, expected: u32) -> Result<(), SnapshotError> {
-        if found == expected {
+    pub fn check_abi(&self, found: u32) -> Result<(), SnapshotError> {
+        if ABI_VERSIONS.contains(&found) {
             return Ok(());
         }
-        Err(other_version(self.path.clone(), self.kind, "guest ABI", found, expected))
+        Err(other_version(self.path.clone(), self.kind, "guest ABI", found, ABI_VERSIONS))
     }
 }
 
@@ -269,10 +281,11 @@ fn other_version(
     kind: &Kind,
     what: &'static str,
     found: u32,
-    expected: u32,
+    known: RangeInclusive<u32>,
 ) -> SnapshotError {
     let Kind { name, maker, .. } = kind;
-    SnapshotError::Version { path, kind: name, maker, what, found, expected }
+    let (oldest, newest) = known.into_inner();
+    SnapshotError::Version { path, kind: name, maker, what, found, oldest, newest }
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {

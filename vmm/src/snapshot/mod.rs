@@ -1,16 +1,18 @@
 //! What clones are made from: a template, the machine at its release barrier; and, if they are to be
 //! branches of one that ran, a diff against it.
 //!
-//! [`file`] is the form of both, [`diff`] what is special about the second, [`crypt`] their
-//! encryption. What was verified is what fills the sealed memfd that all clones map.
+//! [`file`] is the form of both, [`diff`] what is special about the second, `former` what older ones
+//! have, [`crypt`] their encryption. What was verified is what fills the sealed memfd that all clones map.
 
 pub mod crypt;
 pub mod diff;
 mod error;
 mod file;
+mod former;
 
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -24,7 +26,10 @@ pub use file::VERSION;
 use file::{Content, Kind};
 
 use crate::machine::MachineState;
-use crate::memory::{GuestRam, PAGE, Pages, create_memfd, seal};
+use crate::memory::{Backing, GuestRam, PAGE, Pages, Part};
+
+/// Versions of the guest's ABI that are run. One of 2 takes no function.
+const ABI_VERSIONS: RangeInclusive<u32> = 2..=ABI_VERSION;
 
 /// A template's file.
 static KIND: Kind = Kind { magic: *b"WARRENVM", name: "template", maker: "`warren-vmm template`" };
@@ -72,11 +77,11 @@ pub struct Template {
     /// Its header; of a diff, if there is one, processor and devices.
     pub header: Header,
     /// Sealed memory.
-    pub memory: File,
-    /// Size of the memory.
-    pub memory_bytes: u64,
+    pub memory: Backing,
     /// What snapshots of its clones are diffs against.
     pub base: diff::Base,
+    /// Checksum of the file that clones come out of: the diff's, if there is one.
+    pub origin: [u8; 32],
 }
 
 /// Writes a template, atomically: the file is there whole or not at all.
@@ -111,36 +116,80 @@ fn used_pages(ram: &GuestRam) -> io::Result<Vec<u32>> {
     Ok(numbers)
 }
 
-/// Reads and verifies a template, and fills a sealed memfd with its memory; with a diff, with the
-/// memory that the diff makes of it.
-pub fn read(sources: &Sources) -> Result<Template, SnapshotError> {
+/// Memory that was filled before, and sealed.
+#[derive(Debug)]
+pub struct Given {
+    /// Checksum of its template.
+    pub template: [u8; 32],
+    /// The memory.
+    pub memfd: File,
+}
+
+/// Reads and verifies a template, and fills a sealed memfd with its memory, unless that was given;
+/// with a diff, others with what that adds.
+pub fn read(sources: &Sources, given: Option<Given>) -> Result<Template, SnapshotError> {
     let Sources { template: path, diff, key, .. } = sources;
     let key = Key::read_optional(key.as_deref())?;
     let io_error = |source| SnapshotError::Io { path: path.clone(), source };
     let content = Content::read(path, &KIND, key.as_ref())?;
-    let mut header = header(&content)?;
-    let memory = create_memfd(content.memory_bytes).map_err(io_error)?;
-    fill(&memory, &content).map_err(io_error)?;
-    let mut base = diff::Base { template: content.checksum, pages: Vec::new() };
+    let header = header(&content)?;
+    content.check_pages(&[])?;
+    let base = match given {
+        Some(Given { template, memfd }) if template == content.checksum => {
+            Part { memfd, bytes: content.memory_bytes }
+        }
+        _ => {
+            let base = Part::new("warren-memory", content.memory_bytes).map_err(io_error)?;
+            fill(&base.memfd, content.pages()).map_err(io_error)?;
+            base
+        }
+    };
+    let mut template = Template {
+        base: diff::Base::of(content.checksum, &header),
+        header,
+        memory: Backing::new(base),
+        origin: content.checksum,
+    };
     if let Some(diff) = diff {
-        header.machine = diff::apply(diff, key.as_ref(), path, &mut base, &memory)?;
+        diff::apply(diff, key.as_ref(), path, &mut template)?;
     }
-    seal(&memory).map_err(io_error)?;
-    Ok(Template { header, memory, memory_bytes: content.memory_bytes, base })
+    template.memory.seal().map_err(io_error)?;
+    Ok(template)
 }
 
 /// A template's header, of this version.
 fn header(content: &Content) -> Result<Header, SnapshotError> {
-    let header: Header = content.header()?;
-    content.check_abi(header.abi_version, ABI_VERSION)?;
+    let header: Header = match content.version {
+        3 => content.header::<former::Template>()?.into(),
+        _ => content.header()?,
+    };
+    content.check_abi(header.abi_version)?;
     Ok(header)
 }
 
-/// Copies the pages of a file to where they belong.
-fn fill(memory: &File, content: &Content) -> io::Result<()> {
-    content
-        .pages()
-        .try_for_each(|(number, page)| memory.write_all_at(page, u64::from(number) * PAGE))
+/// Copies pages to where they belong.
+fn fill<'p>(memory: &File, mut pages: impl Iterator<Item = (u32, &'p [u8])>) -> io::Result<()> {
+    pages.try_for_each(|(number, page)| memory.write_all_at(page, u64::from(number) * PAGE))
+}
+
+/// Reads a template or a diff to which the right checksum is added, whatever else is in it; returns how
+/// many pages it has. For fuzz targets.
+#[doc(hidden)]
+pub fn examine(mut bytes: Vec<u8>) -> Result<usize, SnapshotError> {
+    let checksum = *blake3::hash(&bytes).as_bytes();
+    bytes.extend(checksum);
+    let path = Path::new("examined");
+    let content = if bytes.starts_with(&diff::KIND.magic) {
+        let content = Content::verify(path, &diff::KIND, bytes, None)?;
+        diff::header(&content)?;
+        content
+    } else {
+        let content = Content::verify(path, &KIND, bytes, None)?;
+        header(&content)?;
+        content.check_pages(&[])?;
+        content
+    };
+    Ok(content.pages().count())
 }
 
 #[cfg(test)]

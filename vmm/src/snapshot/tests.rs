@@ -1,22 +1,24 @@
 use std::io::Write;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
+use warren_abi::microvm::{CODE_ADDRESS, DATA_ADDRESS};
 
 use super::file::{CHECKSUM, FIXED};
 use super::*;
 use crate::cpu::{CpuState, missing_features};
 use crate::devices::mmio::Mmio;
-use crate::devices::{net, vsock};
+use crate::devices::net::Net;
+use crate::devices::vsock;
 
 /// BLAKE3 of an encoded [`Header`] whose fields all differ from each other, of a file, and of the
 /// header of a diff. If the test fails the format has changed: raise [`VERSION`], then put the new
 /// values here.
 const LAYOUT: (u32, [&str; 3]) = (
-    3,
+    4,
     [
-        "d9920a8e9898275e9b32cfdbe037d4ca9371457f5c104d6bb7d9bfc48bed80ae",
-        "7d949635ca00554849cd7551a2c86b1e8ea36c94110b0a7ede7aed5193d8ebe1",
-        "62b0d96796b752995dd7d01f356e8f05980699520413d1a82fe16a38de6a3451",
+        "5f28cf3a38c1e19982eaf516431d270b84758bdb5bb48d7ac09e1514e228c45e",
+        "e58d06588745f5f3a48e3f5bb17f57f15726470ecb7f3551946e1d20a71d6db9",
+        "62a85c8d7025e89a7581b13b9330718c7c2f3f74ebd917b3f21432427f1610a4",
     ],
 );
 
@@ -31,6 +33,58 @@ fn header() -> Header {
     }
 }
 
+/// Sizes that no image of a function has, and pages where such an image has none.
+#[test]
+fn a_diff_whose_function_cannot_be_is_refused() {
+    let (mib, data, code) = (1u64 << 20, DATA_ADDRESS / PAGE, CODE_ADDRESS / PAGE);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("diff");
+    let keep = |function, pages: &[u64]| {
+        let header = postcard::to_allocvec(&diff::Header { function, ..diff_header() }).unwrap();
+        let mut bytes = Vec::new();
+        file::write(&mut bytes, &diff::KIND, &header, &vec![0; pages.len()], &ram()).unwrap();
+        let numbers = bytes[FIXED + header.len()..].chunks_exact_mut(4);
+        for (number, page) in numbers.zip(pages) {
+            number.copy_from_slice(&(*page as u32).to_le_bytes());
+        }
+        bytes.truncate(bytes.len() - CHECKSUM);
+        let checksum = *blake3::hash(&bytes).as_bytes();
+        bytes.extend(checksum);
+        diff::keep(&path, bytes, None)
+    };
+    assert!(keep(None, &[1, 1023]).is_ok());
+    assert!(keep(Some((2 * mib, mib)), &[1, data, data + 511, code, code + 255]).is_ok());
+    for (function, pages) in [
+        (None, vec![1024]),
+        (None, vec![data]),
+        (None, vec![code]),
+        (Some((2 * mib, mib)), vec![data - 1]),
+        (Some((2 * mib, mib)), vec![data + 512]),
+        (Some((2 * mib, mib)), vec![code + 256]),
+        (Some((2 * mib, mib)), vec![u64::from(u32::MAX)]),
+        (Some((0, mib)), vec![]),
+        (Some((mib, 0)), vec![]),
+        (Some((mib + 1, mib)), vec![]),
+        (Some((mib, u64::MAX)), vec![]),
+        (Some((1 << 40, mib)), vec![]),
+    ] {
+        let refused = keep(function, &pages);
+        let what = format!("{function:?} with {pages:?}: {refused:?}");
+        assert!(matches!(refused, Err(SnapshotError::Malformed { .. })), "{what}");
+    }
+}
+
+fn diff_header() -> diff::Header {
+    diff::Header {
+        abi_version: ABI_VERSION,
+        template: [14; 32],
+        machine: machine(),
+        function: Some((15, 16)),
+        working_set: vec![Pages { first: 17, count: 18 }],
+        in_place: vec![Pages { first: 19, count: 20 }],
+    }
+}
+
 fn machine() -> MachineState {
     MachineState {
         cpu: CpuState {
@@ -39,7 +93,7 @@ fn machine() -> MachineState {
             xcr0: 6,
             xsave: vec![7, 8, 9],
         },
-        net: Mmio::new(&net::KIND).save(),
+        net: Net::new().save(),
         vsock: Mmio::new(&vsock::KIND).save(),
         linux: None,
     }
@@ -47,7 +101,7 @@ fn machine() -> MachineState {
 
 fn ram() -> GuestRam {
     let bytes = 4 << 20;
-    let ram = GuestRam::map(&create_memfd(bytes).unwrap(), bytes, true).unwrap();
+    let ram = GuestRam::map(&Part::new("test", bytes).unwrap().memfd, bytes, true).unwrap();
     for (page, byte) in [(0, 1u8), (7, 2), (1023, 3)] {
         ram.all().write_slice(&[byte; 4096], GuestAddress(page * PAGE)).unwrap();
     }
@@ -90,7 +144,7 @@ impl Files {
 
     fn with_key(&self, name: Option<&str>) -> Result<Template, SnapshotError> {
         let key = name.map(|name| self.directory.path().join(name));
-        read(&Sources { key, ..self.sources.clone() })
+        read(&Sources { key, ..self.sources.clone() }, None)
     }
 }
 
@@ -99,8 +153,7 @@ fn layout_changes_only_together_with_the_version() {
     let header_hash = blake3::hash(&postcard::to_allocvec(&header()).unwrap());
     let file = Files::new(&header(), false).bytes();
     let file_hash = blake3::hash(&file);
-    let diff = diff::Header { abi_version: ABI_VERSION, template: [14; 32], machine: machine() };
-    let diff_hash = blake3::hash(&postcard::to_allocvec(&diff).unwrap());
+    let diff_hash = blake3::hash(&postcard::to_allocvec(&diff_header()).unwrap());
     let hashes = [header_hash, file_hash, diff_hash].map(|hash| hash.to_hex().to_string());
     assert_eq!((VERSION, hashes.each_ref().map(String::as_str)), LAYOUT);
 }
@@ -109,21 +162,22 @@ fn layout_changes_only_together_with_the_version() {
 fn what_was_written_is_read_into_sealed_memory() {
     for encrypted in [false, true] {
         let files = Files::new(&header(), encrypted);
-        let template = read(&files.sources).unwrap();
+        let template = read(&files.sources, None).unwrap();
         assert_eq!(template.header, header());
-        let memory = template.memory;
-        let clone = GuestRam::map(&memory, template.memory_bytes, false).unwrap();
+        let memory = &template.memory;
+        let clone = GuestRam::clone_of(memory).unwrap();
         for (page, byte) in [(0, 1u8), (1, 0), (7, 2), (1023, 3)] {
             let address = GuestAddress(page * PAGE + 17);
             assert_eq!(clone.all().read_obj::<u8>(address).unwrap(), byte);
             // A clone's change is its own.
             clone.all().write_obj(99u8, address).unwrap();
         }
-        let again = GuestRam::map(&memory, template.memory_bytes, false).unwrap();
+        let again = GuestRam::clone_of(memory).unwrap();
         assert_eq!(again.all().read_obj::<u8>(GuestAddress(17)).unwrap(), 1);
-        assert!(GuestRam::map(&memory, template.memory_bytes, true).is_err());
-        assert!((&memory).write_all(b"x").is_err());
-        assert!(memory.set_len(1).is_err());
+        let Part { memfd, bytes } = &memory.base;
+        assert!(GuestRam::map(memfd, *bytes, true).is_err());
+        assert!((&mut &*memfd).write_all(b"x").is_err());
+        assert!(memfd.set_len(1).is_err());
     }
 }
 
@@ -228,8 +282,8 @@ fn every_flipped_bit_under_a_right_checksum_is_refused_without_the_key() {
 #[test]
 fn other_versions_are_named() {
     let files = Files::new(&Header { abi_version: 77, ..header() }, false);
-    let error = read(&files.sources).unwrap_err();
-    let SnapshotError::Version { found: 77, expected: ABI_VERSION, .. } = &error else {
+    let error = read(&files.sources, None).unwrap_err();
+    let SnapshotError::Version { found: 77, newest: ABI_VERSION, .. } = &error else {
         panic!("{error}");
     };
     assert!(error.to_string().contains("guest ABI 77"), "{error}");
@@ -246,7 +300,11 @@ fn content_that_cannot_be_is_refused_even_with_the_right_checksum() {
         edit(&mut file);
         let checksum = *blake3::hash(&file).as_bytes();
         file.extend(checksum);
-        files.verify(&file).and_then(|content| super::header(&content)).err()
+        let checked = files.verify(&file).and_then(|content| {
+            content.check_pages(&[])?;
+            super::header(&content)
+        });
+        checked.err()
     };
     assert!(with(&|_| {}).is_none());
     let first_page = FIXED + header_len;

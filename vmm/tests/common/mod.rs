@@ -1,6 +1,8 @@
 //! What the tests on real KVM share: templates, TAPs in namespaces of their own, microVMs.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod linux;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,9 +16,10 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
-use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
+use warren_vmm::client::{MicroVm, TemplateMemory, Zygote, ZygoteConfig};
 use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::{self, JailConfig};
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 
 /// Whether this machine can run microVMs. If not it says so, loudly; under `WARREN_REQUIRE_KVM=1`
@@ -95,8 +98,21 @@ impl Host {
         Self::start(config, run_dir, Duration::from_secs(5)).await
     }
 
+    /// The same, with the memory of another zygote's template.
+    pub async fn sharing(memory: &TemplateMemory, choose: impl FnOnce(&mut ZygoteConfig)) -> Self {
+        let run_dir = tempfile::tempdir().unwrap();
+        let mut config = config_of(PathBuf::new().into(), run_dir.path());
+        choose(&mut config);
+        let zygote = Zygote::spawn_sharing(&config, memory).await.unwrap();
+        Self::of(zygote, config, run_dir)
+    }
+
     async fn start(config: ZygoteConfig, run_dir: TempDir, watchdog: Duration) -> Self {
         let zygote = Zygote::spawn_with_watchdog(&config, watchdog).await.unwrap();
+        Self::of(zygote, config, run_dir)
+    }
+
+    fn of(zygote: Zygote, config: ZygoteConfig, run_dir: TempDir) -> Self {
         Self { zygote, run_dir, jail: config.jail.clone(), config, pids: Mutex::new(Vec::new()) }
     }
 
@@ -145,7 +161,8 @@ fn config_of(sources: Sources, run_dir: &Path) -> ZygoteConfig {
     // No two directories have the same name.
     let name = run_dir.file_name().unwrap().to_str().unwrap();
     let jail = JailConfig::named(&format!("test{name}"));
-    ZygoteConfig { binary: vmm(), sources, run_dir: run_dir.to_owned(), jail }
+    let (run_dir, rates) = (run_dir.to_owned(), Rates::default());
+    ZygoteConfig { binary: vmm(), sources, run_dir, jail, rates }
 }
 
 /// Makes a template of a guest program, encrypted if there is a key.
@@ -158,6 +175,21 @@ pub fn make_template(name: &str, sources: &Sources) {
     }
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Makes the image of a function in a template that is there; fails with what `warren-vmm` says.
+pub fn make_image(sources: &Sources, function: &Path, image: &Path) -> Result<(), String> {
+    let mut command = Command::new(vmm());
+    command.arg("image").arg("--template").arg(&sources.template);
+    command.arg("--function").arg(function).arg("--output").arg(image).args(["--memory", "4"]);
+    if let Some(key) = &sources.key {
+        command.arg("--key").arg(key);
+    }
+    let output = command.output().unwrap();
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// An identity that differs from slot to slot.

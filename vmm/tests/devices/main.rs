@@ -10,6 +10,7 @@ mod driver;
 mod foreign;
 mod limiter;
 mod mmio;
+mod multiqueue;
 mod net;
 mod races;
 mod rng;

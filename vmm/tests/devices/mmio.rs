@@ -307,5 +307,5 @@ fn state_of_another_device_or_of_unknown_features_is_refused() {
     let elsewhere =
         vm_memory::GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 0x10_0000)])
             .unwrap();
-    assert!(Mmio::load(&net::KIND, &state, &elsewhere).is_err());
+    assert!(Net::load(&state, &elsewhere, None).is_err());
 }

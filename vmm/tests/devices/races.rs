@@ -13,7 +13,7 @@ use warren_vmm::devices::offload::Header;
 use warren_vmm::devices::rng::Rng;
 use warren_vmm::devices::vsock::Vsock;
 
-use crate::driver::{BASE, BYTES, Driver, EVENT_IDX, SIZE};
+use crate::driver::{BASE, BYTES, Driver, SIZE};
 
 /// How long each device is raced with.
 const TIME: Duration = Duration::from_millis(300);
@@ -81,7 +81,8 @@ fn race<D: Device>(make: impl Fn() -> D, mut serve: impl FnMut(&mut D, &GuestMem
         let end = Instant::now() + TIME;
         while Instant::now() < end {
             driver.set(0x70, 0);
-            driver.negotiate(driver.device.mmio().features() | 1 << 32 | EVENT_IDX);
+            let features = driver.offered();
+            assert!(driver.negotiate(features));
             driver.set_up_queues();
             (0..queues as u64).for_each(|queue| driver.put(BASE + 0x1000 * queue + 0x802, &[0; 2]));
             driver.set(0x70, 15);
@@ -119,10 +120,14 @@ fn no_device_is_harmed_by_a_driver_that_changes_its_mind() {
         blk
     };
     let (tap, host) = crate::net::tap();
-    let net = || {
-        let mut net = Net::new();
+    let attached = |mut net: Net| {
         net.attach(tap.try_clone().unwrap());
         net
+    };
+    let exchange = |net: &mut Net, memory: &GuestMemoryMmap| {
+        let _ = host.send(&[&Header::default().bytes()[..], &[0; 1000]].concat());
+        let _ = net.receive(memory);
+        while host.recv(&mut [0; 12]).is_ok() {}
     };
     let used = [
         race(Rng::new, |_, _| {}),
@@ -131,11 +136,8 @@ fn no_device_is_harmed_by_a_driver_that_changes_its_mind() {
             console.input(b"typed");
             let _ = console.receive(memory);
         }),
-        race(net, |net, memory| {
-            let _ = host.send(&[&Header::default().bytes()[..], &[0; 1000]].concat());
-            let _ = net.receive(memory);
-            while host.recv(&mut [0; 12]).is_ok() {}
-        }),
+        race(|| attached(Net::new()), exchange),
+        race(|| attached(Net::multiqueue()), exchange),
         race(Vsock::new, |_, _| {}),
         race(disk, |_, _| {}),
         race(ring, |blk, memory| {

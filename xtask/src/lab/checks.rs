@@ -42,7 +42,7 @@ const TEST: Check = Check {
 };
 
 /// All of them, the quick ones first.
-pub const CHECKS: [Check; 8] = [
+pub const CHECKS: [Check; 9] = [
     Check {
         name: "lifecycle",
         what: "microVMs on ordinary KVM: start, release, calls, end",
@@ -55,6 +55,12 @@ pub const CHECKS: [Check; 8] = [
         test: "clones",
         // For hours, there.
         without: &["of_four_thousand"],
+        ..TEST
+    },
+    Check {
+        name: "image",
+        what: "images of functions on ordinary KVM: data, code, and the walls around them",
+        test: "image",
         ..TEST
     },
     Check {

@@ -19,8 +19,13 @@ use crate::kernels::{Files, remove};
 const MODULES: [&str; 7] = ["kvm-amd", "tun", "vxlan", "veth", "bridge", "sch_ingress", "cls_bpf"];
 
 /// Results of the build that tests look for beside themselves.
-const RESULTS: [&str; 4] =
-    ["warren-vmm", "warren-guest.elf", "warren-guest-hostile.elf", "warren-ebpf.o"];
+const RESULTS: [&str; 5] = [
+    "warren-vmm",
+    "warren-guest.elf",
+    "warren-guest-hostile.elf",
+    "warren-function-counter.elf",
+    "warren-ebpf.o",
+];
 
 /// Programs of this machine that tests start.
 const PROGRAMS: [&str; 2] = ["ip", "tc"];

@@ -1,5 +1,8 @@
 //! A microVM with Linux in it, behind the programs.
 
+#[path = "../../../../vmm/tests/common/linux.rs"]
+mod needs;
+
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
@@ -15,6 +18,7 @@ use warren_netns::topology::SERVER;
 use warren_vmm::client::{Zygote, ZygoteConfig};
 use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier};
 use warren_vmm::jail::JailConfig;
+use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
 
 use crate::bed::{Bed, VNI_A};
@@ -22,19 +26,6 @@ use crate::guest::open_slot;
 
 const PORT: u16 = 8000;
 const BYTES: usize = 3_000_000;
-
-/// Whether there can be a Linux guest here; if not it says so, loudly.
-fn linux() -> bool {
-    let is_there = warren_vmm::can_run_linux() && built("linux-6.12.initrd").is_ok();
-    let is_wanted = std::env::var("WARREN_REQUIRE_LINUX").as_deref() == Ok("1");
-    assert!(is_there || !is_wanted, "Linux guests cannot run here");
-    if !is_there {
-        // Not by eprintln!, which the test runner keeps to itself for a test that passes.
-        let text = "!!! SKIPPED, NOTHING WAS TESTED: Linux guests run in `cargo xtask lab` !!!";
-        let _ = writeln!(std::io::stderr(), "{text}");
-    }
-    is_there
-}
 
 fn result(name: &str) -> std::path::PathBuf {
     built(name).expect("`cargo xtask linux` made it")
@@ -55,6 +46,7 @@ async fn zygote(directory: &Path, cgroup: std::path::PathBuf) -> Zygote {
         sources: Sources { disk: Some(disk), ..Sources::from(template) },
         run_dir,
         jail: JailConfig { cgroup, ..JailConfig::named("") },
+        rates: Rates::default(),
     };
     Zygote::spawn(&config).await.expect("the template is of this host")
 }
@@ -74,7 +66,7 @@ fn serve(namespace: &Namespace) {
 
 #[tokio::test]
 async fn a_linux_guest_downloads_through_host_and_proxy() {
-    if !linux() {
+    if !needs::linux(built("linux-function.ext4").is_ok()) {
         return;
     }
     let bed = Bed::new();
