@@ -51,6 +51,9 @@ pub enum Command {
     /// Hosts and proxy nodes.
     #[command(subcommand)]
     Host(HostCommand),
+    /// What microVMs are cloned from.
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// What was dropped, where and why.
     Drops(DropsArguments),
     /// The flows of microVMs: who talks to whom, as whom.
@@ -159,6 +162,13 @@ pub enum HostCommand {
         #[arg(required = true, value_name = "NAME")]
         names: Vec<String>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// List the templates of each host, and how many microVMs wait there: the first is what microVMs
+    /// are of that name none.
+    Ls,
 }
 
 #[derive(Debug, Args)]
@@ -365,6 +375,9 @@ pub struct VmRun {
     /// Host to start on; the one with the most free slots otherwise.
     #[arg(long)]
     pub host: Option<String>,
+    /// Template that they are clones of; the first of their host otherwise.
+    #[arg(long, value_name = "NAME")]
+    pub template: Option<String>,
     /// Security group of the VPC, instead of its default ones. May be repeated.
     #[arg(long = "security-group", value_name = "NAME")]
     pub security_groups: Vec<String>,

@@ -8,8 +8,8 @@ use warren_abi::probe::{Reply, decode, encode};
 use warren_proto::v1::{Instance, RunInstanceRequest, SharedAddress, Vpc};
 
 use crate::args::{
-    AddAddress, Arguments, Command, DropsArguments, HostCommand, Output, VmClone, VmCommand, VmRun,
-    VpcCommand, VpcCreate,
+    AddAddress, Arguments, Command, DropsArguments, HostCommand, Output, TemplateCommand, VmClone,
+    VmCommand, VmRun, VpcCommand, VpcCreate,
 };
 use crate::capture;
 use crate::client::Client;
@@ -18,7 +18,9 @@ use crate::drops;
 use crate::error::Error;
 use crate::flows;
 use crate::probe::Operation;
-use crate::render::{self, ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
+use crate::render::{
+    self, ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows, template_rows,
+};
 use crate::route;
 use crate::security;
 use crate::snapshots;
@@ -69,6 +71,9 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
                 rows.push(ForgottenRow { name });
             }
             print(&render::list(output, &rows))
+        }
+        Command::Template(TemplateCommand::Ls) => {
+            print(&render::list(output, &template_rows(client.hosts().await?)))
         }
         Command::Drops(DropsArguments { host, follow: false }) => {
             drops::show(client, output, host.as_deref()).await
@@ -152,6 +157,7 @@ impl From<VmRun> for RunInstanceRequest {
             security_groups: run.security_groups,
             limits: run.limits.map(Into::into),
             snapshot: String::new(),
+            template: run.template.unwrap_or_default(),
         }
     }
 }

@@ -8,6 +8,7 @@ mod routes;
 mod rows;
 mod security;
 mod snapshots;
+mod templates;
 
 use comfy_table::{Table, presets};
 use serde::Serialize;
@@ -22,6 +23,7 @@ pub use routes::{RouteRow, route_rows};
 pub use rows::{ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};
 pub use security::{DeletedGroupRow, GuardRow, group_rows, rule_rows};
 pub use snapshots::{RemovedSnapshotRow, SnapshotRow};
+pub use templates::template_rows;
 
 /// Something that is a row of a table and an object in JSON.
 pub trait Row: Serialize {

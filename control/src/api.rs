@@ -28,7 +28,7 @@ use warren_proto::v1::{
 
 use crate::deploy::{DeployError, Deployer};
 use crate::drops;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Template};
 use crate::name::{self, InvalidName};
 use crate::snapshots::{self, SnapshotsError};
 use crate::status::of_agent;
@@ -118,9 +118,16 @@ impl ControlService for Api {
             security_groups,
             limits,
             snapshot,
+            template,
         } = request.into_inner();
+        let mut wanted_template = match template.as_str() {
+            "" => Template::Default,
+            name => Template::Named(name),
+        };
         if !snapshot.is_empty() {
-            (vpc, host) = snapshots::of_clone(&self.fleet, &snapshot, &vpc, &host).await?;
+            (vpc, host) =
+                snapshots::of_clone(&self.fleet, &snapshot, &vpc, &host, &template).await?;
+            wanted_template = Template::OfSnapshot;
         }
         if !hostname.is_empty() {
             name::label(&hostname).map_err(|InvalidName(problem)| {
@@ -137,10 +144,17 @@ impl ControlService for Api {
                 .map_err(|problem| Status::invalid_argument(format!("limits: {problem}")))?;
         }
         let wanted = (!host.is_empty()).then_some(host.as_str());
-        let mut place = self.fleet.reserve(wanted)?;
+        let mut place = self.fleet.reserve(wanted, wanted_template)?;
         self.deployer.ensure(&vpc, &place.host, place.session).await?;
-        let start =
-            StartInstanceRequest { vpc, hostname, invocation, security_groups, limits, snapshot };
+        let start = StartInstanceRequest {
+            vpc,
+            hostname,
+            invocation,
+            security_groups,
+            limits,
+            snapshot,
+            template,
+        };
         let started = place
             .agent
             .start_instance(start)

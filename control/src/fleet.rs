@@ -69,8 +69,8 @@ struct Member {
     last_heartbeat: Option<Instant>,
     version: String,
     slots: u32,
-    parked: u32,
-    parked_target: u32,
+    /// The pools of a host, that of its default template first.
+    templates: Vec<v1::TemplatePool>,
     instances: Instances,
     /// By VNI.
     port_use: BTreeMap<u32, v1::PortUse>,
@@ -99,8 +99,7 @@ impl Member {
             last_heartbeat: None,
             version: String::new(),
             slots: 0,
-            parked: 0,
-            parked_target: 0,
+            templates: Vec::new(),
             instances: Instances::default(),
             port_use: BTreeMap::new(),
             starting: 0,
@@ -184,6 +183,27 @@ pub enum InstanceError {
         /// Name of the host.
         host: String,
     },
+}
+
+/// What an instance is to be a clone of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Template<'a> {
+    /// The default template of its host.
+    Default,
+    /// This one.
+    Named(&'a str),
+    /// A snapshot, which has no pool.
+    OfSnapshot,
+}
+
+impl<'a> Template<'a> {
+    /// The one that its host must have.
+    fn name(self) -> Option<&'a str> {
+        match self {
+            Self::Named(name) => Some(name),
+            Self::Default | Self::OfSnapshot => None,
+        }
+    }
 }
 
 /// A member, as network deployment sees it.
@@ -335,8 +355,12 @@ impl Fleet {
         Ok(registered)
     }
 
-    /// Chooses a host for an instance and takes a slot of it until the start has an end.
-    pub fn reserve(self: &Arc<Self>, wanted: Option<&str>) -> Result<Reservation, PlacementError> {
+    /// Chooses a host for an instance of a template, and takes a slot of it until the start has an end.
+    pub fn reserve(
+        self: &Arc<Self>,
+        wanted: Option<&str>,
+        template: Template<'_>,
+    ) -> Result<Reservation, PlacementError> {
         let mut members = self.lock();
         let candidates: Vec<_> = members
             .by_name
@@ -347,15 +371,18 @@ impl Fleet {
                 alive: member.open.is_some(),
                 slots: member.slots,
                 taken: member.taken(),
+                templates: member.templates.iter().map(|pool| pool.template.as_str()).collect(),
             })
             .collect();
-        let host = place(&candidates, wanted)?.name.to_owned();
+        let host = place(&candidates, wanted, template.name())?.to_owned();
         let dead = || PlacementError::DeadHost(host.clone());
         let member = members.by_name.get_mut(&host).ok_or_else(dead)?;
         let OpenSession { number, agent } = member.open.as_ref().ok_or_else(dead)?;
         let (session, agent) = (*number, agent.clone());
         member.starting += 1;
-        member.demand.start(self.began.elapsed().as_secs());
+        if let Some(template) = member.pool_of(template) {
+            member.demand.start(&template, self.began.elapsed().as_secs());
+        }
         Ok(Reservation { fleet: self.clone(), host, session, agent })
     }
 
@@ -406,8 +433,9 @@ impl Fleet {
             endpoint: member.registration.endpoint.to_string(),
             underlay_address: member.registration.underlay_address.to_string(),
             slots: member.slots,
-            parked: member.parked,
-            parked_target: member.parked_target,
+            parked: member.templates.iter().map(|pool| pool.parked).sum(),
+            parked_target: member.templates.iter().map(|pool| pool.parked_target).sum(),
+            templates: member.templates.clone(),
             instances: member.instances.running(),
             alive: member.open.is_some(),
             heartbeat_age_ms: member.last_heartbeat.map_or(0, |at| at.elapsed().as_millis() as u64),
@@ -562,8 +590,9 @@ impl Registered {
             .ok_or_else(|| RegisterError::Replaced(self.name.clone()))?;
         member.last_heartbeat = Some(Instant::now());
         member.slots = heartbeat.slots;
-        member.parked = heartbeat.parked;
-        member.parked_target = heartbeat.parked_target;
+        member.templates = heartbeat.templates;
+        let templates = &member.templates;
+        member.demand.keep(|name| templates.iter().any(|pool| pool.template == name));
         member.version = heartbeat.version;
         member.owned = heartbeat.owned;
         member.load = heartbeat.load;
@@ -576,8 +605,8 @@ impl Registered {
         Ok(())
     }
 
-    /// How many microVMs it should hold parked.
-    pub fn parked(&self) -> u32 {
+    /// How many microVMs of each template it should hold parked.
+    pub fn wanted(&self) -> HashMap<String, u32> {
         let second = self.fleet.began.elapsed().as_secs();
         let members = self.fleet.lock();
         let of = |member: &Member| {
@@ -593,6 +622,15 @@ impl Registered {
 }
 
 impl Member {
+    /// The name of the template whose pool a start draws on.
+    fn pool_of(&self, template: Template<'_>) -> Option<String> {
+        match template {
+            Template::Default => Some(self.templates.first()?.template.clone()),
+            Template::Named(name) => Some(name.to_owned()),
+            Template::OfSnapshot => None,
+        }
+    }
+
     /// Slots of instances, and of those that start.
     fn taken(&self) -> u32 {
         self.instances.running() + self.starting

@@ -55,7 +55,7 @@ async fn follow(
 ) -> Result<std::convert::Infallible, Status> {
     loop {
         // Full: the agent has an answer that it did not read yet, and needs no other.
-        let _ = answers.try_send(Ok(HeartbeatResponse { parked: registered.parked() }));
+        let _ = answers.try_send(Ok(HeartbeatResponse { wanted: registered.wanted() }));
         registered.heartbeat(next(fleet, heartbeats).await?)?;
     }
 }

@@ -39,7 +39,7 @@ pub enum SnapshotsError {
     Elsewhere {
         /// Snapshot.
         name: String,
-        /// VPC or host.
+        /// VPC, host or template.
         what: &'static str,
         /// The snapshot's.
         theirs: String,
@@ -94,15 +94,21 @@ pub async fn keeper(fleet: &Fleet, name: &str) -> Result<(String, Agent), Snapsh
     Ok((host, agent))
 }
 
-/// Where clones of a snapshot are: its VPC and its host. Whoever wants them elsewhere gets none.
+/// Where clones of a snapshot are: its VPC and its host. Whoever wants them elsewhere, or of another
+/// template, gets none.
 pub async fn of_clone(
     fleet: &Fleet,
     name: &str,
     vpc: &str,
     host: &str,
+    template: &str,
 ) -> Result<(String, String), SnapshotsError> {
     let found = find(fleet, name).await?;
-    for (what, theirs, wanted) in [("VPC", &found.vpc, vpc), ("host", &found.host, host)] {
+    for (what, theirs, wanted) in [
+        ("VPC", &found.vpc, vpc),
+        ("host", &found.host, host),
+        ("template", &found.template, template),
+    ] {
         if !wanted.is_empty() && wanted != theirs {
             let (name, wanted, theirs) = (name.to_owned(), wanted.to_owned(), theirs.clone());
             return Err(SnapshotsError::Elsewhere { name, what, theirs, wanted });

@@ -56,7 +56,9 @@ impl From<CreateVpcError> for Status {
 impl From<PlacementError> for Status {
     fn from(error: PlacementError) -> Self {
         let code = match error {
-            PlacementError::UnknownHost(_) => Code::NotFound,
+            PlacementError::UnknownHost(_)
+            | PlacementError::NotThere { .. }
+            | PlacementError::NoTemplate { .. } => Code::NotFound,
             PlacementError::DeadHost(_) | PlacementError::NoHost => Code::Unavailable,
             PlacementError::FullHost { .. } | PlacementError::Full { .. } => {
                 Code::ResourceExhausted

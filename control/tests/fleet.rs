@@ -216,6 +216,49 @@ async fn starts_under_way_take_slots() {
     world.run("blue", "").await.unwrap();
 }
 
+/// How a pool stands.
+fn pool(template: &str) -> TemplatePool {
+    TemplatePool { template: template.into(), parked: 1, parked_target: 2 }
+}
+
+#[tokio::test]
+async fn an_instance_starts_where_its_template_is_and_more_of_that_are_wanted_there() {
+    let world = World::new().await;
+    let _p1 = world.proxy("p1", 9).await;
+    let h1 = world.host("h1", 1).await;
+    let mut h2 = FakeAgent::new(&world, "h2", Role::Host, 2).await;
+    h2.report.slots = 3;
+    h2.report.templates = vec![pool("small"), pool("large")];
+    h2.register(&world).await;
+    world.create_vpc("blue").await;
+    let run = async |template: &str, host: &str| {
+        let (vpc, host, template) = ("blue".into(), host.into(), template.into());
+        let request = RunInstanceRequest { vpc, host, template, ..Default::default() };
+        let answer = world.client().await.run_instance(request).await?;
+        Ok::<_, Status>(answer.into_inner().instance.unwrap())
+    };
+    let large = run("large", "").await.unwrap();
+    assert_eq!((large.host.as_str(), large.template.as_str()), ("h2", "large"));
+    let refused = run("huge", "").await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    assert!(refused.message().contains("there are large, small"), "{refused}");
+    let refused = run("large", "h1").await.unwrap_err();
+    assert_eq!(refused.message(), "host h1 has no template \"large\": it has small");
+
+    let told = |agent: &FakeAgent| agent.behaviour.wanted.lock().unwrap().clone();
+    eventually("more are wanted", || async { told(&h2) == [("large".into(), 2)].into() }).await;
+    // The default one, which is the first; together they get the slots that are left.
+    run("", "h2").await.unwrap();
+    let shared = [("large".into(), 0), ("small".into(), 1)].into();
+    eventually("slots are shared", || async { told(&h2) == shared }).await;
+    assert_eq!(told(&h1), [].into());
+
+    let hosts = world.client().await.list_hosts(ListHostsRequest {}).await.unwrap().into_inner();
+    let host = hosts.hosts.iter().find(|host| host.name == "h2").unwrap();
+    assert_eq!((host.parked, host.parked_target), (2, 4));
+    assert_eq!(host.templates, [pool("small"), pool("large")]);
+}
+
 #[tokio::test]
 async fn the_operator_s_command_is_asked_for_proxies_when_there_is_too_much_to_do() {
     let world = World::new().await;

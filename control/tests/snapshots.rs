@@ -17,11 +17,13 @@ async fn clone(
     from: &str,
     vpc: &str,
     host: &str,
+    template: &str,
 ) -> Result<Instance, tonic::Status> {
     let request = RunInstanceRequest {
         snapshot: from.into(),
         vpc: vpc.into(),
         host: host.into(),
+        template: template.into(),
         ..Default::default()
     };
     let answer = world.client().await.run_instance(request).await?;
@@ -46,16 +48,16 @@ async fn clones_are_where_their_origin_was_and_nowhere_else() {
     let told: Vec<_> = list(&world).await.into_iter().map(|it| it.snapshots.len()).collect();
     assert_eq!(told, [0, 1]);
 
-    let one = clone(&world, "golden", "", "").await.unwrap();
+    let one = clone(&world, "golden", "", "", "").await.unwrap();
     assert_eq!((one.vpc.as_str(), one.host.as_str()), ("blue", "h2"));
     let is_clone = |told: &Told| matches!(told, Told::Start(start) if start.snapshot == "golden");
     assert!(world.log.all().iter().any(|(name, told)| name == "h2" && is_clone(told)));
-    clone(&world, "golden", "blue", "h2").await.unwrap();
-    for (vpc, host) in [("red", ""), ("", "h1")] {
-        let error = clone(&world, "golden", vpc, host).await.unwrap_err();
+    clone(&world, "golden", "blue", "h2", "").await.unwrap();
+    for (vpc, host, template) in [("red", "", ""), ("", "h1", ""), ("", "", "large")] {
+        let error = clone(&world, "golden", vpc, host, template).await.unwrap_err();
         assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     }
-    assert_eq!(clone(&world, "silver", "", "").await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(clone(&world, "silver", "", "", "").await.unwrap_err().code(), Code::NotFound);
     assert_eq!(h2.behaviour.instances.lock().unwrap().len(), 3);
 }
 
@@ -90,5 +92,5 @@ async fn a_name_is_one_snapshots_in_the_fleet() {
     let hosts = list(&world).await;
     assert!(hosts[0].problem.contains("not alive"), "{hosts:?}");
     assert_eq!(hosts[1].snapshots[0].name, "golden");
-    clone(&world, "golden", "", "").await.unwrap();
+    clone(&world, "golden", "", "", "").await.unwrap();
 }

@@ -1,5 +1,6 @@
 //! The agent's gRPC service: `warren.v1.AgentService` over a host or a proxy.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc, ProxyVpcV6}
 use crate::host::{Captured, Host, HostError, Own, Started};
 use crate::metrics::flows::Flows;
 use crate::metrics::{self, Snapshot};
-use crate::pool::PoolError;
+use crate::pool::{Level, PoolError};
 use crate::proxy::Proxy;
 use crate::services::Naming;
 
@@ -36,10 +37,8 @@ pub struct Report {
     pub role: v1::Role,
     /// Slots in all; 0 on a proxy.
     pub slots: u32,
-    /// MicroVMs parked at their barrier; 0 on a proxy.
-    pub parked: u32,
-    /// How many are to be parked now; 0 on a proxy.
-    pub parked_target: u32,
+    /// How the pools stand; none on a proxy.
+    pub templates: Vec<v1::TemplatePool>,
     /// Instances; none on a proxy.
     pub instances: Vec<v1::Instance>,
     /// What is used of VPCs' ports; none on a proxy.
@@ -57,8 +56,7 @@ impl Agent {
             Self::Host(host) => Report {
                 role: v1::Role::Host,
                 slots: host.slots(),
-                parked: host.pooled().parked,
-                parked_target: host.parked_target(),
+                templates: host.pools().into_iter().map(Into::into).collect(),
                 instances: host.instances(),
                 port_use: host.port_use(),
                 owned: 0,
@@ -67,8 +65,7 @@ impl Agent {
             Self::Proxy(proxy) => Report {
                 role: v1::Role::Proxy,
                 slots: 0,
-                parked: 0,
-                parked_target: 0,
+                templates: Vec::new(),
                 instances: Vec::new(),
                 port_use: Vec::new(),
                 owned: proxy.owned(),
@@ -77,10 +74,10 @@ impl Agent {
         }
     }
 
-    /// The control plane wants so many microVMs parked, at least, for now.
-    pub fn want_parked(&self, parked: u32) {
+    /// The control plane wants so many microVMs of each template parked, at least, for now.
+    pub fn want_parked(&self, wanted: &HashMap<String, u32>) {
         if let Self::Host(host) = self {
-            host.want_parked(parked);
+            host.want_parked(wanted);
         }
     }
 
@@ -261,6 +258,12 @@ fn proxy_vpc_v6(
     }
 }
 
+impl From<Level> for v1::TemplatePool {
+    fn from(Level { template, now, parked_target }: Level) -> Self {
+        Self { template, parked: now.parked, parked_target }
+    }
+}
+
 impl From<HostError> for Status {
     fn from(error: HostError) -> Self {
         let text = error.to_string();
@@ -268,11 +271,14 @@ impl From<HostError> for Status {
             HostError::UnknownVpc(_)
             | HostError::UnknownGroup { .. }
             | HostError::VpcInUse { .. }
-            | HostError::SnapshotVpc { .. } => Self::failed_precondition(text),
+            | HostError::SnapshotVpc { .. }
+            | HostError::SnapshotTemplate { .. } => Self::failed_precondition(text),
             HostError::Pool(PoolError::NoSlot) | HostError::Captures(_) => {
                 Self::resource_exhausted(text)
             }
-            HostError::NoInstance(_) | HostError::NoSnapshot(_) => Self::not_found(text),
+            HostError::NoInstance(_)
+            | HostError::NoSnapshot(_)
+            | HostError::Pool(PoolError::UnknownTemplate { .. }) => Self::not_found(text),
             HostError::SnapshotExists(_) => Self::already_exists(text),
             HostError::Hostname(_)
             | HostError::SnapshotName(_)
@@ -287,6 +293,7 @@ impl From<HostError> for Status {
             | HostError::Vmm(_)
             | HostError::Record(_)
             | HostError::Snapshots { .. }
+            | HostError::Directory { .. }
             | HostError::Log(_)
             | HostError::Capture(CaptureError::Socket(_)) => Self::internal(text),
         }
@@ -354,10 +361,12 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::StartInstanceResponse>, Status> {
         let request = request.into_inner();
         let own = own(&request)?;
-        let snapshot = Some(request.snapshot.as_str()).filter(|name| !name.is_empty());
+        let v1::StartInstanceRequest { vpc, hostname, invocation, snapshot, template, .. } =
+            &request;
+        let snapshot = Some(snapshot.as_str()).filter(|name| !name.is_empty());
         let Started { instance, timings, reply } = self
             .host()?
-            .start(&request.vpc, &request.hostname, own, snapshot, request.invocation.as_deref())
+            .start(vpc, hostname, own, template, snapshot, invocation.as_deref())
             .await?;
         let (instance, timings) = (Some(instance), Some(timings));
         Ok(Response::new(v1::StartInstanceResponse { instance, timings, reply }))

@@ -9,6 +9,8 @@ use std::{fmt, fs};
 
 use warren_vmm::control::socket_slot;
 
+use crate::host::sockets;
+
 /// In the run directory: the boot that the rest is of.
 const FILE: &str = "boot-id";
 /// What a host knows of its VPCs, what a proxy knows of others, and how many events of flows the
@@ -79,9 +81,12 @@ pub fn discard(run_dir: &Path) -> Result<Vec<PathBuf>, BootError> {
             paths.push(path);
         }
     }
+    let files = paths.into_iter().map(|path| (fs::remove_file(&path), path));
+    let directories = sockets::DIRECTORIES.map(|name| run_dir.join(name));
+    let directories = directories.into_iter().map(|path| (fs::remove_dir_all(&path), path));
     let mut removed = Vec::new();
-    for path in paths {
-        match fs::remove_file(&path) {
+    for (result, path) in files.chain(directories) {
+        match result {
             Ok(()) => removed.push(path),
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(source) => return Err(error("remove", &path)(source)),
@@ -105,6 +110,8 @@ mod tests {
         let [first, second] = ["one", "two"].map(BootId::of);
         let names = ["vpcs.json", "proxies.json", "flow-log-lost", "vm-3.sock"];
         let write = || {
+            fs::create_dir_all(dir.path().join("templates/small")).unwrap();
+            fs::write(dir.path().join("templates/small/vm-4.sock"), "").unwrap();
             for name in names.iter().chain(&["identity.key", "agent.sock", "vm-x.sock"]) {
                 fs::write(dir.path().join(name), "{}").unwrap();
             }
@@ -114,13 +121,14 @@ mod tests {
         // A former version wrote it.
         assert_eq!(settle(dir.path(), &first).unwrap(), Vec::<PathBuf>::new());
         assert_eq!(settle(dir.path(), &first).unwrap(), Vec::<PathBuf>::new());
-        assert_eq!(all(), 8);
+        assert_eq!(all(), 9);
         let removed = settle(dir.path(), &second).unwrap();
-        assert_eq!(removed, names.map(|name| dir.path().join(name)));
+        let gone = names.iter().chain(&["templates"]).map(|name| dir.path().join(name));
+        assert_eq!(removed, gone.collect::<Vec<_>>());
         assert_eq!(all(), 4);
         write();
         assert_eq!(settle(dir.path(), &second).unwrap(), Vec::<PathBuf>::new());
-        assert_eq!(all(), 8);
+        assert_eq!(all(), 9);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod nat;
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
 
@@ -13,6 +14,8 @@ use warren_vmm::rates::Rates;
 
 pub use self::nat::{Nat, Timeouts};
 use crate::datapath::MAX_SLOTS;
+use crate::host::is_hostname;
+use crate::refill::Tiers;
 
 /// What `/etc/warren/warrend.toml` says. Unknown keys are errors.
 #[derive(Clone, Debug, Deserialize)]
@@ -91,19 +94,8 @@ pub struct HostConfig {
     /// TAP slots, and so microVMs at once: 1 to [`MAX_SLOTS`].
     #[serde(default = "default_slots")]
     pub slots: u32,
-    /// MicroVMs held ready at their barrier, at least; at most `slots`.
-    #[serde(default = "default_parked")]
-    pub parked: u32,
-    /// The most that the control plane may have held ready so, when many starts come; without it, all
-    /// slots. With less than `parked`, `parked` counts.
-    pub parked_most: Option<u32>,
-    /// MicroVMs held ready beside them that have the template's memory and state and did not run.
-    #[serde(default)]
-    pub loaded: u32,
-    /// Jailed processes with KVM's objects held ready beside them. All three together: at most
-    /// `slots`.
-    #[serde(default)]
-    pub shells: u32,
+    /// What microVMs are cloned from, at least one: the first is the default.
+    pub templates: Vec<Template>,
     /// How microVMs are confined.
     #[serde(default)]
     pub jail: Jail,
@@ -113,17 +105,45 @@ pub struct HostConfig {
     /// The microVM program.
     #[serde(default = "default_vmm")]
     pub vmm: PathBuf,
-    /// The template that microVMs are cloned from: `warren-vmm template` makes it.
-    pub template: PathBuf,
-    /// The function's image that a Linux guest's template was made with, if it was.
-    pub disk: Option<PathBuf>,
-    /// Its key file of 32 bytes: nothing that is not encrypted with it is cloned.
-    pub template_key: Option<PathBuf>,
     /// Directory of the snapshots of microVMs.
     #[serde(default = "default_snapshots")]
     pub snapshots: PathBuf,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
+}
+
+/// A template, and how many of its clones wait for an instance. What all templates' together are at
+/// least is at most [`HostConfig::slots`].
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Template {
+    /// What starts call it: one label (RFC 1123), no other's.
+    pub name: String,
+    /// The file: `warren-vmm template` makes it.
+    pub path: PathBuf,
+    /// Its key file of 32 bytes: nothing that is not encrypted with it is cloned.
+    pub key: Option<PathBuf>,
+    /// The function's image that a Linux guest's template was made with, if it was.
+    pub disk: Option<PathBuf>,
+    /// MicroVMs held ready at their barrier, at least.
+    #[serde(default = "default_parked")]
+    pub parked: u32,
+    /// The most that the control plane may have held ready so, when many starts come; without it, as
+    /// many as there are slots for. With less than `parked`, `parked` counts.
+    pub parked_most: Option<u32>,
+    /// MicroVMs held ready beside them that have the template's memory and state and did not run.
+    #[serde(default)]
+    pub loaded: u32,
+    /// Jailed processes with KVM's objects held ready beside them.
+    #[serde(default)]
+    pub shells: u32,
+}
+
+impl Template {
+    /// MicroVMs in each tier, at least.
+    pub fn least(&self) -> Tiers {
+        Tiers { shells: self.shells, loaded: self.loaded, parked: self.parked }
+    }
 }
 
 /// How microVMs are confined.
@@ -264,12 +284,8 @@ impl Config {
             if !(1..=MAX_SLOTS).contains(&host.slots) {
                 return wrong("host.slots", &format!("must be between 1 and {MAX_SLOTS}"));
             }
-            let pool = [host.parked, host.loaded, host.shells].map(u64::from).iter().sum::<u64>();
-            if pool > u64::from(host.slots) {
-                return wrong(
-                    "host.parked",
-                    "must not, with host.loaded and host.shells, be larger than host.slots",
-                );
+            if let Some((key, problem)) = host.problem_of_templates() {
+                return wrong(key, &problem);
             }
             let Jail { first_uid, cgroup, cpu_percent } = &host.jail;
             if *first_uid == 0 || first_uid.checked_add(MAX_SLOTS).is_none() {
@@ -306,6 +322,35 @@ impl Config {
     }
 }
 
+impl HostConfig {
+    /// Which key is wrong, and what it must be.
+    fn problem_of_templates(&self) -> Option<(&'static str, String)> {
+        if self.templates.is_empty() {
+            return Some(("host.templates", "must hold at least one template".to_owned()));
+        }
+        let mut names = HashSet::new();
+        for Template { name, .. } in &self.templates {
+            if !is_hostname(name) {
+                let problem = "must be 1 to 63 letters, digits and inner hyphens (RFC 1123)";
+                return Some(("host.templates.name", format!("{problem}, not \"{name}\"")));
+            }
+            if !names.insert(name) {
+                return Some(("host.templates.name", format!("\"{name}\" is there twice")));
+            }
+        }
+        let least = self.templates.iter().map(|template| template.least().sum());
+        let least = least.fold(0, u32::saturating_add);
+        (least > self.slots).then(|| {
+            let slots = self.slots;
+            let problem = format!(
+                "must not have more of parked, loaded and shells together than host.slots: \
+                 {least} of {slots}"
+            );
+            ("host.templates", problem)
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -324,18 +369,33 @@ mod tests {
         assert_eq!(config.metrics, None);
         assert_eq!(config.log_format, LogFormat::Text);
         assert_eq!(config.nat.timeouts, Timeouts::default());
+        let templates = "[[host.templates]]\nname = 'a'\npath = '/a'\n\
+                         [[host.templates]]\nname = 'b'\npath = '/b'\nkey = '/k'\nparked = 2\n";
+        let host = parse(&format!("{SMALL}{templates}")).unwrap().host.unwrap();
+        let least: Vec<_> = host.templates.iter().map(|it| it.least().parked).collect();
+        assert_eq!((host.slots, least), (128, vec![64, 2]));
         let config = parse(&format!("{SMALL}[nat.timeouts]\nudp = 600")).unwrap();
         assert_eq!(config.nat.timeouts, Timeouts { udp: 600, ..Timeouts::default() });
     }
 
     #[test]
     fn errors_name_the_file_and_the_key() {
-        let template = "[host]\ntemplate = '/t'\n";
+        let template = "[host]\ntemplates = [{ name = 'a', path = '/t' }]\n";
+        let host = |slots: u32, templates: &str| {
+            format!("{SMALL}[host]\nslots = {slots}\ntemplates = [{templates}]")
+        };
+        let [a, b] =
+            ["a", "b"].map(|name| format!("{{ name = '{name}', path = '/t', parked = 3 }}"));
         for (text, key) in [
             (format!("{SMALL}{template}slots = 0"), "host.slots"),
             (format!("{SMALL}{template}slots = 65278"), "host.slots"),
-            (format!("{SMALL}{template}slots = 2\nparked = 3"), "host.parked"),
-            (format!("{SMALL}{template}slots = 5\nparked = 3\nshells = 3"), "host.parked"),
+            (host(2, ""), "host.templates must hold"),
+            (host(2, &a), "3 of 2"),
+            (host(5, &format!("{a}, {b}")), "6 of 5"),
+            (host(5, &a.replace("path", "shells = 3, path")), "6 of 5"),
+            (host(6, &format!("{a}, {a}")), "\"a\" is there twice"),
+            (host(6, &a.replace("'a'", "'a/b'")), "host.templates.name"),
+            (format!("{SMALL}[host]"), "templates"),
             (format!("{SMALL}{template}[host.jail]\nfirst_uid = 0"), "first_uid"),
             (format!("{SMALL}{template}[host.jail]\nfirst_uid = 4294967295"), "first_uid"),
             (format!("{SMALL}{template}[host.jail]\ncpu_percent = 0"), "cpu_percent"),
@@ -347,7 +407,8 @@ mod tests {
             (format!("{SMALL}{template}[host.flow_log]\nkeep = 0"), "flow_log.keep"),
             (format!("control = 'http://192.0.2.3:7700'\n{SMALL}"), "advertise"),
             (format!("listen = []\n{SMALL}"), "listen"),
-            (format!("{SMALL}[host]\ntemplate = '/t'\nslot = 3"), "slot"),
+            (format!("{SMALL}{template}slot = 3"), "slot"),
+            (format!("{SMALL}{template}template = '/t'"), "templates"),
             ("name = 'h'".to_owned(), "underlay"),
             (SMALL.replace("192.0.2.1", "192.0.2"), "address"),
             (format!("metrics = '127.0.0.1'\n{SMALL}"), "metrics"),

@@ -7,6 +7,7 @@ mod flows;
 mod guards;
 mod ports;
 mod snapshots;
+pub(crate) mod sockets;
 mod traffic;
 mod vpcs;
 
@@ -27,6 +28,9 @@ use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
 use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline};
+use warren_vmm::jail::JailConfig;
+use warren_vmm::rates::Rates;
+use warren_vmm::snapshot::Sources;
 
 use crate::boot::BootId;
 use crate::capture::CaptureError;
@@ -35,9 +39,11 @@ use crate::datapath::{self, DropCount, HostDatapath, HostVpc, Slot};
 use crate::flowlog::FlowLog;
 use crate::flowlog::owners::{NamedVpc, Owners};
 use crate::metrics::{Levels, Starts};
-use crate::pool::{self, Pool, PoolError, Taken};
-use crate::refill::{Policy, Tiers};
+use crate::pool::{Level, Pool, PoolError, Taken};
+use crate::pools::Pools;
+use crate::refill::Policy;
 use crate::services::{self, Naming};
+use crate::slots::{Slots, stop};
 use crate::trace;
 
 pub use guards::Own;
@@ -120,10 +126,28 @@ pub enum HostError {
         /// Its VPC.
         vpc: String,
     },
+    /// Clones are of the template of their origin.
+    #[error(
+        "snapshot \"{name}\" is of template \"{template}\": its clones cannot be of another one"
+    )]
+    SnapshotTemplate {
+        /// Snapshot.
+        name: String,
+        /// Its template.
+        template: String,
+    },
     /// A snapshot cannot be read or kept.
     #[error("snapshots: {}: {source}", path.display())]
     Snapshots {
         /// File or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A directory cannot be made.
+    #[error("cannot make {}: {source}", path.display())]
+    Directory {
+        /// The directory.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
@@ -158,6 +182,9 @@ struct Record {
     /// Records of former versions have nothing of it.
     #[serde(default)]
     own: Own,
+    /// Name of its template; of former versions empty: the default one.
+    #[serde(default)]
+    template: String,
     /// What it is a clone of, if it is not the template.
     #[serde(default)]
     snapshot: Option<String>,
@@ -192,19 +219,53 @@ struct State {
 pub struct HostOptions {
     /// Name of the host.
     pub name: String,
-    /// How microVMs are made; its directory of sockets also holds what a restart needs.
-    pub zygote: ZygoteConfig,
-    /// How the pool of microVMs is filled.
-    pub policy: Policy,
+    /// The microVM program.
+    pub vmm: PathBuf,
+    /// Directory of sockets, and of what a restart needs.
+    pub run_dir: PathBuf,
+    /// How microVMs are confined.
+    pub jail: JailConfig,
+    /// What each microVM's network and disk may do.
+    pub rates: Rates,
+    /// What microVMs are cloned from, the default first.
+    pub templates: Vec<TemplateOptions>,
     /// Directory of snapshots; made when the first is taken.
     pub snapshots: PathBuf,
+}
+
+/// A template of a host.
+#[derive(Clone, Debug)]
+pub struct TemplateOptions {
+    /// Its name.
+    pub name: String,
+    /// What its microVMs are made from.
+    pub sources: Sources,
+    /// How its pool is filled.
+    pub policy: Policy,
+}
+
+impl HostOptions {
+    /// What the zygote of a template is started with. No two zygotes have the same groups, or the same
+    /// directory of sockets.
+    fn zygote(&self, template: &TemplateOptions) -> ZygoteConfig {
+        let mut jail = self.jail.clone();
+        jail.cgroup.push(format!("template-{}", template.name));
+        ZygoteConfig {
+            binary: self.vmm.clone(),
+            sources: template.sources.clone(),
+            run_dir: sockets::of_template(&self.run_dir, &template.name),
+            jail,
+            rates: self.rates,
+        }
+    }
 }
 
 /// A host.
 pub struct Host {
     options: HostOptions,
     datapath: Arc<HostDatapath>,
-    pool: Arc<Pool>,
+    slots: Arc<Slots>,
+    pools: Arc<Pools>,
     snapshots: Snapshots,
     state: Mutex<State>,
     starts: Starts,
@@ -220,13 +281,20 @@ pub struct Host {
 
 impl Host {
     /// A host over an open data path. Takes over the microVMs that an earlier daemon left running, ends
-    /// those that do not fit ([`crate::recovery`]), and starts to fill the pool.
+    /// those that do not fit ([`crate::recovery`]), and starts to fill the pools.
     pub async fn new(options: HostOptions, datapath: HostDatapath) -> Result<Arc<Self>, HostError> {
         let datapath = Arc::new(datapath);
-        let zygote = options.zygote.clone();
-        let snapshots = Snapshots::new(options.snapshots.clone(), zygote.clone());
-        let pool = Arc::new(Pool::new(datapath.clone(), zygote, options.policy).await?);
-        let vpcs = vpcs::load(&options.zygote.run_dir)?;
+        let slots = Arc::new(Slots::new(datapath.clone(), options.jail.clone()));
+        let mut pools = Vec::new();
+        for template in &options.templates {
+            let (name, zygote) = (template.name.clone(), options.zygote(template));
+            sockets::make(&zygote.run_dir)?;
+            pools.push(Arc::new(Pool::new(name, slots.clone(), zygote, template.policy).await?));
+        }
+        let pools = Arc::new(Pools::new(slots.clone(), pools));
+        let (directory, run_dir) = (options.snapshots.clone(), options.run_dir.clone());
+        let snapshots = Snapshots::new(directory, run_dir, pools.clone());
+        let vpcs = vpcs::load(&options.run_dir)?;
         let known = datapath.vpcs()?;
         let of_v6 = |vni| known.iter().find(|vpc| vpc.vni == vni)?.shared_address_v6;
         let names = vpcs.iter().map(|(name, vpc)| (vpc.vni, named(name, vpc, of_v6(vpc.vni))));
@@ -239,7 +307,8 @@ impl Host {
         let host = Arc::new(Self {
             options,
             datapath,
-            pool,
+            slots,
+            pools,
             snapshots,
             state,
             starts,
@@ -251,7 +320,7 @@ impl Host {
         });
         host.recover().await?;
         host.tidy_policies()?;
-        tokio::spawn(host.pool.clone().fill());
+        host.pools.fill();
         let idle = host.clone();
         tokio::spawn(async move { idle.snapshots.end_idle().await });
         Ok(host)
@@ -262,7 +331,7 @@ impl Host {
         services::Options {
             device: self.datapath.services_device().to_owned(),
             mtu: self.datapath.mtu(),
-            run_dir: self.options.zygote.run_dir.clone(),
+            run_dir: self.options.run_dir.clone(),
             host: self.options.name.clone(),
             boot,
         }
@@ -270,23 +339,18 @@ impl Host {
 
     /// Slots in all.
     pub fn slots(&self) -> u32 {
-        self.datapath.slots().len() as u32
+        self.slots.count()
     }
 
-    /// MicroVMs that wait for an instance, in each tier.
-    pub fn pooled(&self) -> Tiers {
-        self.pool.tiers()
+    /// How the pools stand, that of the default template first.
+    pub fn pools(&self) -> Vec<Level> {
+        self.pools.levels()
     }
 
-    /// MicroVMs that are to be parked now.
-    pub fn parked_target(&self) -> u32 {
-        self.pool.target().parked
-    }
-
-    /// Has so many microVMs parked, at least, as far as the configuration lets it, until it is told
-    /// otherwise or nothing for a while.
-    pub fn want_parked(&self, parked: u32) {
-        self.pool.want_parked(parked);
+    /// Has so many microVMs of each template parked, at least, as far as the configuration lets it, until
+    /// it is told otherwise or nothing for a while.
+    pub fn want_parked(&self, wanted: &HashMap<String, u32>) {
+        self.pools.want_parked(wanted);
     }
 
     /// The instances, those that ended by themselves among them.
@@ -314,7 +378,7 @@ impl Host {
         let vpc = vpcs::Vpc { vni, shared_address, rank, naming, security };
         state.names.insert(vni, named(name, &vpc, shared_address_v6));
         state.vpcs.insert(name, vpc);
-        vpcs::save(&self.options.zygote.run_dir, &state.vpcs)
+        vpcs::save(&self.options.run_dir, &state.vpcs)
     }
 
     /// Forgets a VPC's shared address that no instance has.
@@ -328,7 +392,7 @@ impl Host {
         self.datapath.remove_vpc(vni)?;
         state.forget_policies(&self.datapath, vni)?;
         state.vpcs.remove(vni);
-        vpcs::save(&self.options.zygote.run_dir, &state.vpcs)?;
+        vpcs::save(&self.options.run_dir, &state.vpcs)?;
         drop(state);
         self.accounts().close(vni);
         Ok(())
@@ -351,9 +415,8 @@ impl Host {
         let instances = self.state().instances.values().filter(|i| i.failed.is_none()).count();
         Levels {
             slots: self.slots(),
-            free: self.pool.free_slots(),
-            pooled: self.pooled(),
-            parked_target: self.parked_target(),
+            free: self.slots.count_free(),
+            pools: self.pools(),
             instances: instances as u32,
             flows: self.flows.load(Ordering::Relaxed),
         }
@@ -361,7 +424,7 @@ impl Host {
 
     /// MicroVMs that were ended because nobody knew them.
     pub fn orphans_reaped(&self) -> &Counter {
-        self.pool.orphans_reaped()
+        self.slots.orphans_reaped()
     }
 
     /// How starts went.
@@ -370,7 +433,8 @@ impl Host {
     }
 
     /// Starts an instance, and invokes it if there is an invocation. If there is a snapshot it is a
-    /// clone of that; what it has not of its own is then its origin's.
+    /// clone of that; what it has not of its own is then its origin's. Else it is a clone of a template;
+    /// without a name, of the default one.
     ///
     /// It is carried out to its end even if the caller goes away.
     pub async fn start(
@@ -378,6 +442,7 @@ impl Host {
         vpc: &str,
         hostname: &str,
         own: Own,
+        template: &str,
         snapshot: Option<&str>,
         invocation: Option<&[u8]>,
     ) -> Result<Started, HostError> {
@@ -388,13 +453,16 @@ impl Host {
             name if is_hostname(name) => name.to_owned(),
             name => return Err(HostError::Hostname(name.to_owned())),
         };
-        let own = match snapshot {
-            None => own,
-            Some(name) => own.or(self.snapshots.find(name)?.own_in(name, vpc)?),
+        let (own, template) = match snapshot {
+            None => (own, self.pools.get(template)?.template().to_owned()),
+            Some(name) => {
+                let (theirs, template) = self.snapshots.find(name)?.of_clone(vpc, template)?;
+                (own.or(theirs), template)
+            }
         };
         let vni = self.state().vni_for(vpc, &own, |vni| self.has_ports(vni))?;
         let snapshot = snapshot.map(str::to_owned);
-        let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own, snapshot };
+        let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own, template, snapshot };
         let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));
         let work = tokio::spawn(async move { host.start_to_end(clock, record, invocation).await });
         work.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
@@ -440,8 +508,8 @@ impl Host {
         Ok(Started { instance: described, timings, reply })
     }
 
-    /// Takes a microVM, from the pool if it has one and it is to be the template's, and makes it the
-    /// instance.
+    /// Takes a microVM, from its template's pool if that has one and it is no clone of a snapshot, and
+    /// makes it the instance.
     async fn make_ready(
         &self,
         clock: Clock,
@@ -450,7 +518,7 @@ impl Host {
     ) -> Result<(MicroVm, Slot, Timeline), HostError> {
         loop {
             let Taken { microvm, from } = match &record.snapshot {
-                None => self.pool.take().await?,
+                None => self.pools.take(&record.template).await?,
                 Some(snapshot) => self.clone_of(snapshot).await?,
             };
             timings.cold = from.is_none();
@@ -492,7 +560,7 @@ impl Host {
             Ok(ready) => Ok((microvm, ready)),
             Err(error) => {
                 self.forget_owner(slot.number);
-                self.pool.discard(microvm).await;
+                self.slots.discard(microvm).await;
                 Err(error)
             }
         }
@@ -584,6 +652,7 @@ impl Host {
             limits,
             usage,
             shared_address,
+            template: record.template.clone(),
         }
     }
 
@@ -613,15 +682,15 @@ impl Host {
         id: Uuid,
         vni: u32,
         mut microvm: MicroVm,
-        stop: oneshot::Receiver<()>,
+        told: oneshot::Receiver<()>,
     ) {
         let slot = microvm.slot();
         tokio::select! {
             reason = microvm.ended() => self.failed(id, slot, &reason),
-            _ = stop => pool::stop(microvm).await,
+            _ = told => stop(microvm).await,
         }
         self.settle(slot, vni);
-        self.pool.free(slot);
+        self.slots.free(slot);
     }
 
     /// An instance ended by itself: it stays listed, as failed.
@@ -666,7 +735,7 @@ fn named(name: &str, vpc: &vpcs::Vpc, shared_address_v6: Option<Ipv6Addr>) -> Na
 }
 
 /// RFC 1123, 2.1, one label.
-fn is_hostname(name: &str) -> bool {
+pub(crate) fn is_hostname(name: &str) -> bool {
     let inner = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     (1..=63).contains(&name.len())
         && name.bytes().all(inner)

@@ -20,16 +20,15 @@ use warren_dataplane::datapath::{
 };
 use warren_dataplane::eni::{EniProvider, Exec, Linux};
 use warren_dataplane::fragments::Fragments;
-use warren_dataplane::host::{Host, HostOptions as RoleOptions};
+use warren_dataplane::host::{Host, HostOptions as RoleOptions, TemplateOptions};
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
-use warren_dataplane::refill::{Policy, Tiers};
+use warren_dataplane::refill::Policy;
 use warren_dataplane::services::Services as LinkLocal;
 use warren_dataplane::{boot, flowlog, heartbeat};
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::agent_service_server::AgentServiceServer;
 use warren_proto::v1::{HeartbeatRequest, HeartbeatResponse};
-use warren_vmm::client::ZygoteConfig;
 use warren_vmm::jail::{self, JailConfig};
 use warren_vmm::snapshot::Sources;
 
@@ -114,7 +113,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
         let endpoint = endpoint.to_string();
         let (name, underlay) = (config.name.clone(), config.underlay.address.to_string());
         let listener = agent.clone();
-        let heard = move |answer: HeartbeatResponse| listener.want_parked(answer.parked);
+        let heard = move |answer: HeartbeatResponse| listener.want_parked(&answer.wanted);
         let report = move || {
             let report = agent.report();
             HeartbeatRequest {
@@ -123,13 +122,12 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 endpoint: endpoint.clone(),
                 underlay_address: underlay.clone(),
                 slots: report.slots,
-                parked: report.parked,
                 instances: report.instances,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 port_use: report.port_use,
                 owned: report.owned,
                 load: report.load,
-                parked_target: report.parked_target,
+                templates: report.templates,
             }
         };
         tokio::spawn(heartbeat::run(control, report, heard));
@@ -186,23 +184,26 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
     let datapath = HostDatapath::open(&options)?;
     let events = datapath.flow_events();
     tokio::spawn(Fragments::open(datapath.fragments_device(), datapath.mtu())?.run());
-    let zygote = ZygoteConfig {
-        binary: section.vmm.clone(),
+    let templates = section.templates.iter().map(|template| TemplateOptions {
+        name: template.name.clone(),
         sources: Sources {
-            template: section.template.clone(),
+            template: template.path.clone(),
             diff: None,
-            disk: section.disk.clone(),
-            key: section.template_key.clone(),
+            disk: template.disk.clone(),
+            key: template.key.clone(),
         },
+        policy: Policy::new(template.least(), template.parked_most.unwrap_or(section.slots)),
+    });
+    let options = RoleOptions {
+        name: config.name.clone(),
+        vmm: section.vmm.clone(),
         run_dir: config.run_dir.clone(),
         jail,
         rates: section.limits,
+        templates: templates.collect(),
+        snapshots: section.snapshots.clone(),
     };
-    let (shells, loaded, parked) = (section.shells, section.loaded, section.parked);
-    let parked_most = section.parked_most.unwrap_or(section.slots);
-    let policy = Policy::new(Tiers { shells, loaded, parked }, parked_most, section.slots);
-    let (name, snapshots) = (config.name.clone(), section.snapshots.clone());
-    let host = Host::new(RoleOptions { name, zygote, policy, snapshots }, datapath).await?;
+    let host = Host::new(options, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {
         let options = flowlog::Options {
             files: log.into(),

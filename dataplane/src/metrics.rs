@@ -23,7 +23,7 @@ use warren_proto::v1;
 use warren_vmm::control::Timeline;
 
 use crate::datapath::DropCount;
-use crate::refill::Tiers;
+use crate::pool::Level;
 
 /// In front of every name.
 const PREFIX: &str = "warren";
@@ -134,16 +134,14 @@ fn seconds(nanoseconds: u64) -> f64 {
 }
 
 /// How a host stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Levels {
     /// Slots in all.
     pub slots: u32,
     /// Slots without a microVM.
     pub free: u32,
     /// MicroVMs that wait for an instance.
-    pub pooled: Tiers,
-    /// How many of them are to be parked.
-    pub parked_target: u32,
+    pub pools: Vec<Level>,
     /// Instances that run.
     pub instances: u32,
     /// Flows that the last sweep of the table left in it.
@@ -157,6 +155,11 @@ pub struct Snapshot {
     pub levels: Option<Levels>,
     /// What was dropped. None: it could not be read.
     pub drops: Option<Vec<DropCount>>,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TemplateLabel {
+    template: String,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -179,6 +182,9 @@ fn by_reason(drops: &[DropCount], is_host: bool) -> BTreeMap<(&'static str, Opti
     sums
 }
 
+/// A number of a pool.
+type OfPool = fn(&Level) -> u32;
+
 /// Reads a snapshot at each scrape.
 struct Scraped<F>(F);
 
@@ -191,15 +197,26 @@ impl<F> fmt::Debug for Scraped<F> {
 impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Scraped<F> {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let Snapshot { levels, drops } = (self.0)();
-        if let Some(levels) = levels {
-            let Levels { slots, free, pooled, parked_target, instances, flows } = levels;
+        let is_host = levels.is_some();
+        if let Some(Levels { slots, free, pools, instances, flows }) = levels {
+            let levels: [(_, _, OfPool); 4] = [
+                ("shell_microvms", "MicroVMs with KVM's objects, not loaded", |it| it.now.shells),
+                ("loaded_microvms", "MicroVMs that are loaded and did not run", |it| it.now.loaded),
+                ("parked_microvms", "MicroVMs ready at their barrier", |it| it.now.parked),
+                ("parked_target", "MicroVMs that are to be parked now", |it| it.parked_target),
+            ];
+            for (name, help, of) in levels {
+                let kind = ConstGauge::<i64>::TYPE;
+                let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+                for pool in &pools {
+                    let label = TemplateLabel { template: pool.template.clone() };
+                    let gauge = ConstGauge::new(i64::from(of(pool)));
+                    gauge.encode(family.encode_family(&label)?)?;
+                }
+            }
             for (name, help, level) in [
                 ("slots", "TAP slots in all", slots),
                 ("free_slots", "Slots without a microVM", free),
-                ("shell_microvms", "MicroVMs with KVM's objects, not loaded", pooled.shells),
-                ("loaded_microvms", "MicroVMs that are loaded and did not run", pooled.loaded),
-                ("parked_microvms", "MicroVMs ready at their barrier", pooled.parked),
-                ("parked_target", "MicroVMs that are to be parked now", parked_target),
                 ("instances", "Instances that run", instances),
                 ("flows", "Flows that the last sweep left in the table", flows),
             ] {
@@ -216,7 +233,7 @@ impl<F: Fn() -> Snapshot + Send + Sync + 'static> Collector for Scraped<F> {
             let help = "Packets dropped, by reason; on proxies also by VPC, where there is one";
             let kind = ConstCounter::<u64>::TYPE;
             let mut family = encoder.encode_descriptor("dropped_packets", help, None, kind)?;
-            for ((reason, vni), packets) in by_reason(&drops, levels.is_some()) {
+            for ((reason, vni), packets) in by_reason(&drops, is_host) {
                 let labels = DropLabels { reason, vni };
                 ConstCounter::new(packets).encode(family.encode_family(&labels)?)?;
             }
@@ -243,6 +260,7 @@ mod tests {
     use prometheus_client::encoding::text::encode;
 
     use super::*;
+    use crate::refill::Tiers;
 
     fn text(registry: &Registry) -> String {
         let mut text = String::new();
@@ -308,11 +326,17 @@ mod tests {
 
     #[test]
     fn a_host_tells_its_levels_and_adds_up_its_slots() {
-        let pooled = Tiers { shells: 2, loaded: 3, parked: 55 };
-        let levels =
-            Levels { slots: 128, free: 60, pooled, parked_target: 64, instances: 8, flows: 9 };
-        let registry =
-            registry("host", move || Snapshot { levels: Some(levels), drops: Some(drops()) });
+        let level = |template: &str, parked_target| Level {
+            template: template.to_owned(),
+            now: Tiers { shells: 2, loaded: 3, parked: 55 },
+            parked_target,
+        };
+        let pools = vec![level("small", 64), level("large", 55)];
+        let levels = Levels { slots: 128, free: 60, pools, instances: 8, flows: 9 };
+        let registry = registry("host", move || Snapshot {
+            levels: Some(levels.clone()),
+            drops: Some(drops()),
+        });
         assert_lines(
             &text(&registry),
             &[
@@ -324,10 +348,11 @@ mod tests {
                 "# TYPE warren_slots gauge",
                 "warren_slots 128",
                 "warren_free_slots 60",
-                "warren_shell_microvms 2",
-                "warren_loaded_microvms 3",
-                "warren_parked_microvms 55",
-                "warren_parked_target 64",
+                r#"warren_shell_microvms{template="small"} 2"#,
+                r#"warren_loaded_microvms{template="small"} 3"#,
+                r#"warren_parked_microvms{template="small"} 55"#,
+                r#"warren_parked_target{template="small"} 64"#,
+                r#"warren_parked_target{template="large"} 55"#,
                 "warren_instances 8",
                 "warren_flows 9",
                 "# TYPE warren_dropped_packets counter",

@@ -9,13 +9,13 @@ use warren_vmm::control::{State, Tier};
 
 /// A microVM that answered at its socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Found<R> {
+pub struct Found<P, R> {
     /// The host has its slot.
     pub has_slot: bool,
     /// How far it is.
     pub state: State,
-    /// It is what this daemon's zygote makes.
-    pub is_current: bool,
+    /// The pool whose zygote makes such; none: no zygote of this daemon does, or it runs.
+    pub pool: Option<P>,
     /// Who it is; none: it is nobody yet, or that cannot be read.
     pub record: Option<R>,
     /// Its slot is connected to the VPC of its record.
@@ -24,9 +24,9 @@ pub struct Found<R> {
 
 /// What becomes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate<R> {
-    /// It waits in the pool, in this tier.
-    Pool(Tier),
+pub enum Fate<P, R> {
+    /// It waits in this pool, in this tier.
+    Pool(P, Tier),
     /// It is this instance.
     Serve(R),
     /// It ends.
@@ -38,7 +38,7 @@ pub enum Fate<R> {
 pub enum Orphan {
     /// The host has fewer slots now.
     NoSlot,
-    /// It waits to be released, but another template, jail or version was configured since.
+    /// It waits to be released, but other templates, another jail or version were configured since.
     OtherMake,
     /// It runs, and who it is cannot be told.
     NoRecord,
@@ -62,15 +62,15 @@ impl fmt::Display for Orphan {
 }
 
 /// Decides. What runs is an instance's, and goes on whatever it was made from.
-pub fn fate<R>(found: Found<R>) -> Fate<R> {
-    let Found { has_slot, state, is_current, record, is_connected } = found;
-    match (state, record) {
+pub fn fate<P, R>(found: Found<P, R>) -> Fate<P, R> {
+    let Found { has_slot, state, pool, record, is_connected } = found;
+    match (state, pool, record) {
         _ if !has_slot => Fate::End(Orphan::NoSlot),
-        (State::Pooled(tier), _) if is_current => Fate::Pool(tier),
-        (State::Pooled(_), _) => Fate::End(Orphan::OtherMake),
-        (State::Running, None) => Fate::End(Orphan::NoRecord),
-        (State::Running, Some(record)) if is_connected => Fate::Serve(record),
-        (State::Running, Some(_)) => Fate::End(Orphan::Disconnected),
+        (State::Pooled(tier), Some(pool), _) => Fate::Pool(pool, tier),
+        (State::Pooled(_), None, _) => Fate::End(Orphan::OtherMake),
+        (State::Running, _, None) => Fate::End(Orphan::NoRecord),
+        (State::Running, _, Some(record)) if is_connected => Fate::Serve(record),
+        (State::Running, _, Some(_)) => Fate::End(Orphan::Disconnected),
     }
 }
 
@@ -78,26 +78,26 @@ pub fn fate<R>(found: Found<R>) -> Fate<R> {
 mod tests {
     use super::*;
 
-    const RUNNING: Found<&str> = Found {
+    const RUNNING: Found<&str, &str> = Found {
         has_slot: true,
         state: State::Running,
-        is_current: true,
+        pool: Some("small"),
         record: Some("a"),
         is_connected: true,
     };
-    const POOLED: Found<&str> =
+    const POOLED: Found<&str, &str> =
         Found { state: State::Pooled(Tier::Loaded), record: None, is_connected: false, ..RUNNING };
 
     #[test]
     fn an_instance_goes_on_whatever_it_was_made_from() {
         assert_eq!(fate(RUNNING), Fate::Serve("a"));
-        assert_eq!(fate(Found { is_current: false, ..RUNNING }), Fate::Serve("a"));
+        assert_eq!(fate(Found { pool: None, ..RUNNING }), Fate::Serve("a"));
     }
 
     #[test]
-    fn one_of_the_pool_goes_on_if_it_is_what_would_be_made_now() {
-        assert_eq!(fate(POOLED), Fate::Pool(Tier::Loaded));
-        let other = Found { is_current: false, ..POOLED };
+    fn one_of_a_pool_goes_on_if_it_is_what_would_be_made_now() {
+        assert_eq!(fate(POOLED), Fate::Pool("small", Tier::Loaded));
+        let other = Found { pool: None, ..POOLED };
         assert_eq!(fate(other), Fate::End(Orphan::OtherMake));
     }
 

@@ -1,4 +1,4 @@
-//! How the pool of microVMs is filled: a pure decision.
+//! How the pools of microVMs are filled: pure decisions.
 
 use std::time::Duration;
 
@@ -30,9 +30,29 @@ impl Tiers {
             Tier::Parked => self.parked,
         }
     }
+
+    /// How many there are in all.
+    pub fn sum(self) -> u32 {
+        [self.shells, self.loaded, self.parked].into_iter().fold(0, u32::saturating_add)
+    }
 }
 
-/// What the pool is to hold.
+/// How many each of a host's pools is to hold parked, of what is wanted of it: together with what they
+/// are configured to hold, not more than there are slots. What is configured for one comes before what
+/// is wanted of another; what is wanted of the first comes before what is wanted of the next.
+pub fn bound(slots: u32, pools: &[(Policy, u32)]) -> Vec<u32> {
+    let least = pools.iter().map(|(policy, _)| policy.least.sum()).fold(0, u32::saturating_add);
+    let mut room = slots.saturating_sub(least);
+    let bounded = pools.iter().map(|(policy, wanted)| {
+        let least = policy.least.parked;
+        let more = policy.target(Some(*wanted)).parked.saturating_sub(least).min(room);
+        room -= more;
+        least + more
+    });
+    bounded.collect()
+}
+
+/// What a pool is to hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// MicroVMs in each tier at least.
@@ -55,21 +75,19 @@ pub enum Refill {
 }
 
 impl Policy {
-    /// At least so many in each tier, at most so many parked, and all together not more than there are
-    /// slots: what is configured comes before what is wanted.
-    pub fn new(least: Tiers, parked_most: u32, slots: u32) -> Self {
-        let room = slots.saturating_sub(least.shells).saturating_sub(least.loaded);
-        Self { least, parked_most: parked_most.min(room).max(least.parked) }
+    /// At least so many in each tier, and at most so many parked: if that is less, as many as at least.
+    pub fn new(least: Tiers, parked_most: u32) -> Self {
+        Self { least, parked_most: parked_most.max(least.parked) }
     }
 
-    /// MicroVMs in each tier, if the control plane wants so many parked; none: it did not say.
+    /// MicroVMs in each tier, if so many are wanted parked; none: the control plane did not say.
     pub fn target(self, wanted: Option<u32>) -> Tiers {
         let parked = wanted.unwrap_or_default().clamp(self.least.parked, self.parked_most);
         Tiers { parked, ..self.least }
     }
 
-    /// Decides from the microVMs that there are, the time since the last start, and what the control
-    /// plane wants.
+    /// Decides from the microVMs that there are, the time since the last start, and how many are wanted
+    /// parked.
     ///
     /// The highest tier is filled first, and from the next lower one that has any. Below a quarter of
     /// its target a tier no longer waits for a quiet moment: an empty pool costs the next start more
@@ -103,7 +121,7 @@ mod tests {
     }
 
     fn policy(shells: u32, loaded: u32, parked: u32) -> Policy {
-        Policy::new(tiers(shells, loaded, parked), 100, 1000)
+        Policy::new(tiers(shells, loaded, parked), 100)
     }
 
     #[test]
@@ -136,16 +154,28 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_configured_is_held_to_whatever_is_wanted(
-            (shells, loaded, parked) in (0_u32..20, 0_u32..20, 0_u32..20),
-            (most, more) in (0_u32..100, 0_u32..100),
-            wanted in prop::option::of(any::<u32>()),
+            configured in prop::collection::vec(
+                ((0_u32..20, 0_u32..20, 0_u32..20), 0_u32..100, any::<u32>()),
+                1..5,
+            ),
+            more in 0_u32..100,
         ) {
-            let (least, slots) = (tiers(shells, loaded, parked), shells + loaded + parked + more);
-            let target = Policy::new(least, most, slots).target(wanted);
-            prop_assert_eq!((target.shells, target.loaded), (shells, loaded));
-            prop_assert!(target.parked >= parked && target.parked <= parked.max(most));
-            prop_assert!(target.shells + target.loaded + target.parked <= slots);
-            prop_assert!(target.parked >= wanted.unwrap_or(0).min(most).min(parked + more));
+            let pools = configured.iter().map(|((shells, loaded, parked), most, wanted)| {
+                (Policy::new(tiers(*shells, *loaded, *parked), *most), *wanted)
+            });
+            let pools: Vec<_> = pools.collect();
+            let slots = pools.iter().map(|(policy, _)| policy.least.sum()).sum::<u32>() + more;
+            let bounded = bound(slots, &pools);
+            let (mut all, mut unmet) = (0, false);
+            for ((policy, wanted), bounded) in pools.iter().zip(&bounded) {
+                let (alone, target) = (policy.target(Some(*wanted)), policy.target(Some(*bounded)));
+                prop_assert_eq!(target, Tiers { parked: *bounded, ..policy.least });
+                prop_assert!((policy.least.parked..=alone.parked).contains(bounded));
+                all += target.sum();
+                unmet |= *bounded < alone.parked;
+            }
+            prop_assert!(all <= slots);
+            prop_assert!(all == slots || !unmet, "slots are left, and somebody wants them");
         }
 
         /// Whatever there is at first, the pool comes to hold what it is to, and no step undoes another.

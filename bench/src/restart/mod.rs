@@ -20,7 +20,7 @@ use aya::programs::loaded_programs;
 use indicatif::ProgressIterator;
 use warren_bench::figures::Figures;
 use warren_dataplane::datapath::{HostDatapath, HostOptions};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, built};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, TEMPLATE, VPCS, built};
 use warren_netns::guest::KernelGuest;
 use warren_netns::netns::Namespace;
 use warren_netns::postgres;
@@ -87,7 +87,7 @@ async fn plug(fleet: &mut Fleet) -> Result<(KernelGuest, StandIn)> {
     let slot = started.instance.context("an instance without description")?.slot;
     // The data path is this process's while the daemon is away.
     fleet.process(Daemon::Host).kill()?;
-    let stand_in = StandIn::replace(&fleet.dir(Daemon::Host), slot).await?;
+    let stand_in = StandIn::replace(&fleet.sockets(TEMPLATE), slot).await?;
     let options = HostOptions {
         bpffs: fleet.run.bpf().join(Daemon::Host.name()),
         ..options::host(&fleet.run, SLOTS)?

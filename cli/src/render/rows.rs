@@ -231,6 +231,7 @@ pub struct InstanceRow {
     hostname: String,
     vpc: String,
     host: String,
+    template: String,
     address: String,
     /// Null: not known.
     shared_address: Option<String>,
@@ -266,6 +267,7 @@ impl InstanceRow {
             hostname: instance.hostname,
             vpc: instance.vpc,
             host: instance.host,
+            template: instance.template,
             address: instance.address,
             shared_address: some(instance.shared_address),
             mac: instance.mac,
@@ -295,8 +297,8 @@ fn id_length(mut ids: Vec<&str>) -> usize {
 
 impl Row for InstanceRow {
     const HEADER: &'static [&'static str] = &[
-        "ID", "HOSTNAME", "VPC", "HOST", "SLOT", "ADDRESS", "SEEN AS", "PID", "STATE", "FLOWS",
-        "PORTS", "REASON",
+        "ID", "HOSTNAME", "VPC", "HOST", "TEMPLATE", "SLOT", "ADDRESS", "SEEN AS", "PID", "STATE",
+        "FLOWS", "PORTS", "REASON",
     ];
 
     fn cells(&self) -> Vec<String> {
@@ -308,6 +310,7 @@ impl Row for InstanceRow {
             self.hostname.clone(),
             self.vpc.clone(),
             self.host.clone(),
+            self.template.clone(),
             self.slot.to_string(),
             self.address.clone(),
             dash(self.shared_address.as_deref()),
@@ -371,6 +374,7 @@ impl Row for StartedRow {
         "HOSTNAME",
         "VPC",
         "HOST",
+        "TEMPLATE",
         "SLOT",
         "ADDRESS",
         "SEEN AS",
@@ -381,7 +385,7 @@ impl Row for StartedRow {
 
     fn cells(&self) -> Vec<String> {
         let mut cells = self.instance.cells();
-        cells.truncate(8);
+        cells.truncate(9);
         let timings = self.timings.as_ref();
         let pool = |timings: &StartTimings| if timings.cold { "cold" } else { "parked" };
         cells.push(dash(timings.map(|timings| us(timings.ready_ns)).as_deref()));
@@ -442,6 +446,7 @@ mod tests {
             security_groups: vec![],
             limits: Some(v1::Limits { flows: 50, ..v1::Limits::default() }),
             usage: Some(v1::Usage { flows: 7, ports: 3 }),
+            template: "small".into(),
         }
     }
 
@@ -499,6 +504,7 @@ mod tests {
             owned: 0,
             drained: false,
             load: None,
+            templates: vec![],
         };
         let never_heard_of = v1::Host {
             name: "p1".into(),
@@ -538,9 +544,9 @@ mod tests {
         let rows = instance_rows(vec![instance("11111111-aaaa"), failed]);
         assert_eq!(
             list(Output::Table, &rows),
-            "ID        HOSTNAME  VPC   HOST  SLOT  ADDRESS      SEEN AS   PID   STATE    FLOWS  PORTS  REASON\n\
-             11111111  web       blue  h1    1     169.254.1.2  10.1.0.9  4711  running  7/50   3      -\n\
-             22222222  web       blue  h1    1     169.254.1.2  10.1.0.9  4711  failed   -      -      killed by signal 9"
+            "ID        HOSTNAME  VPC   HOST  TEMPLATE  SLOT  ADDRESS      SEEN AS   PID   STATE    FLOWS  PORTS  REASON\n\
+             11111111  web       blue  h1    small     1     169.254.1.2  10.1.0.9  4711  running  7/50   3      -\n\
+             22222222  web       blue  h1    small     1     169.254.1.2  10.1.0.9  4711  failed   -      -      killed by signal 9"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["id"], "11111111-aaaa");

@@ -1,7 +1,7 @@
 //! A control plane in the test's process, and agents that only remember what they are told.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -266,6 +266,8 @@ pub struct Behaviour {
     pub drops: Mutex<Vec<DropCount>>,
     pub flows: Mutex<Vec<Flow>>,
     pub hits: Mutex<Vec<RuleHits>>,
+    /// How many of each template it was told last to hold parked.
+    pub wanted: Mutex<HashMap<String, u32>>,
 }
 
 impl Behaviour {
@@ -327,6 +329,7 @@ impl FakeAgent {
             drops: Mutex::default(),
             flows: Mutex::default(),
             hits: Mutex::default(),
+            wanted: Mutex::default(),
         });
         let service = AgentServiceServer::new(Agent(behaviour.clone()));
         let server = Server::start(&endpoint, Services::default().with(service)).await;
@@ -336,13 +339,12 @@ impl FakeAgent {
             endpoint: endpoint.to_string(),
             underlay_address: format!("192.0.2.{number}"),
             slots: 4,
-            parked: 2,
             instances: vec![],
             version: "1.2.3".into(),
             port_use: vec![],
             owned: 0,
             load: None,
-            parked_target: 3,
+            templates: vec![TemplatePool { template: "small".into(), parked: 2, parked_target: 3 }],
         };
         Self { behaviour, report, server, heartbeats: None }
     }
@@ -357,7 +359,8 @@ impl FakeAgent {
         let task = tokio::spawn(async move {
             loop {
                 if let Ok(channel) = connect(&control).await {
-                    let (report, behaviour) = (report.clone(), behaviour.clone());
+                    let (report, told) = (report.clone(), behaviour.clone());
+                    let behaviour = behaviour.clone();
                     let ticks = IntervalStream::new(tokio::time::interval(HEARTBEAT_INTERVAL));
                     let ended = stream_ended.clone();
                     let ticks = ticks.take_while(move |_| !ended.load(Ordering::Relaxed));
@@ -368,7 +371,9 @@ impl FakeAgent {
                     });
                     if let Ok(answers) = FleetServiceClient::new(channel).heartbeat(beats).await {
                         let mut answers = answers.into_inner();
-                        while let Ok(Some(_)) = answers.message().await {}
+                        while let Ok(Some(answer)) = answers.message().await {
+                            *told.wanted.lock().unwrap() = answer.wanted;
+                        }
                     }
                 }
                 tokio::time::sleep(HEARTBEAT_INTERVAL).await;
@@ -435,6 +440,7 @@ impl AgentService for Agent {
             slot: instances.len() as u32 + 1,
             state: InstanceState::Running.into(),
             security_groups: request.security_groups,
+            template: request.template,
             ..Instance::default()
         };
         instances.insert(instance.id.clone(), instance.clone());
@@ -460,10 +466,10 @@ impl AgentService for Agent {
         request: Request<SnapshotInstanceRequest>,
     ) -> Result<Response<SnapshotInstanceResponse>, Status> {
         let SnapshotInstanceRequest { id, name } = request.into_inner();
-        let vpc = self.0.instances.lock().unwrap()[&id].vpc.clone();
-        let host = self.0.name.clone();
+        let Instance { vpc, template, .. } = self.0.instances.lock().unwrap()[&id].clone();
+        let (instance, host) = (id, self.0.name.clone());
         let snapshot =
-            Snapshot { name: name.clone(), vpc, host, instance: id, ..Default::default() };
+            Snapshot { name: name.clone(), vpc, host, instance, template, ..Default::default() };
         self.0.snapshots.lock().unwrap().insert(name, snapshot.clone());
         Ok(Response::new(SnapshotInstanceResponse { snapshot: Some(snapshot) }))
     }

@@ -8,7 +8,8 @@ use tokio::time::timeout;
 use warren_vmm::client::{ClientError, MicroVm};
 use warren_vmm::control::{State, Status};
 
-use super::{Host, HostError, Record, snapshots};
+use super::{Host, HostError, Record, sockets};
+use crate::pool::Pool;
 use crate::recovery::{Fate, Found, fate};
 
 /// How long a microVM may take to say what it is of.
@@ -19,52 +20,59 @@ impl Host {
     /// daemon knows is on it.
     pub(super) async fn recover(self: &Arc<Self>) -> Result<(), HostError> {
         let (mut known, mut taken) = (HashSet::new(), HashSet::new());
-        for (mut microvm, status) in snapshots::discover(&self.options.zygote.run_dir).await? {
+        for (mut microvm, status) in sockets::discover(&self.options.run_dir).await? {
             let number = microvm.slot();
             // Those that are ended here, too: that takes them a moment.
             known.insert((number, microvm.pid()));
-            let record = serde_json::from_slice::<Record>(&status.tag).ok();
+            let record = self.record(&status);
             let found = Found {
                 has_slot: self.datapath.slots().iter().any(|slot| slot.number == number),
                 state: status.state,
-                is_current: self.is_current(&mut microvm, &status).await,
+                pool: self.pool_of(&mut microvm, &status).await,
                 is_connected: record.as_ref().is_some_and(|r| self.vni_of(number) == Some(r.vni)),
                 record,
             };
             match fate(found) {
-                Fate::Pool(tier) => {
+                Fate::Pool(pool, tier) => {
                     // It is connected if the daemon was killed in the middle of a start.
                     self.datapath.detach(number)?;
-                    self.pool.keep(microvm, tier);
+                    pool.keep(microvm, tier);
                 }
                 Fate::Serve(record) => {
                     tracing::info!(id = %record.id, slot = number, "instance found again");
                     self.enlist(record, self.slot(number), microvm);
                 }
                 Fate::End(orphan) => {
-                    self.pool.end_orphan(microvm, orphan).await;
+                    self.slots.end_orphan(microvm, orphan).await;
                     continue;
                 }
             }
             taken.insert(number);
         }
-        self.pool.reap(|slot, pid| known.contains(&(slot, pid))).await;
+        self.slots.reap(|slot, pid| known.contains(&(slot, pid))).await;
         for slot in self.datapath.slots() {
             if !taken.contains(&slot.number) {
-                self.pool.free(slot.number);
+                self.slots.free(slot.number);
             }
         }
         Ok(())
     }
 
-    /// Whether a microVM is what this daemon's zygote makes; not asked of one that runs.
-    async fn is_current(&self, microvm: &mut MicroVm, status: &Status) -> bool {
+    /// Who a microVM is, if it is somebody.
+    fn record(&self, status: &Status) -> Option<Record> {
+        let mut record: Record = serde_json::from_slice(&status.tag).ok()?;
+        record.template = self.pools.named(record.template);
+        Some(record)
+    }
+
+    /// The pool whose zygote makes what a microVM is; not asked of one that runs.
+    async fn pool_of(&self, microvm: &mut MicroVm, status: &Status) -> Option<&Pool> {
         if status.state == State::Running {
-            return false;
+            return None;
         }
         let make = timeout(PATIENCE, microvm.make()).await;
         let make = make.unwrap_or(Err(ClientError::Timeout(PATIENCE)));
-        matches!(make, Ok(make) if make == self.pool.make().await)
+        self.pools.of(make.ok()?).await
     }
 
     /// The VPC that a slot is connected to.

@@ -1,12 +1,11 @@
 //! Snapshots of instances, kept in a directory of the host's, and the zygotes of those that are
 //! cloned.
 //!
-//! A snapshot is of its instance's VPC, and so are all clones of it. It is a diff against the
-//! host's template and the record of what it is, of which the record is there last and goes first.
+//! A snapshot is of its instance's VPC and template, and so are all clones of it. It is a diff against
+//! the template and the record of what it is, of which the record is there last and goes first.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -15,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 use warren_proto::v1;
-use warren_vmm::client::{self, ClientError, MicroVm, Zygote, ZygoteConfig};
-use warren_vmm::control::Status;
+use warren_vmm::client::{ClientError, MicroVm, Zygote};
 
-use super::{Host, HostError, Instance, Own, Record, is_hostname};
+use super::{Host, HostError, Instance, Own, Record, is_hostname, sockets};
 use crate::pool::{PoolError, Taken};
+use crate::pools::Pools;
 
 /// How long an instance may take to save itself: a guest that is busy does so when it waits next.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -38,15 +37,22 @@ pub(super) struct Kept {
     bytes: u64,
     /// What its instance had of its own.
     own: Own,
+    /// Name of its template; in those of former versions empty: the default one.
+    #[serde(default)]
+    template: String,
 }
 
 impl Kept {
-    /// What a clone in this VPC has of its own, if it can be there.
-    pub(super) fn own_in(self, name: &str, vpc: &str) -> Result<Own, HostError> {
-        if self.vpc == vpc {
-            return Ok(self.own);
+    /// What a clone in this VPC has of its own, and its template, if it can be there and of that.
+    pub(super) fn of_clone(self, vpc: &str, template: &str) -> Result<(Own, String), HostError> {
+        let Self { name, template: theirs, .. } = self;
+        if self.vpc != vpc {
+            return Err(HostError::SnapshotVpc { name, vpc: self.vpc });
         }
-        Err(HostError::SnapshotVpc { name: name.to_owned(), vpc: self.vpc })
+        if !template.is_empty() && template != theirs {
+            return Err(HostError::SnapshotTemplate { name, template: theirs });
+        }
+        Ok((self.own, theirs))
     }
 }
 
@@ -59,23 +65,20 @@ struct Running {
 /// The snapshots of a host.
 pub(super) struct Snapshots {
     directory: PathBuf,
-    /// What their zygotes are started with, but for the diff.
-    zygote: ZygoteConfig,
+    /// Where their clones' sockets are.
+    run_dir: PathBuf,
+    /// Those of their templates.
+    pools: Arc<Pools>,
     /// Held while one is taken or removed: a name is one snapshot's.
     changing: Mutex<()>,
     /// By name. Locked while one is removed or its zygote is started: none is a former one's.
     running: Mutex<HashMap<String, Running>>,
 }
 
-/// Where the microVMs' sockets are that are clones of snapshots: a directory each.
-fn clones(run_dir: &Path) -> PathBuf {
-    run_dir.join("clones")
-}
-
 impl Snapshots {
     /// Those in a directory, which need not be there yet.
-    pub(super) fn new(directory: PathBuf, zygote: ZygoteConfig) -> Self {
-        Self { directory, zygote, changing: Mutex::default(), running: Mutex::default() }
+    pub(super) fn new(directory: PathBuf, run_dir: PathBuf, pools: Arc<Pools>) -> Self {
+        Self { directory, run_dir, pools, changing: Mutex::default(), running: Mutex::default() }
     }
 
     fn diff(&self, name: &str) -> PathBuf {
@@ -92,12 +95,21 @@ impl Snapshots {
         if !is_hostname(name) {
             return Err(unknown());
         }
-        match read(&self.record(name)) {
+        match self.read(&self.record(name)) {
             Err(HostError::Snapshots { source, .. }) if source.kind() == ErrorKind::NotFound => {
                 Err(unknown())
             }
             found => found,
         }
+    }
+
+    fn read(&self, path: &Path) -> Result<Kept, HostError> {
+        let failed = |source| HostError::Snapshots { path: path.to_owned(), source };
+        let text = std::fs::read(path).map_err(failed)?;
+        let kept = serde_json::from_slice(&text);
+        let mut kept: Kept = kept.map_err(|error| failed(io::Error::other(error)))?;
+        kept.template = self.pools.named(kept.template);
+        Ok(kept)
     }
 
     /// All of them, by name.
@@ -111,7 +123,7 @@ impl Snapshots {
         for entry in entries {
             let path = entry.map_err(failed)?.path();
             if path.extension().is_some_and(|extension| extension == "json") {
-                kept.push(read(&path)?);
+                kept.push(self.read(&path)?);
             }
         }
         kept.sort_by(|one: &Kept, other| one.name.cmp(&other.name));
@@ -131,15 +143,15 @@ impl Snapshots {
             Ok(_) => return Err(HostError::SnapshotExists(name.to_owned())),
             Err(error) => return Err(error),
         }
-        make_directory(&self.directory)?;
-        let key = self.zygote.sources.key.as_deref();
+        sockets::make(&self.directory)?;
+        let Record { id: instance, vpc, own, template, .. } = record;
+        let key = self.pools.get(&template)?.config().sources.key.as_deref();
         let diff = self.diff(name);
         let saved = tokio::time::timeout(PATIENCE, microvm.snapshot(&diff, key)).await;
         let bytes = saved.unwrap_or(Err(ClientError::Timeout(PATIENCE)))?;
-        let Record { id: instance, vpc, own, .. } = record;
         let taken = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         let (name, taken_unix_ms) = (name.to_owned(), taken.as_millis() as i64);
-        let kept = Kept { name, vpc, instance, taken_unix_ms, bytes, own };
+        let kept = Kept { name, vpc, instance, taken_unix_ms, bytes, own, template };
         let text = serde_json::to_vec(&kept).map_err(|e| HostError::Record(e.to_string()))?;
         let path = self.record(&kept.name);
         let new = path.with_extension("new");
@@ -164,17 +176,17 @@ impl Snapshots {
     /// The zygote of a snapshot; if it does not run it is started.
     async fn zygote(&self, name: &str) -> Result<Arc<Zygote>, HostError> {
         let mut running = self.running.lock().await;
-        self.find(name)?;
+        let Kept { template, .. } = self.find(name)?;
         if let Some(found) = running.get_mut(name) {
             found.used = Instant::now();
             return Ok(found.zygote.clone());
         }
-        let mut config = self.zygote.clone();
+        let mut config = self.pools.get(&template)?.config().clone();
         config.sources.diff = Some(self.diff(name));
-        config.run_dir = clones(&config.run_dir).join(name);
+        config.run_dir = sockets::of_snapshot(&self.run_dir, name);
         // No two zygotes have the same groups.
         config.jail.cgroup.push(format!("of-{name}"));
-        make_directory(&config.run_dir)?;
+        sockets::make(&config.run_dir)?;
         let zygote = Arc::new(Zygote::spawn(&config).await?);
         tracing::info!(snapshot = name, "zygote started");
         let started = Running { zygote: zygote.clone(), used: Instant::now() };
@@ -203,29 +215,6 @@ impl Snapshots {
             });
         }
     }
-}
-
-fn read(path: &Path) -> Result<Kept, HostError> {
-    let failed = |source| HostError::Snapshots { path: path.to_owned(), source };
-    let text = std::fs::read(path).map_err(failed)?;
-    serde_json::from_slice(&text).map_err(|error| failed(io::Error::other(error)))
-}
-
-/// Makes a directory that is root's alone.
-fn make_directory(path: &Path) -> Result<(), HostError> {
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|source| HostError::Snapshots { path: path.to_owned(), source })
-}
-
-/// The microVMs of a run directory, clones of snapshots among them.
-pub(super) async fn discover(run_dir: &Path) -> Result<Vec<(MicroVm, Status)>, ClientError> {
-    let mut found = client::discover(run_dir).await?;
-    if let Ok(entries) = std::fs::read_dir(clones(run_dir)) {
-        for entry in entries.flatten() {
-            found.extend(client::discover(&entry.path()).await?);
-        }
-    }
-    Ok(found)
 }
 
 impl Host {
@@ -269,22 +258,21 @@ impl Host {
     }
 
     fn describe_snapshot(&self, kept: Kept) -> v1::Snapshot {
-        let Kept { name, vpc, instance, taken_unix_ms, bytes, .. } = kept;
+        let Kept { name, vpc, instance, taken_unix_ms, bytes, template, .. } = kept;
         let (host, instance) = (self.options.name.clone(), instance.to_string());
-        v1::Snapshot { name, vpc, host, instance, taken_unix_ms, bytes }
+        v1::Snapshot { name, vpc, host, instance, taken_unix_ms, bytes, template }
     }
 
     /// A clone of a snapshot, on a slot of this host.
     pub(super) async fn clone_of(&self, snapshot: &str) -> Result<Taken, HostError> {
         let zygote = self.snapshots.zygote(snapshot).await?;
-        let forked = match self.pool.fork_of(&zygote).await {
+        match self.pools.fork_of(&zygote).await {
             Err(PoolError::Vmm(ClientError::ZygoteEnded)) => {
                 tracing::error!(snapshot, "the zygote ended: starting another one");
                 self.snapshots.ended(snapshot, &zygote).await;
-                self.pool.fork_of(&*self.snapshots.zygote(snapshot).await?).await
+                Ok(self.pools.fork_of(&*self.snapshots.zygote(snapshot).await?).await?)
             }
-            forked => forked,
-        };
-        Ok(Taken { microvm: forked?, from: None })
+            forked => Ok(forked?),
+        }
     }
 }

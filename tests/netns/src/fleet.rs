@@ -39,11 +39,14 @@ const PROBE_TIMEOUT_MS: u32 = 10_000;
 pub struct FleetOptions {
     /// TAP slots.
     pub slots: u32,
-    /// MicroVMs parked at their barrier.
+    /// MicroVMs of its template, [`TEMPLATE`], parked at their barrier.
     pub parked: u32,
     /// The guest's program, one of [`GUEST`] and [`HOSTILE`].
     pub guest: &'static str,
 }
+
+/// The template that a host has at first.
+pub const TEMPLATE: &str = "default";
 
 /// The guest that serves the network probe.
 pub const GUEST: &str = "warren-guest.elf";
@@ -93,10 +96,16 @@ pub fn built(name: &str) -> Result<PathBuf> {
 
 /// Boots a guest, one of [`GUEST`] and [`HOSTILE`], and saves it as a template.
 pub fn template(run: &RunDir, guest: &str) -> Result<PathBuf> {
-    let template = run.path().join(guest).with_extension("template");
+    template_with(run, guest, 16)
+}
+
+/// The same, with so many MiB of memory.
+pub fn template_with(run: &RunDir, guest: &str, memory: u32) -> Result<PathBuf> {
+    let template = run.path().join(guest).with_extension(format!("{memory}.template"));
     let made = Command::new(built("warren-vmm")?)
         .args(["template", "--guest"])
         .arg(built(guest)?)
+        .args(["--memory", &memory.to_string()])
         .arg("--output")
         .arg(&template)
         .output()?;
@@ -171,6 +180,11 @@ impl Fleet {
         self.run.path().join(daemon.name())
     }
 
+    /// Where the sockets of a template's microVMs are.
+    pub fn sockets(&self, template: &str) -> PathBuf {
+        self.dir(Daemon::Host).join("templates").join(template)
+    }
+
     /// Where the control plane listens.
     pub fn control_endpoint(&self) -> Endpoint {
         endpoint(&self.run, Daemon::Control)
@@ -230,7 +244,7 @@ impl Fleet {
         Ok(std::fs::write(path, lines.join("\n") + "\n")?)
     }
 
-    /// What Prometheus would be told of a metric without labels.
+    /// What Prometheus would be told of a metric, by its name and labels as in its text.
     pub fn metric(&self, daemon: Daemon, name: &str) -> Result<u64> {
         let metrics = self.scrape(daemon)?;
         let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -351,17 +365,24 @@ impl Fleet {
         self.kill_and_restart(daemon).await
     }
 
-    /// Waits until so many microVMs are parked on the host. Asks the host itself: what the control
-    /// plane knows is as old as the last heartbeat.
+    /// Waits until so many microVMs of [`TEMPLATE`] are parked on the host.
     pub async fn wait_parked(&self, parked: u32) -> Result<()> {
+        self.wait_parked_of(TEMPLATE, parked).await
+    }
+
+    /// Waits until so many microVMs of a template are parked on the host. Asks the host itself: what the
+    /// control plane knows is as old as the last heartbeat.
+    pub async fn wait_parked_of(&self, template: &str, parked: u32) -> Result<()> {
         let deadline = tokio::time::Instant::now() + PATIENCE;
+        let metric = format!("warren_parked_microvms{{template=\"{template}\"}}");
         loop {
-            let now = self.metric(Daemon::Host, "warren_parked_microvms")?;
+            let now = self.metric(Daemon::Host, &metric)?;
             if now >= parked.into() {
                 return Ok(());
             }
             if tokio::time::Instant::now() > deadline {
-                bail!("{now} of {parked} microVMs are parked; host's log:\n{}", self.host.log());
+                let log = self.host.log();
+                bail!("{now} of {parked} microVMs of {template} are parked; host's log:\n{log}");
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -491,15 +512,15 @@ fn write_config(
     );
     if daemon == Daemon::Host {
         text += &format!(
-            "[host]\nslots = {}\nparked = {}\nparked_most = {}\nvmm = '{}'\ntemplate = '{}'\n\
-             snapshots = '{}'\n\
+            "[host]\nslots = {}\nvmm = '{}'\nsnapshots = '{}'\n\
+             [[host.templates]]\nname = '{TEMPLATE}'\npath = '{}'\nparked = {}\nparked_most = {}\n\
              [host.flow_log]\npath = '{}'\n[host.jail]\ncgroup = '{}'\n",
             options.slots,
-            options.parked,
-            options.parked,
             built("warren-vmm")?.display(),
-            template.display(),
             dir.join("snapshots").display(),
+            template.display(),
+            options.parked,
+            options.parked,
             flow_log(run).display(),
             run.cgroup().display()
         );

@@ -6,6 +6,7 @@ use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip}
 
 const OPTIONS: FleetOptions = FleetOptions { slots: 12, parked: 1, guest: GUEST };
 const MOST: u32 = 5;
+const TARGET: &str = r#"warren_parked_target{template="default"}"#;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Waits until so many are to be parked and are, as `warren host ls` has it.
@@ -57,7 +58,7 @@ async fn a_host_with_many_starts_holds_more_ready() {
     assert_spans(&fleet.process(Daemon::Host).log(), &started[0]);
     // Half as many again as were started, but not more than the host is configured to.
     wait_for_pool(&fleet, MOST).await;
-    assert_eq!(fleet.metric(Daemon::Host, "warren_parked_target").unwrap(), u64::from(MOST));
+    assert_eq!(fleet.metric(Daemon::Host, TARGET).unwrap(), u64::from(MOST));
     // A host that restarts is told again.
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     wait_for_pool(&fleet, MOST).await;

@@ -7,7 +7,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic::Code;
 use warren_abi::probe::{Operation, Outcome};
-use warren_netns::fleet::{self, Daemon, Fleet, FleetOptions, GUEST, HOSTILE, VPCS, kvm_or_skip};
+use warren_netns::fleet::{
+    self, Daemon, Fleet, FleetOptions, GUEST, HOSTILE, TEMPLATE, VPCS, kvm_or_skip,
+};
 use warren_proto::v1;
 use warren_vmm::control::socket_path;
 
@@ -65,7 +67,7 @@ async fn an_orphan_is_reaped_and_its_slot_is_used_again() {
     fleet.wait_parked(2).await.unwrap();
     fleet.process(Daemon::Host).kill().unwrap();
     // One whose socket is gone, and one that does not answer.
-    std::fs::remove_file(socket_path(&fleet.dir(Daemon::Host), lost.slot)).unwrap();
+    std::fs::remove_file(socket_path(&fleet.sockets(TEMPLATE), lost.slot)).unwrap();
     let pooled = others(&fleet, &[&kept, &lost]);
     let silent = *pooled.first().expect("one of the pool");
     kill(silent, Signal::SIGSTOP).unwrap();
@@ -109,7 +111,7 @@ async fn what_does_not_fit_the_configuration_ends_and_instances_go_on() {
     assert_eq!(pooled.len(), 2);
 
     let template = fleet::template(&fleet.run, HOSTILE).unwrap();
-    fleet.configure(Daemon::Host, "template", &format!("'{}'", template.display())).unwrap();
+    fleet.configure(Daemon::Host, "path", &format!("'{}'", template.display())).unwrap();
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     assert_eq!(fleet.metric(Daemon::Host, REAPED).unwrap(), 2);
     fleet.wait_parked(2).await.unwrap();
@@ -126,7 +128,7 @@ async fn what_does_not_fit_the_configuration_ends_and_instances_go_on() {
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
     assert_eq!(listed(&fleet).await, std::slice::from_ref(&low.id));
     assert_ends(&fleet, Pid::from_raw(high.pid as i32)).await;
-    assert!(!socket_path(&fleet.dir(Daemon::Host), high.slot).exists());
+    assert!(!socket_path(&fleet.sockets(TEMPLATE), high.slot).exists());
     assert_serves(&fleet, low).await;
 }
 

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use warren_abi::probe::{self, Endpoint, Operation, Outcome, Reply};
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, TEMPLATE, VPCS, kvm_or_skip};
 use warren_netns::servers;
 use warren_netns::topology::SERVER;
 use warren_proto::v1::{self, InstanceState};
@@ -30,7 +30,7 @@ async fn instance(fleet: &Fleet, vpc: &str) -> v1::Instance {
 /// Calls the probe without any daemon in between.
 async fn call(fleet: &Fleet, instance: &v1::Instance, operation: Operation) -> Reply {
     let request = probe::encode(&probe::Request { operation, timeout_ms: 30_000 });
-    let socket = socket_path(&fleet.dir(Daemon::Host), instance.slot);
+    let socket = socket_path(&fleet.sockets(TEMPLATE), instance.slot);
     let reply = client::invoke(&socket, &request, Duration::from_secs(40)).await;
     probe::decode(&reply.expect("the microVM answers")).expect("a reply of the probe")
 }
@@ -52,7 +52,7 @@ async fn nothing_is_lost(fleet: &mut Fleet, restarts: &[Daemon]) {
         servers::bulk_source(&fleet.topology.vpcs[0], BULK, BYTES, BYTES_PER_SECOND).unwrap();
     let (streaming, transferring) =
         (instance(fleet, VPCS[0]).await, instance(fleet, VPCS[0]).await);
-    let socket = |instance: &v1::Instance| socket_path(&fleet.dir(Daemon::Host), instance.slot);
+    let socket = |instance: &v1::Instance| socket_path(&fleet.sockets(TEMPLATE), instance.slot);
     let calls = [(socket(&streaming), stream()), (socket(&transferring), transfer())];
     let calls = calls.map(|(socket, operation)| {
         tokio::spawn(async move {

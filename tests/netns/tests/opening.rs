@@ -37,7 +37,9 @@ impl Daemon {
              [host]\n\
              slots = {SLOTS}\n\
              vmm = '/bin/false'\n\
-             template = '/dev/null'\n",
+             [[host.templates]]\n\
+             name = 'none'\n\
+             path = '/dev/null'\n",
             dir = daemon.run.path().display(),
             programs = built("warren-ebpf.o").expect("the programs are built").display(),
         );
