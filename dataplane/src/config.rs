@@ -121,7 +121,9 @@ pub struct Template {
     pub name: String,
     /// The file: `warren-vmm template` makes it.
     pub path: PathBuf,
-    /// Its key file of 32 bytes: nothing that is not encrypted with it is cloned.
+    /// The image of a function in it, as `warren-vmm image` makes it: what is cloned is that.
+    pub image: Option<PathBuf>,
+    /// Key file of 32 bytes of template and image: nothing that is not encrypted with it is cloned.
     pub key: Option<PathBuf>,
     /// The function's image that a Linux guest's template was made with, if it was.
     pub disk: Option<PathBuf>,

@@ -285,11 +285,20 @@ impl Host {
     pub async fn new(options: HostOptions, datapath: HostDatapath) -> Result<Arc<Self>, HostError> {
         let datapath = Arc::new(datapath);
         let slots = Arc::new(Slots::new(datapath.clone(), options.jail.clone()));
-        let mut pools = Vec::new();
+        let mut pools: Vec<Arc<Pool>> = Vec::new();
         for template in &options.templates {
             let (name, zygote) = (template.name.clone(), options.zygote(template));
             sockets::make(&zygote.run_dir)?;
-            pools.push(Arc::new(Pool::new(name, slots.clone(), zygote, template.policy).await?));
+            // Images of one template share its memory.
+            let same =
+                pools.iter().find(|pool| pool.config().sources.template == zygote.sources.template);
+            let memory = match same {
+                Some(pool) => Some(pool.memory().await),
+                None => None,
+            };
+            let (slots, policy) = (slots.clone(), template.policy);
+            let pool = Pool::new(name, slots, zygote, memory.as_ref(), policy).await?;
+            pools.push(Arc::new(pool));
         }
         let pools = Arc::new(Pools::new(slots.clone(), pools));
         let (directory, run_dir) = (options.snapshots.clone(), options.run_dir.clone());

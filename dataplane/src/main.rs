@@ -188,7 +188,7 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
         name: template.name.clone(),
         sources: Sources {
             template: template.path.clone(),
-            diff: None,
+            diff: template.image.clone(),
             disk: template.disk.clone(),
             key: template.key.clone(),
         },

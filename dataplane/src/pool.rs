@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, RwLock};
-use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
+use warren_vmm::client::{ClientError, MicroVm, TemplateMemory, Zygote, ZygoteConfig};
 use warren_vmm::control::Tier;
 use warren_vmm::make::Make;
 
@@ -110,14 +110,19 @@ pub struct Pool {
 
 impl Pool {
     /// Starts a zygote of the template for a pool without microVMs: [`Pool::keep`] and [`Pool::fill`]
-    /// fill it.
+    /// fill it. If there is memory, it is that of a pool whose template is in the same file.
     pub async fn new(
         template: String,
         slots: Arc<Slots>,
         config: ZygoteConfig,
+        memory: Option<&TemplateMemory>,
         policy: Policy,
     ) -> Result<Self, PoolError> {
-        let zygote = RwLock::new(Zygote::spawn(&config).await?);
+        let zygote = match memory {
+            Some(memory) => Zygote::spawn_sharing(&config, memory).await?,
+            None => Zygote::spawn(&config).await?,
+        };
+        let zygote = RwLock::new(zygote);
         let (state, changed) = Default::default();
         Ok(Self { template, slots, config, zygote, policy, state, changed })
     }
@@ -130,6 +135,11 @@ impl Pool {
     /// What its zygote is started with.
     pub fn config(&self) -> &ZygoteConfig {
         &self.config
+    }
+
+    /// The template's memory, for other zygotes of it.
+    pub async fn memory(&self) -> TemplateMemory {
+        self.zygote.read().await.memory()
     }
 
     /// How many it is to hold.
@@ -276,7 +286,7 @@ impl Pool {
         let mut zygote = self.zygote.write().await;
         if zygote.pid() == ended {
             tracing::error!(template = self.template, "the zygote ended: starting another one");
-            *zygote = Zygote::spawn(&self.config).await?;
+            *zygote = Zygote::spawn_sharing(&self.config, &zygote.memory()).await?;
         }
         Ok(())
     }

@@ -181,13 +181,15 @@ impl Snapshots {
             found.used = Instant::now();
             return Ok(found.zygote.clone());
         }
-        let mut config = self.pools.get(&template)?.config().clone();
+        let pool = self.pools.get(&template)?;
+        let mut config = pool.config().clone();
         config.sources.diff = Some(self.diff(name));
         config.run_dir = sockets::of_snapshot(&self.run_dir, name);
         // No two zygotes have the same groups.
         config.jail.cgroup.push(format!("of-{name}"));
         sockets::make(&config.run_dir)?;
-        let zygote = Arc::new(Zygote::spawn(&config).await?);
+        let memory = pool.memory().await;
+        let zygote = Arc::new(Zygote::spawn_sharing(&config, &memory).await?);
         tracing::info!(snapshot = name, "zygote started");
         let started = Running { zygote: zygote.clone(), used: Instant::now() };
         running.insert(name.to_owned(), started);

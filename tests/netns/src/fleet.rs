@@ -117,6 +117,23 @@ pub fn template_with(run: &RunDir, guest: &str, memory: u32) -> Result<PathBuf> 
     Ok(template)
 }
 
+/// Puts the function that counts its calls into a template; returns the image.
+pub fn function_image(run: &RunDir, template: &Path) -> Result<PathBuf> {
+    let image = run.path().join("counter.image");
+    let made = Command::new(built("warren-vmm")?)
+        .arg("image")
+        .arg("--template")
+        .arg(template)
+        .arg("--function")
+        .arg(built("warren-function-counter.elf")?)
+        .arg("--output")
+        .arg(&image)
+        .output()?;
+    let error = String::from_utf8_lossy(&made.stderr);
+    ensure!(made.status.success(), "cannot make the image: {error}");
+    Ok(image)
+}
+
 /// Why microVMs cannot run here, if they cannot.
 pub fn kvm_missing() -> Option<String> {
     warren_vmm::template::open_kvm().err().map(|error| error.to_string())

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tonic::Code;
 use warren_netns::fleet::{
-    Daemon, Fleet, FleetOptions, GUEST, TEMPLATE, VPCS, kvm_or_skip, template_with,
+    Daemon, Fleet, FleetOptions, GUEST, TEMPLATE, VPCS, function_image, kvm_or_skip, template_with,
 };
 use warren_proto::v1;
 use warren_vmm::client;
@@ -139,6 +139,55 @@ async fn templates_have_pools_of_their_own() {
     let (adopted, _) = start(&fleet, LARGE).await;
     assert!(waiting.1.contains(&adopted.pid), "{waiting:?}, {}", adopted.pid);
     assert_eq!(warren(&fleet, "vm clone --from golden")[0]["template"], LARGE);
+}
+
+/// The inode of a process's mapping of this name.
+fn inode(pid: u32, name: &str) -> Option<String> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let line = maps.lines().find(|line| line.contains(name))?;
+    line.split_whitespace().nth(4).map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_function_s_image_answers_calls_on_its_template_s_memory() {
+    if !kvm_or_skip("a_function_s_image_answers_calls_on_its_template_s_memory") {
+        return;
+    }
+    let mut fleet = Fleet::start(OPTIONS).await.unwrap();
+    // The template that the fleet has, once more, and with a function in it.
+    let template = template_with(&fleet.run, GUEST, 16).unwrap();
+    let image = function_image(&fleet.run, &template).unwrap();
+    let config = format!(
+        "[[host.templates]]\nname = 'counter'\npath = '{}'\nimage = '{}'\nparked = 1\n",
+        template.display(),
+        image.display()
+    );
+    fleet.append_config(Daemon::Host, &config).unwrap();
+    fleet.kill_and_restart(Daemon::Host).await.unwrap();
+    fleet.wait_parked_of("counter", 1).await.unwrap();
+
+    let (plain, _) = start(&fleet, "").await;
+    let (counter, timings) = start(&fleet, "counter").await;
+    assert_eq!(timings.tier, "parked");
+    assert_eq!(call(&fleet, &counter.id, "one").await, "hello 0 ");
+    assert_eq!(call(&fleet, &counter.id, "two").await, "hello 1 one");
+    for (name, shared) in [("warren-memory", true), ("warren-code", false)] {
+        let (of_plain, of_counter) = (inode(plain.pid, name), inode(counter.pid, name));
+        assert!(of_counter.is_some() && (of_plain == of_counter) == shared, "{name}");
+    }
+    // A branch of it goes on counting, and the next one begins.
+    warren(&fleet, &format!("vm snapshot {} counted", counter.id));
+    let clone = &warren(&fleet, "vm clone --from counted")[0];
+    assert_eq!(call(&fleet, clone["id"].as_str().unwrap(), "").await, "hello 2 two");
+    let (next, _) = start(&fleet, "counter").await;
+    assert_eq!(call(&fleet, &next.id, "").await, "hello 0 ");
+}
+
+async fn call(fleet: &Fleet, id: &str, what: &str) -> String {
+    let (id, invocation) = (id.to_owned(), what.as_bytes().to_vec());
+    let request = v1::InvokeInstanceRequest { id, invocation };
+    let reply = fleet.control().await.unwrap().invoke_instance(request).await.unwrap();
+    String::from_utf8(reply.into_inner().reply).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
