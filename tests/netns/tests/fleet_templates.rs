@@ -185,8 +185,8 @@ async fn a_function_s_image_answers_calls_on_its_template_s_memory() {
 
 async fn call(fleet: &Fleet, id: &str, what: &str) -> String {
     let (id, invocation) = (id.to_owned(), what.as_bytes().to_vec());
-    let request = v1::InvokeInstanceRequest { id, invocation };
-    let reply = fleet.control().await.unwrap().invoke_instance(request).await.unwrap();
+    let request = v1::CallInstanceRequest { id, invocation };
+    let reply = fleet.control().await.unwrap().call_instance(request).await.unwrap();
     String::from_utf8(reply.into_inner().reply).unwrap()
 }
 
