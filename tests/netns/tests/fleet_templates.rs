@@ -154,19 +154,22 @@ async fn a_function_s_image_answers_calls_on_its_template_s_memory() {
         return;
     }
     let mut fleet = Fleet::start(OPTIONS).await.unwrap();
-    // The template that the fleet has, once more, and with a function in it.
-    let template = template_with(&fleet.run, GUEST, 16).unwrap();
+    // One template as it is, and with a function in it.
+    let template = template_with(&fleet.run, GUEST, 32).unwrap();
     let image = function_image(&fleet.run, &template).unwrap();
-    let config = format!(
-        "[[host.templates]]\nname = 'counter'\npath = '{}'\nimage = '{}'\nparked = 1\n",
-        template.display(),
-        image.display()
-    );
-    fleet.append_config(Daemon::Host, &config).unwrap();
+    let config = |name: &str| {
+        format!(
+            "[[host.templates]]\nname = '{name}'\npath = '{}'\nparked = 1\n",
+            template.display()
+        )
+    };
+    let image = format!("image = '{}'\n", image.display());
+    fleet.append_config(Daemon::Host, &(config("plain") + &config("counter") + &image)).unwrap();
     fleet.kill_and_restart(Daemon::Host).await.unwrap();
+    fleet.wait_parked_of("plain", 1).await.unwrap();
     fleet.wait_parked_of("counter", 1).await.unwrap();
 
-    let (plain, _) = start(&fleet, "").await;
+    let (plain, _) = start(&fleet, "plain").await;
     let (counter, timings) = start(&fleet, "counter").await;
     assert_eq!(timings.tier, "parked");
     assert_eq!(call(&fleet, &counter.id, "one").await, "hello 0 ");
