@@ -10,7 +10,7 @@ mod leftovers;
 mod linux;
 mod run;
 mod setup;
-mod tests;
+mod suite;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, results, root};
 use crate::command::{run, step};
-use crate::{kernels, lab, leftovers, linux, setup, tests};
+use crate::{kernels, lab, leftovers, linux, setup, suite};
 
 fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
     if let Some(file) = json {
@@ -53,7 +53,7 @@ pub fn test(filter: Option<&str>) -> Result<()> {
     // Release: the binaries the tests start are there already, and their dependencies with them.
     let mut command = Command::new("cargo");
     command.current_dir(root()).args(["test", "--release", "--no-fail-fast"]).args(filter);
-    tests::run(&mut command)?;
+    suite::run(&mut command)?;
     let new = leftovers::settled(&before)?;
     if !new.is_empty() {
         bail!("the tests left something behind:\n{}", new.join("\n"));
