@@ -11,7 +11,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use warren_vmm::client::{ClientError, Invocation, MicroVm, Zygote, discover, invoke};
 use warren_vmm::control::{EndReason, Refusal, State, Tier, socket_path};
-use warren_vmm::snapshot::VERSION;
 
 const GUEST: &str = "warren-guest-hostile";
 
@@ -254,8 +253,6 @@ async fn damaged_template_is_refused_with_its_name_and_the_remedy() {
     flipped[bytes.len() / 2] ^= 0x10;
     let mut other_version = bytes.clone();
     other_version[8] += 1;
-    let of_other_version =
-        format!("template of format {}, this warren-vmm needs {VERSION}", VERSION + 1);
     let cases = [
         ("truncated", &bytes[..bytes.len() - 1], "truncated or damaged"),
         ("flipped", &flipped, "wrong checksum"),
