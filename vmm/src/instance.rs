@@ -28,13 +28,13 @@ use crate::timer::kick_on_input;
 /// How often sockets are looked at while the guest is kept busy by its network.
 const SOCKET_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What a machine is made from, in a process of its own.
+/// What all machines of a zygote's are made from, each in a process of its own.
 pub struct Origin {
     /// KVM.
     pub kvm: Kvm,
     /// The processor to offer.
     pub cpuid: CpuId,
-    /// The template's memory, mapped privately and not touched yet.
+    /// The template's memory, mapped as each clone has it, and not touched yet.
     pub ram: GuestRam,
     /// What a clone will write to.
     pub working_set: Vec<Pages>,
@@ -44,8 +44,6 @@ pub struct Origin {
     pub state: MachineState,
     /// What its snapshots are diffs against.
     pub base: Base,
-    /// The slot's TAP.
-    pub tap: OwnedFd,
     /// The function's image, for a Linux guest that has one.
     pub disk: Option<File>,
     /// What its devices may move.
@@ -80,7 +78,7 @@ struct Instance {
 
 /// Runs a microVM until it ends, and tells its clients why.
 ///
-/// `enter` makes the process what it is to be; if that or anything later fails, clients hear of it
+/// `enter` makes the process what it is to be, and has the slot's TAP; if that or anything later fails, clients hear of it
 /// as well. When they hear that it ended its slot is free: the TAP is closed, and nobody listens at
 /// its socket. What takes long, giving memory and machine back to the kernel, comes after.
 pub fn run(
@@ -89,7 +87,7 @@ pub fn run(
     tier: Tier,
     timeline: Timeline,
     listener: UnixListener,
-    enter: impl FnOnce() -> Result<Origin, EndReason>,
+    enter: impl FnOnce() -> Result<(Origin, OwnedFd), EndReason>,
 ) -> EndReason {
     let server = match Server::new(listener) {
         Ok(server) => server,
@@ -111,7 +109,7 @@ pub fn run(
         polled_at: Instant::now(),
     };
     let mut machine = None;
-    let reason = match enter().and_then(|origin| instance.live(origin, &mut machine)) {
+    let reason = match enter().and_then(|(origin, tap)| instance.live(origin, tap, &mut machine)) {
         Ok(never) => match never {},
         Err(reason) => reason,
     };
@@ -128,20 +126,14 @@ enum Never {}
 impl Instance {
     /// The tiers one after the other, as far as somebody wants them; then the guest's life. The
     /// machine is the caller's to keep, until the end was told.
-    fn live(&mut self, origin: Origin, machine: &mut Option<Machine>) -> Result<Never, EndReason> {
-        let Origin {
-            kvm,
-            cpuid,
-            ram,
-            working_set,
-            in_place,
-            state,
-            base,
-            tap,
-            disk,
-            rates,
-            watchdog,
-        } = origin;
+    fn live(
+        &mut self,
+        origin: Origin,
+        tap: OwnedFd,
+        machine: &mut Option<Machine>,
+    ) -> Result<Never, EndReason> {
+        let Origin { kvm, cpuid, ram, working_set, in_place, state, base, disk, rates, watchdog } =
+            origin;
         self.base = base;
         self.timeline.jailed_ns = monotonic_ns()?;
         let shell = Shell::new(&kvm, &cpuid, state.kind())?;

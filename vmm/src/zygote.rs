@@ -8,8 +8,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kvm_bindings::CpuId;
-use kvm_ioctls::Kvm;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -25,11 +23,10 @@ use crate::control::{
 use crate::cpu;
 use crate::instance::{self, Origin};
 use crate::jail::{Cell, Jail, JailConfig, JailError, Place};
-use crate::machine::{MachineState, host};
+use crate::machine::host;
 use crate::make::Make;
-use crate::memory::{GuestRam, Pages};
+use crate::memory::GuestRam;
 use crate::rates::Rates;
-use crate::snapshot::diff::Base;
 use crate::snapshot::{Given, Sources, Template};
 use crate::template::{self, TemplateError};
 
@@ -68,18 +65,8 @@ pub enum Ended {
 struct Zygote {
     control: OwnedFd,
     children: SignalFd,
-    /// How long a guest may run without an exit.
-    watchdog: Duration,
-    rates: Rates,
-    kvm: Kvm,
-    cpuid: CpuId,
-    /// Mapped as each clone has it; the zygote never touches it.
-    ram: GuestRam,
-    working_set: Vec<Pages>,
-    in_place: Vec<Pages>,
-    state: MachineState,
-    base: Base,
-    disk: Option<File>,
+    /// Each clone's; the zygote never touches its memory.
+    origin: Origin,
     make: Make,
     jail: Jail,
     living: Census,
@@ -115,7 +102,7 @@ pub fn run(options: &Options, control: OwnedFd) -> Result<Ended, ZygoteError> {
             return Err(error);
         }
     };
-    let (make, template) = (zygote.make, zygote.base.template);
+    let (make, template) = (zygote.make, zygote.origin.base.template);
     let loaded = encode(&ZygoteReply::Loaded { make, template });
     let slices = [IoSlice::new(&loaded)];
     let descriptors = [memory.as_raw_fd()];
@@ -142,10 +129,10 @@ impl Zygote {
             cpu::is_emulated();
             let given = options.takes_memory.then(|| take_memory(&control)).transpose()?;
             let template = template::load(&options.sources, given)?;
-            let Template { header, memory, base, origin } = template;
+            let Template { header, memory, base, origin: checksum } = template;
             let disk = template::open_disk(&options.sources, &header)?;
             let ram = GuestRam::clone_of(&memory).map_err(system("map the template's memory"))?;
-            let make = Make::new(&origin, &options.jail, &options.rates);
+            let make = Make::new(&checksum, &options.jail, &options.rates);
             let jail = Jail::build(
                 &options.jail,
                 header.machine.kind(),
@@ -160,30 +147,25 @@ impl Zygote {
             let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
             let children = SignalFd::with_flags(&child, flags).map_err(system("signalfd"))?;
             jail.confine()?;
-            let memory = memory.base.memfd;
-            Ok((kvm, cpuid, header, base, disk, ram, memory, make, jail, children))
+            let origin = Origin {
+                kvm,
+                cpuid,
+                ram,
+                working_set: header.working_set,
+                in_place: header.in_place,
+                state: header.machine,
+                base,
+                disk,
+                rates: options.rates,
+                watchdog: options.watchdog,
+            };
+            Ok((origin, memory.base.memfd, make, jail, children))
         };
         match prepared() {
             Err(error) => Err((control, error)),
-            Ok((kvm, cpuid, header, base, disk, ram, memory, make, jail, children)) => {
-                let zygote = Self {
-                    control,
-                    children,
-                    watchdog: options.watchdog,
-                    rates: options.rates,
-                    kvm,
-                    cpuid,
-                    ram,
-                    working_set: header.working_set,
-                    in_place: header.in_place,
-                    state: header.machine,
-                    base,
-                    disk,
-                    make,
-                    jail,
-                    living: Census::default(),
-                };
-                Ok((zygote, memory))
+            Ok((origin, memory, make, jail, children)) => {
+                let living = Census::default();
+                Ok((Self { control, children, origin, make, jail, living }, memory))
             }
         }
     }
@@ -269,23 +251,7 @@ impl Zygote {
 
     /// In the child: leaves everything of the zygote's behind and runs the microVM.
     fn become_microvm(self, birth: Birth) -> EndReason {
-        let Self {
-            control,
-            children,
-            watchdog,
-            rates,
-            kvm,
-            cpuid,
-            ram,
-            working_set,
-            in_place,
-            state,
-            base,
-            disk,
-            make,
-            jail,
-            ..
-        } = self;
+        let Self { control, children, origin, make, jail, .. } = self;
         let Birth { place, tier, asked_ns, listener, tap } = birth;
         let slot = place.slot();
         drop((control, children));
@@ -298,19 +264,7 @@ impl Zygote {
                 .map_err(|errno| host(&errno))?;
             let jailed = jail.enter(place).and_then(Cell::close);
             jailed.map_err(|error| EndReason::Setup { error: error.to_string() })?;
-            Ok(Origin {
-                kvm,
-                cpuid,
-                ram,
-                working_set,
-                in_place,
-                state,
-                base,
-                tap,
-                disk,
-                rates,
-                watchdog,
-            })
+            Ok((origin, tap))
         });
         if reason == EndReason::Stopped {
             tracing::info!(%reason, "microVM ended");
