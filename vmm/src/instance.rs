@@ -19,7 +19,7 @@ use crate::control::{
 use crate::devices::Device;
 use crate::machine::{Exit, Machine, MachineState, Shell, host};
 use crate::make::Make;
-use crate::memory::{GuestRam, Pages};
+use crate::memory::GuestRam;
 use crate::rates::Rates;
 use crate::server::{Event, Server};
 use crate::snapshot::diff::{Base, Snapshot};
@@ -36,13 +36,9 @@ pub struct Origin {
     pub cpuid: CpuId,
     /// The template's memory, mapped as each clone has it, and not touched yet.
     pub ram: GuestRam,
-    /// What a clone will write to.
-    pub working_set: Vec<Pages>,
-    /// What stays in place when it is recycled.
-    pub in_place: Vec<Pages>,
     /// The template's processor and devices.
     pub state: MachineState,
-    /// What its snapshots are diffs against.
+    /// What its snapshots are diffs against, which also tells what a clone will use.
     pub base: Base,
     /// The function's image, for a Linux guest that has one.
     pub disk: Option<File>,
@@ -132,8 +128,7 @@ impl Instance {
         tap: OwnedFd,
         machine: &mut Option<Machine>,
     ) -> Result<Never, EndReason> {
-        let Origin { kvm, cpuid, ram, working_set, in_place, state, base, disk, rates, watchdog } =
-            origin;
+        let Origin { kvm, cpuid, ram, state, base, disk, rates, watchdog } = origin;
         self.base = base;
         self.timeline.jailed_ns = monotonic_ns()?;
         let shell = Shell::new(&kvm, &cpuid, state.kind())?;
@@ -148,7 +143,7 @@ impl Instance {
         self.wait_until_wanted(Tier::Loaded)?;
         self.timeline.loading_ns = monotonic_ns()?;
         if self.release.is_none() {
-            ram.populate(&working_set).map_err(|error| host(&error))?;
+            ram.populate(&self.base.working_set).map_err(|error| host(&error))?;
         }
         let machine = machine.insert(shell.load(ram, &state, Some(tap), disk)?);
         machine.set_watchdog(watchdog);
@@ -171,7 +166,7 @@ impl Instance {
             self.server.reply(client, &Reply::Ready(self.timeline));
             self.release = Some((client, request));
             let client = self.serve_guest(machine)?;
-            machine.recycle(&state, &in_place)?;
+            machine.recycle(&state, &self.base.in_place)?;
             self.state = State::Pooled(Tier::Parked);
             self.release = None;
             self.status(client);

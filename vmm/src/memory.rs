@@ -33,10 +33,17 @@ pub struct Pages {
 impl Pages {
     /// Pages of these numbers, in ascending order, put together where they follow each other.
     pub fn of(numbers: impl IntoIterator<Item = u32>) -> Vec<Self> {
+        Self::within(1, numbers)
+    }
+
+    /// The same, with those between two that are at most so far from each other.
+    pub fn within(distance: u32, numbers: impl IntoIterator<Item = u32>) -> Vec<Self> {
         let mut pages: Vec<Self> = Vec::new();
         for number in numbers {
             match pages.last_mut() {
-                Some(last) if last.first + last.count == number => last.count += 1,
+                Some(row) if number - (row.first + row.count - 1) <= distance => {
+                    row.count = number + 1 - row.first;
+                }
                 _ => pages.push(Self { first: number, count: 1 }),
             }
         }

@@ -151,8 +151,6 @@ impl Zygote {
                 kvm,
                 cpuid,
                 ram,
-                working_set: header.working_set,
-                in_place: header.in_place,
                 state: header.machine,
                 base,
                 disk,

@@ -188,10 +188,8 @@ pub(super) fn apply(
     template.header.machine = header.machine;
     // A diff of version 3 knows nothing of its own of what its clones will use.
     if !header.in_place.is_empty() {
-        base.working_set.clone_from(&header.working_set);
-        base.in_place.clone_from(&header.in_place);
-        template.header.working_set = header.working_set;
-        template.header.in_place = header.in_place;
+        base.working_set = header.working_set;
+        base.in_place = header.in_place;
     }
     template.origin = content.checksum;
     Ok(())
@@ -205,15 +203,7 @@ fn changes(base: &Part, content: &Content) -> io::Result<(File, Vec<Pages>)> {
     let boot = (BOOT_ADDRESS / PAGE) as u32;
     let mut numbers: Vec<_> = memory().map(|(number, _)| number).chain([boot]).collect();
     numbers.sort_unstable();
-    let mut rows: Vec<Pages> = Vec::new();
-    for number in numbers {
-        match rows.last_mut() {
-            Some(row) if number - (row.first + row.count - 1) <= GAP => {
-                row.count = number + 1 - row.first;
-            }
-            _ => rows.push(Pages { first: number, count: 1 }),
-        }
-    }
+    let rows = Pages::within(GAP, numbers);
     for row in &rows {
         let mut pages = vec![0; row.bytes() as usize];
         base.memfd.read_exact_at(&mut pages, row.address())?;
