@@ -85,7 +85,7 @@ pub fn run(selection: &Selection) -> Result<()> {
             };
             let mut result = run()?;
             if result.is_lost() {
-                // An emulated processor has such moments; what is ours fails the second time as well.
+                // The emulator has a fault or two of its own; what is ours fails the second time as well.
                 tell(kernel.name, &format!("{}: once more", check.name));
                 result = run()?;
             }
