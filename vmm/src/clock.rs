@@ -1,5 +1,7 @@
 //! The host's clocks, in nanoseconds.
 
+use std::time::Duration;
+
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime};
 
@@ -14,6 +16,11 @@ pub fn monotonic_ns() -> Result<u64, EndReason> {
 /// `CLOCK_REALTIME`.
 pub fn wall_clock_ns() -> Result<u64, EndReason> {
     read(ClockId::CLOCK_REALTIME)
+}
+
+/// What this thread has used of a processor (`CLOCK_THREAD_CPUTIME_ID`), its guest's share included.
+pub fn processor_time() -> Result<Duration, EndReason> {
+    read(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from_nanos)
 }
 
 fn read(clock: ClockId) -> Result<u64, EndReason> {

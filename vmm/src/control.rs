@@ -28,8 +28,8 @@ pub const MESSAGE_MAX: usize = 16 * 1024;
 /// The longest [`ReleaseRequest::tag`], in bytes.
 pub const TAG_MAX: usize = 4096;
 
-/// How long a guest may run without an exit before it is ended as one that loops for ever, unless
-/// its zygote was told otherwise.
+/// How long a guest may run without an exit, in processor time, before it is ended as one that loops
+/// for ever, unless its zygote was told otherwise.
 pub const WATCHDOG: Duration = Duration::from_secs(5);
 
 /// Where the microVM in a slot listens.

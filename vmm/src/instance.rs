@@ -263,10 +263,7 @@ impl Instance {
                 return Ok(client);
             }
             match machine.run()? {
-                Exit::Wait(timeout) => {
-                    self.serve(machine, timeout)?;
-                    machine.resumed();
-                }
+                Exit::Wait(timeout) => self.serve(machine, timeout)?,
                 Exit::Kicked => {
                     self.poll(machine, Some(Duration::ZERO))?;
                     if machine.has_interrupts() {

@@ -111,7 +111,7 @@ enum Command {
         /// Descriptor of the control socket (`SOCK_SEQPACKET`).
         #[arg(long, value_name = "N")]
         control_fd: RawFd,
-        /// How long a guest may run without an exit, in milliseconds.
+        /// How long a guest may run without an exit, in milliseconds of processor time.
         #[arg(long, value_name = "MS", default_value_t = WATCHDOG.as_millis() as u64)]
         watchdog_ms: u64,
         /// User and group of slot 0's microVM; slot N has the Nth after it.

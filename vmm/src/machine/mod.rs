@@ -17,6 +17,7 @@ use warren_abi::microvm::{
 };
 
 use crate::boot::EXCEPTION_PORT;
+use crate::clock::processor_time;
 use crate::control::{EndReason, GuestKind};
 use crate::cpu::{self, CpuState};
 use crate::devices::disk::DiskError;
@@ -121,7 +122,8 @@ pub struct Machine {
     /// Of the guest's time stamp counter.
     tsc_hz: u64,
     watchdog: Duration,
-    last_exit: Instant,
+    /// What processor time this thread had used when the guest was first kicked since its last exit.
+    kicked_at: Option<Duration>,
 }
 
 /// What a Linux guest's machine has beyond others'.
@@ -157,7 +159,7 @@ impl Machine {
         self.linux.is_some()
     }
 
-    /// Changes how long the guest may run without an exit.
+    /// Changes how long the guest may run without an exit, in processor time.
     pub fn set_watchdog(&mut self, budget: Duration) {
         self.watchdog = budget;
     }
@@ -236,13 +238,12 @@ impl Machine {
             if kicked {
                 KickTimer::kicked(&mut self.vcpu);
                 // A guest with interrupts sleeps within KVM, where nobody can tell that it does.
-                if self.linux.is_none() && self.last_exit.elapsed() >= self.watchdog {
-                    let budget_ms = self.watchdog.as_millis() as u64;
-                    return Err(EndReason::Watchdog { rip: self.rip(), budget_ms });
+                if self.linux.is_none() {
+                    self.watch()?;
                 }
                 return Ok(Exit::Kicked);
             }
-            self.last_exit = Instant::now();
+            self.kicked_at = None;
             let memory = self.ram.dma();
             let Self { net, vsock, linux, .. } = self;
             let is_linux = linux.is_some();
@@ -362,9 +363,15 @@ impl Machine {
         })
     }
 
-    /// Starts the watchdog's budget anew, after the guest was kept waiting.
-    pub fn resumed(&mut self) {
-        self.last_exit = Instant::now();
+    /// Ends a guest that has used up its time. What counts is what it ran: on a busy host it may get
+    /// little, and is not to blame.
+    fn watch(&mut self) -> Result<(), EndReason> {
+        let now = processor_time()?;
+        if now.saturating_sub(*self.kicked_at.get_or_insert(now)) < self.watchdog {
+            return Ok(());
+        }
+        let budget_ms = self.watchdog.as_millis() as u64;
+        Err(EndReason::Watchdog { rip: self.rip(), budget_ms })
     }
 
     /// Where the guest is.

@@ -72,7 +72,6 @@ impl Machine {
         if self.linux.is_some() {
             self.change_generation()?;
         }
-        self.resumed();
         Ok(released_ns)
     }
 

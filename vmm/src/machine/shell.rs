@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 use kvm_bindings::{CpuId, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -119,8 +118,7 @@ impl Shell {
             // SAFETY: the range is a mapping of `ram`'s, which outlives the VM: fields drop in order.
             unsafe { vm.set_user_memory_region(region) }.map_err(kvm("set a memory region"))?;
         }
-        let last_exit = Instant::now();
-        let watchdog = WATCHDOG;
-        Ok(Machine { timer, vcpu, vm, ram, net, vsock, linux, tsc_hz, watchdog, last_exit })
+        let (watchdog, kicked_at) = (WATCHDOG, None);
+        Ok(Machine { timer, vcpu, vm, ram, net, vsock, linux, tsc_hz, watchdog, kicked_at })
     }
 }
