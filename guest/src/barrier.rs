@@ -8,18 +8,17 @@ use warren_abi::microvm::{
     DATA_ADDRESS, FunctionPlace, IDENTITY_ADDRESS, Identity, STACK_BYTES,
 };
 
-use crate::net::COLD_BYTES;
-use crate::{heap, port};
+use crate::{heap, net, port};
 
 /// How much more of the heap a call with small messages and short connections touches than was used
 /// at the barrier, in bytes.
-const HOT_HEAP: u64 = 0x1_0000;
+const HOT_HEAP: u64 = 0x8000;
 
 /// How much of the stack below where it is at the barrier, in bytes.
-const HOT_STACK: u64 = 0x6000;
+const HOT_STACK: u64 = 0x3000;
 
 /// How much of each large buffer, in bytes.
-const HOT_BUFFER: u64 = 0x2000;
+const HOT_BUFFER: u64 = 0x1000;
 
 /// How much of a function's code, and of its data.
 const HOT_FUNCTION: u64 = 0x4_0000;
@@ -70,13 +69,13 @@ fn prefault(boot: &Boot) {
         (&raw const bss_start) as u64,
         (&raw const bss_end) as u64,
     );
-    let cold = crate::net::cold_buffers();
+    let cold = net::cold_buffers();
     look((&raw const text_start) as u64, (&raw const rodata_end) as u64);
     look(IDENTITY_ADDRESS, IDENTITY_ADDRESS + 1);
-    touch(data, cold[0]);
+    touch(data, cold[0].0);
     touch(bss, end);
-    for buffer in cold {
-        touch(buffer, buffer + HOT_BUFFER.min(COLD_BYTES as u64));
+    for (start, end) in cold {
+        touch(start, end.min(start + HOT_BUFFER));
     }
     let heap = match boot.function {
         FunctionPlace { entry: 0, .. } => boot.heap_start,

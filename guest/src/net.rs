@@ -22,31 +22,48 @@ const QUEUE: usize = 64;
 /// Header that precedes each frame (virtio 1.2, 5.1.6).
 const HEADER: usize = 12;
 
-/// One frame with its header.
-type Buffer = Box<[u8; 2048]>;
+/// Room for a frame with its header.
+const FRAME: usize = 2048;
 
-/// Size of the largest buffers.
-pub const COLD_BYTES: usize = 256 * 1024;
+/// One frame with its header. None is ever given back.
+type Buffer = &'static mut [u8; FRAME];
 
 /// A buffer outside of the heap: see `prefault` for why.
 #[repr(C, align(4096))]
-struct Cold(UnsafeCell<[u8; COLD_BYTES]>);
+struct Cold<const BYTES: usize>(UnsafeCell<[u8; BYTES]>);
 
-// SAFETY: there is one thread, and `Sockets` takes the only references.
-unsafe impl Sync for Cold {}
+// SAFETY: there is one thread, and who takes a buffer takes the only reference.
+unsafe impl<const BYTES: usize> Sync for Cold<BYTES> {}
+
+impl<const BYTES: usize> Cold<BYTES> {
+    const fn new() -> Self {
+        Self(UnsafeCell::new([0; BYTES]))
+    }
+
+    /// Its first and last address, and one.
+    fn bounds(&self) -> (u64, u64) {
+        let start = self.0.get().addr() as u64;
+        (start, start + BYTES as u64)
+    }
+}
 
 #[unsafe(link_section = ".bss.cold")]
-static TCP_RX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
+static TCP_RX: Cold<{ 256 * 1024 }> = Cold::new();
 #[unsafe(link_section = ".bss.cold")]
-static TCP_TX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
+static TCP_TX: Cold<{ 256 * 1024 }> = Cold::new();
 #[unsafe(link_section = ".bss.cold")]
-static UDP_RX: Cold = Cold(UnsafeCell::new([0; COLD_BYTES]));
+static UDP_RX: Cold<{ 256 * 1024 }> = Cold::new();
+#[unsafe(link_section = ".bss.cold")]
+static UDP_TX: Cold<{ 16 * 1024 }> = Cold::new();
+#[unsafe(link_section = ".bss.cold")]
+static RECEIVED: Cold<{ QUEUE * FRAME }> = Cold::new();
 
-/// Addresses of the large buffers, ascending.
-pub fn cold_buffers() -> [u64; 3] {
-    let mut addresses = [&TCP_RX, &TCP_TX, &UDP_RX].map(|buffer| buffer.0.get().addr() as u64);
-    addresses.sort_unstable();
-    addresses
+/// Where the large buffers begin and end, ascending.
+pub fn cold_buffers() -> [(u64, u64); 5] {
+    let mut buffers =
+        [TCP_RX.bounds(), TCP_TX.bounds(), UDP_RX.bounds(), UDP_TX.bounds(), RECEIVED.bounds()];
+    buffers.sort_unstable();
+    buffers
 }
 
 /// The sockets that calls use, one call at a time.
@@ -71,20 +88,20 @@ impl Sockets {
 
     /// Makes them in this set, which is empty.
     fn in_set(mut set: SocketSet<'static>) -> Self {
-        let take = |buffer: &'static Cold| -> &'static mut [u8] {
-            // SAFETY: `machine::run` makes one `Sockets`, and the sockets that had the buffers before
-            // are gone when this is called again: nothing else refers to them.
-            unsafe { &mut *buffer.0.get() }
+        // SAFETY: `machine::run` makes one `Sockets`, and the sockets that had the buffers before are
+        // gone when this is called again: nothing else refers to them.
+        let (tcp_rx, tcp_tx, udp_rx, udp_tx) = unsafe {
+            (&mut *TCP_RX.0.get(), &mut *TCP_TX.0.get(), &mut *UDP_RX.0.get(), &mut *UDP_TX.0.get())
         };
         let mut tcp = tcp::Socket::new(
-            tcp::SocketBuffer::new(take(&TCP_RX)),
-            tcp::SocketBuffer::new(take(&TCP_TX)),
+            tcp::SocketBuffer::new(&mut tcp_rx[..]),
+            tcp::SocketBuffer::new(&mut tcp_tx[..]),
         );
         tcp.set_nagle_enabled(false);
         let metadata = |count| vec![udp::PacketMetadata::EMPTY; count];
         let udp = udp::Socket::new(
-            udp::PacketBuffer::new(metadata(256), take(&UDP_RX)),
-            udp::PacketBuffer::new(metadata(32), vec![0; 16 * 1024]),
+            udp::PacketBuffer::new(metadata(256), &mut udp_rx[..]),
+            udp::PacketBuffer::new(metadata(32), &mut udp_tx[..]),
         );
         let (tcp, udp) = (set.add(tcp), set.add(udp));
         Self { set, tcp, udp }
@@ -145,8 +162,10 @@ impl NetDevice {
             free: Vec::with_capacity(QUEUE),
             in_flight: 0,
         };
-        for _ in 0..QUEUE {
-            inner.post(Box::new([0; 2048]));
+        // SAFETY: `machine::run` makes one of these: nothing else refers to the buffers.
+        let received = unsafe { &mut *RECEIVED.0.get() };
+        for buffer in received.as_chunks_mut().0 {
+            inner.post(buffer);
         }
         Self { inner: RefCell::new(inner), mtu: 1500 }
     }
@@ -158,7 +177,7 @@ impl NetDevice {
         if inner.in_flight == QUEUE {
             return false;
         }
-        let mut buffer = inner.take_free();
+        let buffer = inner.take_free();
         buffer[..HEADER].fill(0);
         let length = frame.len().min(buffer.len() - HEADER);
         buffer[HEADER..HEADER + length].copy_from_slice(&frame[..length]);
@@ -168,7 +187,7 @@ impl NetDevice {
 }
 
 impl Inner {
-    fn post(&mut self, mut buffer: Buffer) {
+    fn post(&mut self, buffer: Buffer) {
         // SAFETY: the buffer goes into `receiving`, where nothing touches it until the device has
         // returned it.
         let token = unsafe { self.driver.receive_begin(&mut buffer[..]) };
@@ -178,15 +197,15 @@ impl Inner {
 
     fn take_received(&mut self) -> Option<(Buffer, usize)> {
         let token = self.driver.poll_receive()?;
-        let mut buffer = self.receiving[usize::from(token)].take()?;
+        let buffer = self.receiving[usize::from(token)].take()?;
         // SAFETY: the same buffer that was posted with this token.
         let (_, length) = unsafe { self.driver.receive_complete(token, &mut buffer[..]) }
             .expect("the VMM returns whole frames");
-        Some((buffer, length.min(2048 - HEADER)))
+        Some((buffer, length.min(FRAME - HEADER)))
     }
 
     fn take_free(&mut self) -> Buffer {
-        self.free.pop().unwrap_or_else(|| Box::new([0; 2048]))
+        self.free.pop().unwrap_or_else(|| Box::leak(Box::new([0; FRAME])))
     }
 
     fn transmit(&mut self, buffer: Buffer, length: usize) {
@@ -262,7 +281,7 @@ pub struct TxToken<'a> {
 
 impl phy::TxToken for TxToken<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, fill: F) -> R {
-        let mut buffer = self.device.borrow_mut().take_free();
+        let buffer = self.device.borrow_mut().take_free();
         buffer[..HEADER].fill(0);
         let result = fill(&mut buffer[HEADER..HEADER + length]);
         self.device.borrow_mut().transmit(buffer, HEADER + length);
