@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, ErrorKind, IoSlice};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{ControlMessage, MsgFlags, send, sendmsg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
+use tracing::Span;
 
 use crate::clock::monotonic_ns;
 use crate::control::{
@@ -69,7 +71,8 @@ struct Zygote {
     origin: Origin,
     make: Make,
     jail: Jail,
-    living: Census,
+    /// Not dropped in a child: to free it would copy the zygote's pages that it lies in.
+    living: ManuallyDrop<Census>,
 }
 
 /// What a zygote is started with.
@@ -126,7 +129,9 @@ impl Zygote {
     fn new(options: &Options, control: OwnedFd) -> Result<(Self, File), (OwnedFd, ZygoteError)> {
         let prepared = || -> Result<_, ZygoteError> {
             let (kvm, cpuid) = template::open_kvm()?;
+            // What is found out once, no microVM finds out again.
             cpu::is_emulated();
+            drop(span(0));
             let given = options.takes_memory.then(|| take_memory(&control)).transpose()?;
             let template = template::load(&options.sources, given)?;
             let Template { header, memory, base, origin: checksum } = template;
@@ -162,7 +167,7 @@ impl Zygote {
         match prepared() {
             Err(error) => Err((control, error)),
             Ok((origin, memory, make, jail, children)) => {
-                let living = Census::default();
+                let living = ManuallyDrop::default();
                 Ok((Self { control, children, origin, make, jail, living }, memory))
             }
         }
@@ -253,7 +258,7 @@ impl Zygote {
         let Birth { place, tier, asked_ns, listener, tap } = birth;
         let slot = place.slot();
         drop((control, children));
-        let _span = tracing::info_span!("microvm", slot).entered();
+        let _span = span(slot).entered();
         let forked_ns = monotonic_ns().unwrap_or_default();
         let timeline = Timeline { asked_ns, forked_ns, ..Timeline::default() };
         let reason = instance::run(slot, make, tier, timeline, listener, || {
@@ -355,6 +360,11 @@ enum Received {
 enum Forked {
     Parent(u32, Pid),
     Child(Birth),
+}
+
+/// What a microVM does is logged in.
+fn span(slot: u32) -> Span {
+    tracing::info_span!("microvm", slot)
 }
 
 /// The memory that a client has for its zygote, and the checksum of its template.

@@ -79,6 +79,7 @@ pub struct Vsock {
     /// Packets without data, for the guest.
     waiting: VecDeque<Header>,
     next_port: u32,
+    /// As long as the longest packet's data so far.
     buffer: Vec<u8>,
 }
 
@@ -89,7 +90,7 @@ impl Default for Vsock {
             connections: Vec::new(),
             waiting: VecDeque::new(),
             next_port: 1024,
-            buffer: vec![0; PACKET_MAX as usize],
+            buffer: Vec::new(),
         }
     }
 }
@@ -154,7 +155,7 @@ impl Vsock {
                 .map_err(|error| self.mmio.queues[TX].error(&error))?;
             let data = match packet.data_slice() {
                 Some(slice) => {
-                    let data = &mut self.buffer[..slice.len()];
+                    let data = room_for(&mut self.buffer, slice.len());
                     slice.copy_to(data);
                     data.len()
                 }
@@ -261,7 +262,7 @@ impl Vsock {
         for connection in connections {
             while connection.readable
                 && connection.room_in_guest() > 0
-                && deliver(queue, memory, |room| connection.read(&mut buffer[..], room))?
+                && deliver(queue, memory, |room| connection.read(room_for(buffer, room)))?
             {
                 received = true;
             }
@@ -341,6 +342,15 @@ impl Device for Vsock {
         self.connections.clear();
         self.waiting.clear();
     }
+}
+
+/// Lets a buffer grow to what is wanted, [`PACKET_MAX`] at most, and returns as much of it.
+fn room_for(buffer: &mut Vec<u8>, length: usize) -> &mut [u8] {
+    let length = length.min(PACKET_MAX as usize);
+    if buffer.len() < length {
+        buffer.resize(length, 0);
+    }
+    &mut buffer[..length]
 }
 
 /// Puts one packet into the guest's next buffer; `false` if it has none, or `packet`, which is told

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
+use std::mem::ManuallyDrop;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -121,8 +122,9 @@ impl Place {
 pub struct Cgroups {
     name: PathBuf,
     groups: Vec<Group>,
-    /// Groups that are there, with these limits, and with nobody in them but this zygote's clones.
-    prepared: BTreeSet<Place>,
+    /// Groups that are there, with these limits, and with nobody in them but this zygote's clones. Not
+    /// dropped in a clone: to free it would copy the zygote's pages that it lies in.
+    prepared: ManuallyDrop<BTreeSet<Place>>,
 }
 
 impl Cgroups {
@@ -150,7 +152,7 @@ impl Cgroups {
         if groups.is_empty() {
             tracing::warn!("no control groups are mounted: microVMs share memory and processors");
         }
-        Ok(Self { name: name.to_owned(), groups, prepared: BTreeSet::new() })
+        Ok(Self { name: name.to_owned(), groups, prepared: ManuallyDrop::default() })
     }
 
     /// Finds the first group of a slot that is not in `taken`, and that nobody of another zygote's is

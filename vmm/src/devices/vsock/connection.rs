@@ -111,15 +111,11 @@ impl Connection {
     }
 
     /// The next packet for the guest out of the stream.
-    pub(super) fn read<'b>(
-        &mut self,
-        buffer: &'b mut [u8],
-        room: usize,
-    ) -> Option<(Header, &'b [u8])> {
+    pub(super) fn read<'b>(&mut self, buffer: &'b mut [u8]) -> Option<(Header, &'b [u8])> {
         if !self.readable {
             return None;
         }
-        let room = room.min(self.room_in_guest()).min(buffer.len());
+        let room = self.room_in_guest().min(buffer.len());
         match self.stream.read(&mut buffer[..room]) {
             Ok(length @ 1..) => {
                 self.sent = self.sent.wrapping_add(length as u32);
