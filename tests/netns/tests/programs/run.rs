@@ -71,9 +71,11 @@ pub struct Run {
 
 impl Run {
     /// What the frame was tagged with. One that goes on in the tunnel still begins with the
-    /// addresses that it came with, which may look like a tag.
+    /// addresses that it came with, and an answer with the one that it came from: they may look like a
+    /// tag.
     pub fn tag(&self, came: &[u8]) -> Option<Tag> {
-        Tag::of_frame(&self.frame).filter(|_| self.frame[..12] != came[..12])
+        let (goes_on, answers) = (self.frame[..12] == came[..12], self.frame[..6] == came[6..12]);
+        Tag::of_frame(&self.frame).filter(|_| !goes_on && !answers)
     }
 }
 

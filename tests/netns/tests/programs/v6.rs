@@ -14,7 +14,8 @@ use crate::run::{
     guest_mac,
 };
 
-const PEER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+/// It begins as tags do, which an address may.
+const PEER_MAC: [u8; 6] = [2, b'f', 0, 0, 0, 9];
 
 /// Who sends to whom.
 pub struct Way {
