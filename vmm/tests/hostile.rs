@@ -7,6 +7,7 @@ use std::time::Duration;
 use common::{Host, identity, kvm, tap_with};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::task::JoinHandle;
 use warren_vmm::client::{ClientError, Invocation, MicroVm, invoke};
 use warren_vmm::control::{EndReason, State};
 
@@ -151,19 +152,25 @@ async fn guest_that_loops_for_ever_is_ended_by_the_watchdog() {
     neighbour_lives(&mut neighbour).await;
 }
 
+/// A microVM whose guest loops for ever, and the call that will have no answer.
+async fn spinning(host: &Host) -> (MicroVm, JoinHandle<Result<Vec<u8>, ClientError>>) {
+    let microvm = host.running(1).await;
+    let mut invocation = Invocation::connect(microvm.path()).await.unwrap();
+    let call = tokio::spawn(async move { invocation.call(b"loop").await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    (microvm, call)
+}
+
 #[tokio::test]
 async fn guest_that_loops_for_ever_can_be_asked_and_stopped() {
     if !kvm() {
         return;
     }
     let host = Host::with_watchdog(GUEST, Duration::from_hours(1)).await;
-    let mut microvm = host.running(1).await;
-    let mut invocation = Invocation::connect(microvm.path()).await.unwrap();
-    let spinning = tokio::spawn(async move { invocation.call(b"loop").await });
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (mut microvm, call) = spinning(&host).await;
     assert_eq!(microvm.status().await.unwrap().slot, 1);
     assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
-    assert!(matches!(spinning.await.unwrap(), Err(ClientError::ChannelClosed)));
+    assert!(matches!(call.await.unwrap(), Err(ClientError::ChannelClosed)));
 }
 
 #[tokio::test]
@@ -172,17 +179,14 @@ async fn time_that_a_guest_did_not_get_is_not_its_own() {
         return;
     }
     let host = Host::with_watchdog(GUEST, Duration::from_secs(1)).await;
-    let mut microvm = host.running(1).await;
-    let mut invocation = Invocation::connect(microvm.path()).await.unwrap();
-    let spinning = tokio::spawn(async move { invocation.call(b"loop").await });
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (mut microvm, call) = spinning(&host).await;
     let pid = Pid::from_raw(microvm.pid());
     kill(pid, Signal::SIGSTOP).unwrap();
     tokio::time::sleep(Duration::from_millis(1500)).await;
     kill(pid, Signal::SIGCONT).unwrap();
     assert_eq!(microvm.status().await.unwrap().state, State::Running);
     assert_eq!(microvm.stop().await.unwrap(), EndReason::Stopped);
-    assert!(matches!(spinning.await.unwrap(), Err(ClientError::ChannelClosed)));
+    assert!(matches!(call.await.unwrap(), Err(ClientError::ChannelClosed)));
 }
 
 #[tokio::test]

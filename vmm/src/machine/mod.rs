@@ -202,6 +202,7 @@ impl Machine {
     pub fn recycle(&mut self, state: &MachineState, kept: &[Pages]) -> Result<(), EndReason> {
         // The port access that it stands in is completed, so that it is not after the state changed.
         self.complete_exit();
+        self.kicked_at = None;
         let tap = self.net.take_tap();
         self.net = Net::load(&state.net, self.ram.dma(), tap)?;
         self.vsock = Vsock::load(&state.vsock, self.ram.dma())?;
