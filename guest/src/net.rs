@@ -40,7 +40,7 @@ impl<const BYTES: usize> Cold<BYTES> {
         Self(UnsafeCell::new([0; BYTES]))
     }
 
-    /// Its first and last address, and one.
+    /// Its first address, and the one behind its last.
     fn bounds(&self) -> (u64, u64) {
         let start = self.0.get().addr() as u64;
         (start, start + BYTES as u64)

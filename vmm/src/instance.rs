@@ -74,8 +74,8 @@ struct Instance {
 
 /// Runs a microVM until it ends, and tells its clients why.
 ///
-/// `enter` makes the process what it is to be, and has the slot's TAP; if that or anything later fails, clients hear of it
-/// as well. When they hear that it ended its slot is free: the TAP is closed, and nobody listens at
+/// `enter` makes the process what it is to be, and has the slot's TAP; if that or anything later
+/// fails, clients hear of it as well. When they hear that it ended its slot is free: the TAP is closed, and nobody listens at
 /// its socket. What takes long, giving memory and machine back to the kernel, comes after.
 pub fn run(
     slot: u32,

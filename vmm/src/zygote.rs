@@ -362,7 +362,7 @@ enum Forked {
     Child(Birth),
 }
 
-/// What a microVM does is logged in.
+/// The span that a microVM's events are in.
 fn span(slot: u32) -> Span {
     tracing::info_span!("microvm", slot)
 }
