@@ -1,8 +1,8 @@
 //! Generates the `warren.v1` code. `protox` compiles the files: no `protoc` to install.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files =
-        ["agent", "control", "security", "types"].map(|name| format!("warren/v1/{name}.proto"));
+    let files = ["agent", "control", "function", "security", "types"]
+        .map(|name| format!("warren/v1/{name}.proto"));
     let descriptors = protox::compile(files, ["."])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("warren.v1.bin"), prost::Message::encode_to_vec(&descriptors))?;
