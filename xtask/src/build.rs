@@ -126,7 +126,7 @@ fn agent() -> Result<()> {
 
 /// `cargo build` by the compiler that can build for bare targets, in a target folder of its own:
 /// two compilers in one folder would rebuild each other's results.
-fn no_std_cargo(folder: &str) -> Command {
+pub fn no_std_cargo(folder: &str) -> Command {
     let mut command = if Path::new(DEBIAN_BPF).exists() {
         let mut command = Command::new("/usr/bin/cargo");
         command.env("RUSTC", "/usr/bin/rustc").env("RUSTC_BOOTSTRAP", "1");

@@ -3,6 +3,7 @@
 mod archive;
 mod build;
 mod command;
+mod examples;
 mod fuzz;
 mod kernels;
 mod lab;
@@ -81,6 +82,11 @@ enum Task {
     },
     /// Set up, build, and make kernels, initrds and a test function's image for Linux guests
     Linux,
+    /// Set up, and build the examples into target/examples: functions in four languages
+    Examples {
+        /// Which; without one, all
+        names: Vec<examples::Example>,
+    },
     /// Check formatting and lints
     Lint,
     /// Set up, build, and run a benchmark
@@ -124,6 +130,7 @@ fn perform(task: Task) -> Result<()> {
             run::lab(&lab::Selection { check: name, kernel, all, json: output == Output::Json })
         }
         Task::Linux => run::linux(),
+        Task::Examples { names } => run::examples(&names),
         Task::Lint => run::lint(),
         Task::Bench { name, json } => run::bench(name, json),
     }

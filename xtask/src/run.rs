@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{self, results, root};
 use crate::command::{run, step};
-use crate::{kernels, lab, leftovers, linux, setup, suite};
+use crate::{examples, kernels, lab, leftovers, linux, setup, suite};
 
 fn with_json(mut command: Command, json: Option<PathBuf>) -> Command {
     if let Some(file) = json {
@@ -87,6 +87,12 @@ pub fn linux() -> Result<()> {
     linux::images()
 }
 
+/// `cargo xtask examples`.
+pub fn examples(named: &[examples::Example]) -> Result<()> {
+    setup::all()?;
+    examples::build(named)
+}
+
 /// `cargo xtask chaos`.
 pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
     setup::all()?;
@@ -104,7 +110,7 @@ pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
 /// `cargo xtask lint`.
 pub fn lint() -> Result<()> {
     step("lint", "rustfmt");
-    for workspace in [root(), root().join(build::HYPERLIGHT)] {
+    for workspace in [root(), root().join(build::HYPERLIGHT), root().join("examples/rust")] {
         run(Command::new("cargo").current_dir(workspace).args(["fmt", "--all", "--check"]))?;
     }
     step("lint", "clippy");

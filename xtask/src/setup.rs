@@ -40,6 +40,12 @@ const PACKAGES: &[(&str, &str)] = &[
     ("binutils", "strips the tests that run there"),
     ("debian-archive-keyring", "whose kernels they are"),
     ("e2fsprogs", "makes the image of Linux guests' test function"),
+    ("clang-22", "compiles the example in C"),
+    ("libclang-rt-22-dev-wasm32", "its runtime library"),
+    ("wasi-libc", "its library of C"),
+    ("make", "builds the example in C"),
+    ("npm", "builds the example in JavaScript"),
+    ("python3-venv", "builds the example in Python"),
 ];
 
 /// Installs what is missing. Where it may not, it lists the commands and fails.
@@ -108,10 +114,13 @@ fn missing_packages() -> Vec<&'static str> {
     // It exits 1 if any package is unknown, and still lists the others.
     let listed = query.output().map(|o| o.stdout).unwrap_or_default();
     let listed = String::from_utf8_lossy(&listed).into_owned();
-    names.filter(|name| !listed.lines().any(|line| line == format!("{name} installed"))).collect()
+    let is_listed = |name: &str| listed.lines().any(|line| line == format!("{name} installed"));
+    // Others' packages of Node.js have npm, too, and exclude Debian's.
+    names.filter(|name| !(is_listed(name) || *name == "npm" && on_path(name))).collect()
 }
 
-fn on_path(program: &str) -> bool {
+/// Whether a program of that name can be run.
+pub fn on_path(program: &str) -> bool {
     let cargo_bin = std::env::var_os("CARGO_HOME").map(|home| Path::new(&home).join("bin"));
     std::env::var_os("PATH")
         .iter()
