@@ -8,6 +8,7 @@ fn main() {
     if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("none") {
         for (program, script) in [
             ("warren-guest", "guest.ld"),
+            ("warren-runtime", "guest.ld"),
             ("warren-guest-hostile", "guest.ld"),
             ("warren-function-counter", "function.ld"),
         ] {

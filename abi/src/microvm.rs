@@ -21,10 +21,10 @@
 
 /// Version of everything in this module except the invocation framing. A guest refuses to boot
 /// under another one, and a template records it.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// The first version whose guests take a function.
-pub const FUNCTION_ABI: u32 = 3;
+pub const FUNCTION_ABI: u32 = 4;
 
 /// Where [`Boot`] is.
 pub const BOOT_ADDRESS: u64 = 0x1_0000;
@@ -36,7 +36,7 @@ pub const IDENTITY_ADDRESS: u64 = 0x1_1000;
 pub const PROGRAM_ADDRESS: u64 = 0x20_0000;
 
 /// Size of the stack, in bytes, at the end of memory.
-pub const STACK_BYTES: u64 = 0x4_0000;
+pub const STACK_BYTES: u64 = 0xc_0000;
 
 /// Where a function's data begins. Only microVMs of a function's image have memory there.
 pub const DATA_ADDRESS: u64 = 0x2000_0000;
@@ -101,14 +101,16 @@ pub const COMMAND_LOAD: u32 = 3;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FunctionPlace {
-    /// Its [`FunctionEntry`]; 0: there is no function.
+    /// Its [`FunctionEntry`]; 0: it is a package, not a program.
     pub entry: u64,
-    /// End of its code and constants, which begin at [`CODE_ADDRESS`].
+    /// End of its code and constants, which begin at [`CODE_ADDRESS`]; 0: there is no function.
     pub code_end: u64,
     /// First byte of the heap behind its data, page-aligned.
     pub heap_start: u64,
     /// End of the heap, page-aligned.
     pub heap_end: u64,
+    /// End of what is behind the heap, page-aligned: a component's linear memories.
+    pub memory_end: u64,
 }
 
 /// A function's entry point, which answers one call: it is given a request and a place for the reply,
@@ -159,9 +161,15 @@ pub const GUEST_CID: u64 = 3;
 /// and that many bytes, answered by the same.
 pub const INVOCATION_PORT: u32 = 1024;
 
-/// The vsock port on which a Linux guest's agent serves HTTP: each connection becomes one to the
-/// function's server, at [`HTTP_PORT`] of the guest's loopback.
+/// The vsock port on which functions serve HTTP/1.1. In a Linux guest each connection becomes one to the
+/// function's server, at [`HTTP_PORT`] of its loopback.
 pub const HTTP_VSOCK_PORT: u32 = 80;
+
+/// The vsock port of a function's log: who connects is sent its lines. The first one has them.
+pub const LOG_VSOCK_PORT: u32 = 514;
+
+/// The field of an answer that Warren gives in the function's place, with the reason in one word.
+pub const ERROR_FIELD: &str = "warren-error";
 
 /// Where a Linux function's HTTP server is to listen, on 127.0.0.1 or all addresses. The function
 /// has it in its environment, as `PORT`.
@@ -199,4 +207,20 @@ pub struct Identity {
     pub mac: [u8; 6],
     /// Largest IP packet the path carries unfragmented, in bytes.
     pub mtu: u16,
+}
+
+impl Identity {
+    /// Of a guest that was not released: no address, no time, no entropy.
+    pub const NOBODY: Self = Self {
+        wall_clock_ns: 0,
+        tsc: 0,
+        tsc_hz: 0,
+        entropy: [0; 64],
+        instance_id: [0; 16],
+        hostname: [0; 64],
+        ipv4: [0; 4],
+        gateway: [0; 4],
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+    };
 }

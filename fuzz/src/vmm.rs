@@ -9,7 +9,7 @@ const DATA_BYTES: u64 = 4 << 20;
 
 /// A function that is taken lies within its regions.
 pub fn function(bytes: &[u8]) {
-    let Ok(function) = Function::parse(bytes, DATA_BYTES) else { return };
+    let Ok(function) = Function::parse(bytes, Some(DATA_BYTES)) else { return };
     let place = &function.place;
     assert!((CODE_ADDRESS..place.code_end).contains(&place.entry));
     assert!(DATA_ADDRESS <= place.heap_start && place.heap_start < place.heap_end);

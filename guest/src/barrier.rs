@@ -32,17 +32,19 @@ pub fn boot() -> Boot {
     unsafe { ptr::read_volatile(BOOT_ADDRESS as *const Boot) }
 }
 
-/// Stands at the barrier until it is released, and returns the identity to apply.
-pub fn wait() -> Identity {
+/// Stands at the barrier until it is released, and returns the identity to apply. `load` gets the
+/// function that is put into its place meanwhile.
+pub fn wait(load: &mut dyn FnMut(FunctionPlace)) -> Identity {
     loop {
         let boot = boot();
         match boot.command {
             COMMAND_PREFAULT => prefault(&boot),
             // SAFETY: given once, to a template's clone, whose heap has moved nowhere yet; the VMM has
             // mapped the region.
-            COMMAND_LOAD => unsafe {
-                heap::move_to(boot.function.heap_start, boot.function.heap_end);
-            },
+            COMMAND_LOAD => {
+                unsafe { heap::move_to(boot.function.heap_start, boot.function.heap_end) };
+                load(boot.function);
+            }
             // SAFETY: the VMM wrote a whole Identity before it gave this command.
             COMMAND_RELEASE => unsafe {
                 return ptr::read_volatile(IDENTITY_ADDRESS as *const Identity);
@@ -78,7 +80,7 @@ fn prefault(boot: &Boot) {
         touch(start, end.min(start + HOT_BUFFER));
     }
     let heap = match boot.function {
-        FunctionPlace { entry: 0, .. } => boot.heap_start,
+        FunctionPlace { code_end: 0, .. } => boot.heap_start,
         FunctionPlace { code_end, heap_start, .. } => {
             look(CODE_ADDRESS, code_end.min(CODE_ADDRESS + HOT_FUNCTION));
             touch(DATA_ADDRESS, heap_start.min(DATA_ADDRESS + HOT_FUNCTION));

@@ -17,16 +17,27 @@ extern crate alloc;
 
 mod barrier;
 mod calls;
+mod channel;
 mod clock;
+mod dns;
 mod hal;
 mod heap;
+mod http;
 mod identity;
+mod linear;
 mod loaded;
+mod log;
 mod machine;
 mod net;
 mod port;
 mod probe;
+mod runtime;
+mod single;
 mod start;
+mod stream;
+mod tcp;
+mod wasi;
 
 pub use machine::{Function, Machine, Timeout, run};
 pub use probe::Probe;
+pub use runtime::run as serve_component;

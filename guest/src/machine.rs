@@ -7,13 +7,16 @@ use core::ptr::NonNull;
 use rand_chacha::ChaCha20Rng;
 use rand_chacha::rand_core::Rng;
 use smoltcp::iface::Interface;
-use virtio_drivers::device::socket::VsockAddr;
 use virtio_drivers::transport::mmio::{MmioTransport, VirtIOHeader};
-use warren_abi::microvm::{ABI_VERSION, Identity, MMIO_BYTES, NET_MMIO, VSOCK_MMIO, WAIT_FOREVER};
+use warren_abi::microvm::{
+    ABI_VERSION, INVOCATION_PORT, Identity, MMIO_BYTES, NET_MMIO, VSOCK_MMIO, WAIT_FOREVER,
+};
 
-use crate::calls::{Calls, NoCredit};
+use crate::calls::Calls;
+use crate::channel::{Channel, Connection, NoCredit};
 use crate::clock::Clock;
 use crate::loaded::Loaded;
+use crate::log::{Log, Stream};
 use crate::net::{NetDevice, Sockets};
 use crate::{barrier, heap, identity, net, port};
 
@@ -40,31 +43,27 @@ pub struct Machine {
     pub(crate) device: NetDevice,
     pub(crate) interface: Interface,
     pub(crate) sockets: Sockets,
-    calls: Calls,
+    pub(crate) channel: Channel,
+    pub(crate) log: Log,
+    is_released: bool,
     /// [`warren_abi::microvm::Boot::generation`] of this clone.
     generation: u64,
     /// The call in progress was the former one's: nobody waits for its answer.
     orphaned: bool,
 }
 
-/// Boots, stands at the release barrier, takes its identity and serves calls for ever: with the
+/// Boots, stands at the release barrier, takes its identity and answers calls for ever: with the
 /// function that was loaded, if one was, else with the program's own.
 pub fn run(own: &mut dyn Function) -> ! {
-    let boot = barrier::boot();
-    // SAFETY: called first of all, with what the VMM set aside for the heap.
-    unsafe { heap::move_to(boot.heap_start, boot.heap_end) };
-    assert_eq!(boot.abi_version, ABI_VERSION, "guest and VMM must be of one release");
-    let device = NetDevice::new(transport(NET_MMIO));
-    let calls = Calls::new(transport(VSOCK_MMIO));
-    let sockets = Sockets::new();
-
-    let identity = barrier::wait();
-    let mut machine = Machine::new(identity, device, sockets, calls);
-    let mut loaded = Loaded::from(barrier::boot().function);
+    let mut loaded = None;
+    let load = &mut |place| loaded = Loaded::from(place);
+    let mut machine = Machine::boot(&[INVOCATION_PORT], Sockets::fixed);
+    let mut calls = Calls::new();
+    let identity = barrier::wait(load);
+    machine.release(identity);
     let function = loaded.as_mut().map_or(own, |loaded| loaded as &mut dyn Function);
-    port::ready();
     loop {
-        while let Some((caller, request)) = machine.calls.next() {
+        while let Some((caller, request)) = calls.next(&mut machine.channel) {
             machine.orphaned = false;
             let reply = function.call(&mut machine, &request);
             machine.answer(caller, &reply);
@@ -94,7 +93,17 @@ fn transport(address: u64) -> MmioTransport<'static> {
 }
 
 impl Machine {
-    fn new(identity: Identity, mut device: NetDevice, sockets: Sockets, calls: Calls) -> Self {
+    /// Boots, up to the release barrier.
+    pub(crate) fn boot(ports: &[u32], sockets: fn() -> Sockets) -> Self {
+        let boot = barrier::boot();
+        // SAFETY: called first of all, with what the VMM set aside for the heap.
+        unsafe { heap::move_to(boot.heap_start, boot.heap_end) };
+        assert_eq!(boot.abi_version, ABI_VERSION, "guest and VMM must be of one release");
+        let mut device = NetDevice::new(transport(NET_MMIO));
+        let channel = Channel::new(transport(VSOCK_MMIO), ports);
+        let sockets = sockets();
+        // Nobody yet.
+        let identity = Identity::NOBODY;
         let clock = Clock::new(&identity);
         let (random, first_random, interface) = personal(&identity, &mut device, &clock);
         Self {
@@ -105,24 +114,50 @@ impl Machine {
             device,
             interface,
             sockets,
-            calls,
-            generation: barrier::boot().generation,
+            channel,
+            log: Log::default(),
+            generation: boot.generation,
+            is_released: false,
             orphaned: false,
         }
+    }
+
+    /// Becomes who it is released as.
+    pub(crate) fn release(&mut self, identity: Identity) {
+        self.identity = identity;
+        self.is_released = true;
+        self.generation = barrier::boot().generation;
+        self.clock = Clock::new(&self.identity);
+        (self.random, self.first_random, self.interface) =
+            personal(&self.identity, &mut self.device, &self.clock);
+        port::ready();
+    }
+
+    /// Whether it was released: before, it has no time, no randomness and no address.
+    pub(crate) fn is_released(&self) -> bool {
+        self.is_released
+    }
+
+    /// Nanoseconds since 1970; before release 0.
+    pub(crate) fn wall_clock_ns(&self) -> u64 {
+        if self.is_released { self.clock.wall_clock_ns() } else { 0 }
+    }
+
+    /// Writes to the function's log.
+    pub(crate) fn log(&mut self, stream: Stream, bytes: &[u8]) {
+        let now = self.wall_clock_ns();
+        self.log.write(stream, now, bytes);
     }
 
     /// Becomes the clone of what it was: with another identity, and without whatever tied the former
     /// one to others.
     fn become_another(&mut self) {
-        self.identity = barrier::wait();
-        self.generation = barrier::boot().generation;
-        self.clock = Clock::new(&self.identity);
-        self.calls.forget();
+        self.channel.forget();
         self.orphaned = true;
         self.sockets.renew();
-        (self.random, self.first_random, self.interface) =
-            personal(&self.identity, &mut self.device, &self.clock);
-        port::ready();
+        // It has its function.
+        let identity = barrier::wait(&mut |_| {});
+        self.release(identity);
     }
 
     /// Host name of this clone.
@@ -149,6 +184,7 @@ impl Machine {
             let left = until_ns.saturating_sub(self.now_ns()).div_ceil(1000);
             microseconds = microseconds.min(left);
         }
+        self.log.send(&mut self.channel);
         port::wait(microseconds as u32);
         if barrier::boot().generation != self.generation {
             self.become_another();
@@ -167,14 +203,11 @@ impl Machine {
 
     fn poll(&mut self) {
         self.interface.poll(self.clock.instant(), &mut self.device, &mut self.sockets.set);
-        self.calls.poll();
+        self.sockets.clear();
+        self.channel.poll();
     }
 
-    fn answer(&mut self, caller: VsockAddr, reply: &[u8]) {
-        // Another caller may have the same address by now.
-        if self.orphaned {
-            return;
-        }
+    fn answer(&mut self, caller: Connection, reply: &[u8]) {
         let header = (reply.len() as u32).to_le_bytes();
         if reply.len() <= COPY_MAX {
             // One packet, one exit.
@@ -183,13 +216,13 @@ impl Machine {
             self.send(caller, &header);
             self.send(caller, reply);
         }
-        self.calls.answered();
     }
 
-    fn send(&mut self, caller: VsockAddr, bytes: &[u8]) {
+    /// Sends all of it, waiting until the other side takes it, or is gone.
+    pub(crate) fn send(&mut self, to: Connection, bytes: &[u8]) {
         let mut sent = 0;
-        while sent < bytes.len() && !self.orphaned {
-            match self.calls.send(caller, &bytes[sent..]) {
+        while sent < bytes.len() {
+            match self.channel.send(to, &bytes[sent..]) {
                 Ok(length) => sent += length,
                 Err(NoCredit) => self.wait(u64::MAX),
             }

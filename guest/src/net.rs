@@ -1,13 +1,14 @@
 //! The network: virtio-net under smoltcp.
 
 use alloc::boxed::Box;
+use alloc::rc::Rc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::cell::{RefCell, UnsafeCell};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{self, Device, DeviceCapabilities, Medium};
-use smoltcp::socket::{tcp, udp};
+use smoltcp::socket::{AnySocket, Socket, tcp, udp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address};
 use virtio_drivers::device::net::VirtIONetRaw;
@@ -66,46 +67,113 @@ pub fn cold_buffers() -> [(u64, u64); 5] {
     buffers
 }
 
-/// The sockets that calls use, one call at a time.
+/// All sockets.
 pub struct Sockets {
     pub set: SocketSet<'static>,
-    pub tcp: SocketHandle,
-    pub udp: SocketHandle,
+    fixed: Option<(SocketHandle, SocketHandle)>,
+    /// Those whose owner is gone.
+    left: Rc<RefCell<Vec<SocketHandle>>>,
+}
+
+/// A socket of an owner, who leaves it when this is dropped: what is queued is still sent.
+pub struct Owned {
+    pub handle: SocketHandle,
+    left: Rc<RefCell<Vec<SocketHandle>>>,
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.left.borrow_mut().push(self.handle);
+    }
 }
 
 impl Sockets {
-    /// Makes them; called once.
-    pub fn new() -> Self {
-        Self::in_set(SocketSet::new(Vec::with_capacity(2)))
+    /// None, until some are added.
+    pub fn none() -> Self {
+        Self { set: SocketSet::new(Vec::new()), fixed: None, left: Rc::default() }
     }
 
-    /// Makes them anew. What the former ones would still send is not sent.
+    /// The two that a program has that answers one call at a time. Called once.
+    pub fn fixed() -> Self {
+        let mut sockets = Self::none();
+        let (tcp, udp) = fixed();
+        sockets.fixed = Some((sockets.set.add(tcp), sockets.set.add(udp)));
+        sockets
+    }
+
+    /// Adds one.
+    pub fn add(&mut self, socket: impl AnySocket<'static>) -> Owned {
+        Owned { handle: self.set.add(socket), left: self.left.clone() }
+    }
+
+    /// The program's TCP socket.
+    pub fn tcp(&mut self) -> &mut tcp::Socket<'static> {
+        let (tcp, _) = self.fixed.expect("a program that has fixed sockets");
+        self.set.get_mut(tcp)
+    }
+
+    /// The program's UDP socket.
+    pub fn udp(&mut self) -> &mut udp::Socket<'static> {
+        let (_, udp) = self.fixed.expect("a program that has fixed sockets");
+        self.set.get_mut(udp)
+    }
+
+    /// Ends what was left, as far as it can be ended now.
+    pub fn clear(&mut self) {
+        let set = &mut self.set;
+        self.left.borrow_mut().retain(|&handle| {
+            let is_needed = match set.iter_mut().find(|(known, _)| *known == handle) {
+                Some((_, Socket::Tcp(tcp))) => {
+                    tcp.close();
+                    !matches!(tcp.state(), tcp::State::Closed | tcp::State::TimeWait)
+                }
+                _ => false,
+            };
+            if !is_needed {
+                set.remove(handle);
+            }
+            is_needed
+        });
+    }
+
+    /// All of them are as if new. What the former ones would still send is not sent.
     pub fn renew(&mut self) {
-        let mut set = core::mem::replace(&mut self.set, SocketSet::new(Vec::new()));
-        drop((set.remove(self.tcp), set.remove(self.udp)));
-        *self = Self::in_set(set);
+        let fixed = self.fixed.map(|(tcp, udp)| {
+            drop((self.set.remove(tcp), self.set.remove(udp)));
+            fixed()
+        });
+        for (_, socket) in self.set.iter_mut() {
+            match socket {
+                Socket::Tcp(socket) => {
+                    let (rx, tx) = (Vec::new(), Vec::new());
+                    *socket =
+                        tcp::Socket::new(tcp::SocketBuffer::new(rx), tcp::SocketBuffer::new(tx));
+                }
+                Socket::Udp(socket) => socket.close(),
+                _ => {}
+            }
+        }
+        self.fixed = fixed.map(|(tcp, udp)| (self.set.add(tcp), self.set.add(udp)));
     }
+}
 
-    /// Makes them in this set, which is empty.
-    fn in_set(mut set: SocketSet<'static>) -> Self {
-        // SAFETY: `machine::run` makes one `Sockets`, and the sockets that had the buffers before are
-        // gone when this is called again: nothing else refers to them.
-        let (tcp_rx, tcp_tx, udp_rx, udp_tx) = unsafe {
-            (&mut *TCP_RX.0.get(), &mut *TCP_TX.0.get(), &mut *UDP_RX.0.get(), &mut *UDP_TX.0.get())
-        };
-        let mut tcp = tcp::Socket::new(
-            tcp::SocketBuffer::new(&mut tcp_rx[..]),
-            tcp::SocketBuffer::new(&mut tcp_tx[..]),
-        );
-        tcp.set_nagle_enabled(false);
-        let metadata = |count| vec![udp::PacketMetadata::EMPTY; count];
-        let udp = udp::Socket::new(
-            udp::PacketBuffer::new(metadata(256), &mut udp_rx[..]),
-            udp::PacketBuffer::new(metadata(32), &mut udp_tx[..]),
-        );
-        let (tcp, udp) = (set.add(tcp), set.add(udp));
-        Self { set, tcp, udp }
-    }
+fn fixed() -> (tcp::Socket<'static>, udp::Socket<'static>) {
+    // SAFETY: `machine::run` makes one `Sockets` with them, and the sockets that had the buffers before
+    // are gone when this is called again: nothing else refers to them.
+    let (tcp_rx, tcp_tx, udp_rx, udp_tx) = unsafe {
+        (&mut *TCP_RX.0.get(), &mut *TCP_TX.0.get(), &mut *UDP_RX.0.get(), &mut *UDP_TX.0.get())
+    };
+    let mut tcp = tcp::Socket::new(
+        tcp::SocketBuffer::new(&mut tcp_rx[..]),
+        tcp::SocketBuffer::new(&mut tcp_tx[..]),
+    );
+    tcp.set_nagle_enabled(false);
+    let metadata = |count| vec![udp::PacketMetadata::EMPTY; count];
+    let udp = udp::Socket::new(
+        udp::PacketBuffer::new(metadata(256), &mut udp_rx[..]),
+        udp::PacketBuffer::new(metadata(32), &mut udp_tx[..]),
+    );
+    (tcp, udp)
 }
 
 /// The interface of a clone: its MAC, its address, and everything through the gateway.

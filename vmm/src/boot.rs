@@ -127,8 +127,11 @@ pub fn boot_bytes(boot: &Boot) -> Vec<u8> {
 
 /// [`FunctionPlace`] as the guest reads it.
 pub fn function_bytes(place: &FunctionPlace) -> Vec<u8> {
-    let FunctionPlace { entry, code_end, heap_start, heap_end } = *place;
-    [entry, code_end, heap_start, heap_end].into_iter().flat_map(u64::to_le_bytes).collect()
+    let FunctionPlace { entry, code_end, heap_start, heap_end, memory_end } = *place;
+    [entry, code_end, heap_start, heap_end, memory_end]
+        .into_iter()
+        .flat_map(u64::to_le_bytes)
+        .collect()
 }
 
 struct Tables<'a> {

@@ -71,15 +71,16 @@ enum Command {
         /// The template.
         #[arg(long, value_name = "FILE")]
         template: PathBuf,
-        /// The function: a static executable (see `warren_vmm::function`).
-        #[arg(long, value_name = "ELF")]
+        /// The function: a package or a static executable (see `warren_vmm::function`).
+        #[arg(long, value_name = "FILE")]
         function: PathBuf,
         /// Where to write the image.
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
-        /// Memory for the function's data, in MiB: a multiple of 2, 2 to 512
-        #[arg(long, default_value_t = 16)]
-        memory: u64,
+        /// Memory for the function's data, in MiB: a multiple of 2, 2 to 512 [default: what a package
+        /// needs, and 16 for an executable]
+        #[arg(long)]
+        memory: Option<u64>,
         /// The template's key file, to encrypt the image with as well.
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
@@ -169,7 +170,12 @@ fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Image { template, function, output, memory, key, output_format } => {
             let sources = Sources { key, ..Sources::from(template) };
-            let summary = template::make_image(&sources, &function, &output, memory << 20)?;
+            let summary = template::make_image(
+                &sources,
+                &function,
+                &output,
+                memory.map(|memory| memory << 20),
+            )?;
             report(&output, &summary, output_format)
         }
         Command::Zygote {

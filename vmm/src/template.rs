@@ -139,12 +139,13 @@ pub fn make(
 }
 
 /// Puts a function into a clone of a template and saves that, at its barrier, as a diff: the
-/// function's image. Nothing of the function has run. `data_bytes` is for its data and heap.
+/// function's image. Nothing of the function has run, unless its package asks for that. `data_bytes` is
+/// for its data and heap; `None`: as much as it needs.
 pub fn make_image(
     sources: &Sources,
     function: &Path,
     output: &Path,
-    data_bytes: u64,
+    data_bytes: Option<u64>,
 ) -> Result<Summary, TemplateError> {
     let elf = std::fs::read(function)
         .map_err(|source| TemplateError::Program { path: function.to_owned(), source })?;
@@ -158,6 +159,7 @@ pub fn make_image(
     if header.abi_version < FUNCTION_ABI {
         return Err(TemplateError::OldTemplate(sources.template.clone()));
     }
+    let data_bytes = function.data_bytes();
     memory.data = Some(Part::new("warren-data", data_bytes).map_err(TemplateError::Memory)?);
     memory.code = Some(function.code().map_err(TemplateError::Memory)?);
     let ram = GuestRam::clone_of(&memory).map_err(TemplateError::Memory)?;

@@ -108,7 +108,9 @@ fn guest() -> Result<()> {
     command.args(["-Zjson-target-spec", "-Zbuild-std=core,alloc"]);
     command.arg("-Zbuild-std-features=compiler-builtins-mem");
     run(&mut command)?;
-    for name in ["warren-guest", "warren-guest-hostile", "warren-function-counter"] {
+    for name in
+        ["warren-guest", "warren-runtime", "warren-guest-hostile", "warren-function-counter"]
+    {
         keep(&format!("guest/x86_64-unknown-none/release/{name}"), &format!("{name}.elf"))?;
     }
     Ok(())

@@ -40,7 +40,7 @@ impl<'a> Connection<'a> {
         // What is left of the call before: nothing, or a connection in TIME-WAIT.
         this.socket().abort();
         let machine = &mut *this.machine;
-        let socket = machine.sockets.set.get_mut::<tcp::Socket>(machine.sockets.tcp);
+        let socket = machine.sockets.tcp();
         if socket.connect(machine.interface.context(), to, port).is_err() {
             return Err("the server's address cannot be connected to".into());
         }
@@ -56,7 +56,7 @@ impl<'a> Connection<'a> {
     }
 
     fn socket(&mut self) -> &mut tcp::Socket<'static> {
-        self.machine.sockets.set.get_mut(self.machine.sockets.tcp)
+        self.machine.sockets.tcp()
     }
 
     pub fn wait(&mut self) -> Result<(), Failure> {

@@ -42,7 +42,7 @@ impl<'a> Socket<'a> {
     }
 
     fn socket(&mut self) -> &mut udp::Socket<'static> {
-        self.machine.sockets.set.get_mut(self.machine.sockets.udp)
+        self.machine.sockets.udp()
     }
 
     /// Queues a datagram; `false` if there is no room.
