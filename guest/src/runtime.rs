@@ -15,6 +15,7 @@ use wasmtime::{CustomCodeMemory, Engine, Store, Trap};
 
 use crate::barrier;
 use crate::http::server::{Answer, Call, Callers};
+use crate::http::values;
 use crate::linear::Arena;
 use crate::log::Stream;
 use crate::machine::Machine;
@@ -181,7 +182,9 @@ impl Function {
         let state = self.store.data_mut();
         let now = state.machine.now_ns();
         let is_head = request.method == "HEAD";
-        let answer = Rc::new(RefCell::new(Answer::new(connection, now, is_head)));
+        let mut answer = Answer::new(connection, now, is_head);
+        answer.is_last = values(&request.fields, "connection").any(|value| value == b"close");
+        let answer = Rc::new(RefCell::new(answer));
         let body = Rc::new(RefCell::new(body));
         state.deadline_ns = now.saturating_add(self.timeout_ns);
         state.answer = Some(Single(answer.clone()));
