@@ -102,29 +102,34 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> JailError {
     move |error| JailError::System { what, source: error.into() }
 }
 
+/// A process within all walls but the last.
+#[must_use = "without its filter a process is not in jail"]
+pub struct Cell {
+    filters: [BpfProgram; 2],
+}
+
 /// Goes into the jail, for good. It has the three standard streams there, and threads that it makes
 /// from then on.
 ///
 /// # Errors
 /// A wall does not stand: this process must end. So it must if it has threads already, which stay
 /// outside.
-pub fn enter(limits: Limits) -> Result<(), JailError> {
+pub fn enter(limits: Limits) -> Result<Cell, JailError> {
     let filters = [absent()?, allowed()?];
     close_all_but_standard()?;
     separate()?;
     let cpu_seconds = limits.cpu_time.as_secs().max(1);
     let resources = [
-        (Resource::RLIMIT_AS, limits.memory_bytes),
-        (Resource::RLIMIT_CPU, cpu_seconds),
-        (Resource::RLIMIT_CORE, 0),
-        (Resource::RLIMIT_MEMLOCK, 0),
-        (Resource::RLIMIT_MSGQUEUE, 0),
-        (Resource::RLIMIT_RTPRIO, 0),
+        (Resource::RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
+        // It is up softly first, with a signal that says so.
+        (Resource::RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
+        (Resource::RLIMIT_CORE, 0, 0),
+        (Resource::RLIMIT_MEMLOCK, 0, 0),
+        (Resource::RLIMIT_MSGQUEUE, 0, 0),
+        (Resource::RLIMIT_RTPRIO, 0, 0),
     ];
-    for (resource, limit) in resources {
-        // The processor's time is up softly first, with a signal that says so.
-        let hard = if resource == Resource::RLIMIT_CPU { limit + 1 } else { limit };
-        setrlimit(resource, limit, hard).map_err(system("setrlimit"))?;
+    for (resource, soft, hard) in resources {
+        setrlimit(resource, soft, hard).map_err(system("setrlimit"))?;
     }
     if Uid::effective().is_root() {
         let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
@@ -144,12 +149,22 @@ pub fn enter(limits: Limits) -> Result<(), JailError> {
         .scope(Scope::from_all(abi))?
         .create()?
         .restrict_self()?;
-    // Last the one that lets no other be loaded.
-    setrlimit(Resource::RLIMIT_NOFILE, 3, 3).map_err(system("setrlimit"))?;
-    for filter in filters {
-        seccompiler::apply_filter(&filter)?;
+    Ok(Cell { filters })
+}
+
+impl Cell {
+    /// Takes the right to descriptors, and loads the filter: from here on a system call that it does
+    /// not know is the process's end.
+    ///
+    /// # Errors
+    /// [`JailError`]: this process must end.
+    pub fn close(self) -> Result<(), JailError> {
+        setrlimit(Resource::RLIMIT_NOFILE, 3, 3).map_err(system("setrlimit"))?;
+        for filter in &self.filters {
+            seccompiler::apply_filter(filter)?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Whoever started this process may have left descriptors open.

@@ -22,6 +22,6 @@ struct Arguments {
 fn main() -> anyhow::Result<()> {
     let Arguments { memory_bytes, cpu_seconds } = Arguments::parse();
     let cpu_time = Duration::from_secs(cpu_seconds);
-    jail::enter(jail::Limits { memory_bytes, cpu_time })?;
+    jail::enter(jail::Limits { memory_bytes, cpu_time })?.close()?;
     Ok(jailed::answer(io::stdin().lock(), io::stdout().lock())?)
 }
