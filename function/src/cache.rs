@@ -223,7 +223,12 @@ impl Shelf {
         let mut found = shelf.files()?;
         found.sort_by_key(|(_, _, used)| *used);
         for (key, bytes, _) in found {
-            shelf.account(&mut lock(&shelf.ledger), &key, bytes);
+            let mut ledger = lock(&shelf.ledger);
+            if bytes > limit {
+                shelf.discard(&mut ledger, &key);
+            } else {
+                shelf.account(&mut ledger, &key, bytes);
+            }
         }
         Ok(shelf)
     }

@@ -129,7 +129,7 @@ impl JailedCompiler {
         let signal = status.signal().and_then(|signal| Signal::try_from(signal).ok());
         match signal {
             Some(Signal::SIGSYS) => JailedError::Forbidden,
-            Some(Signal::SIGXCPU | Signal::SIGKILL) => JailedError::TimedOut(self.limits.cpu_time),
+            Some(Signal::SIGXCPU) => JailedError::TimedOut(self.limits.cpu_time),
             // So says Rust's library before it aborts.
             _ if said.contains("memory allocation of") => {
                 JailedError::OutOfMemory(self.limits.memory_bytes)

@@ -106,3 +106,104 @@ impl Ledger {
         Some(vec![key(&staying.tenant, digest)])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMIT: u64 = 100;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert(Key, u64),
+        Touch(Key),
+        Remove(Key),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let key = (0..4_u8, 0..5_u8).prop_map(|(tenant, number)| Key {
+            tenant: format!("t{tenant}"),
+            digest: Digest::of(&[number]),
+        });
+        prop_oneof![
+            4 => (key.clone(), 1..=LIMIT / 2).prop_map(|(key, bytes)| Step::Insert(key, bytes)),
+            4 => key.clone().prop_map(Step::Touch),
+            1 => key.prop_map(Step::Remove),
+        ]
+    }
+
+    /// The same in plain words: what is there, and all uses, the last one last.
+    #[derive(Default)]
+    struct Model {
+        there: Vec<(Key, u64)>,
+        uses: Vec<Key>,
+    }
+
+    impl Model {
+        fn bytes(&self) -> u64 {
+            self.there.iter().map(|(_, bytes)| bytes).sum()
+        }
+
+        fn last(&self, is: impl Fn(&Key) -> bool) -> Option<usize> {
+            self.uses.iter().rposition(is)
+        }
+
+        /// The key that goes first, if its tenant goes or if this is its tenant.
+        fn first_to_go(&self, staying: &Key) -> Option<Key> {
+            let keys = self.there.iter().map(|(key, _)| key).filter(|key| *key != staying);
+            let order = |key: &&Key| {
+                let own = key.tenant == staying.tenant;
+                let tenant = self.last(|used| used.tenant == key.tenant);
+                (own, tenant, self.last(|used| used == *key))
+            };
+            keys.min_by_key(order).cloned()
+        }
+
+        fn insert(&mut self, key: &Key, bytes: u64) -> Vec<Key> {
+            self.there.retain(|(there, _)| there != key);
+            self.there.push((key.clone(), bytes));
+            self.uses.push(key.clone());
+            let mut gone = Vec::new();
+            while self.bytes() > LIMIT {
+                let Some(first) = self.first_to_go(key) else { break };
+                let goes = |there: &Key| {
+                    *there == first || first.tenant != key.tenant && there.tenant == first.tenant
+                };
+                gone.extend(self.there.iter().map(|(key, _)| key.clone()).filter(goes));
+                self.there.retain(|(there, _)| !goes(there));
+            }
+            gone
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_evicts_as_the_model_does(steps in prop::collection::vec(step(), 1..60)) {
+            let (mut ledger, mut model) = (Ledger::new(LIMIT), Model::default());
+            for step in steps {
+                match step {
+                    Step::Insert(key, bytes) => {
+                        let mut gone = ledger.insert(&key, bytes);
+                        let mut expected = model.insert(&key, bytes);
+                        gone.sort();
+                        expected.sort();
+                        prop_assert_eq!(gone, expected);
+                        prop_assert!(ledger.of(&key.tenant).contains(&key.digest));
+                    }
+                    Step::Touch(key) => {
+                        ledger.touch(&key);
+                        model.uses.push(key);
+                    }
+                    Step::Remove(key) => {
+                        ledger.remove(&key);
+                        model.there.retain(|(there, _)| *there != key);
+                    }
+                }
+                prop_assert_eq!(ledger.bytes(), model.bytes());
+                prop_assert!(ledger.bytes() <= LIMIT);
+            }
+        }
+    }
+}

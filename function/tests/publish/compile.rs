@@ -1,20 +1,19 @@
 //! The compiler in its jail: what it answers, and what it does not survive.
 
-mod common;
-
 use std::fmt::Write;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::component;
 use warren_function::check::{CheckError, MAX_BYTES};
 use warren_function::compile::{CompileError, compile};
 use warren_function::digest::Digest;
 use warren_function::jail::Limits;
 use warren_function::jailed::{JailedCompiler, JailedError};
 use warren_function::options::Options;
+
+use crate::component::component;
 
 fn compiler() -> JailedCompiler {
     JailedCompiler::new(PathBuf::from(env!("CARGO_BIN_EXE_warren-compile")))

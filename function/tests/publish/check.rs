@@ -1,11 +1,10 @@
 //! What components are refused, and that no bytes are the checker's end.
 
-mod common;
-
-use common::component;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use warren_function::check::{CheckError, Checked, MAX_BYTES, PROVIDED, check};
+
+use crate::component::component;
 
 fn import(name: &str) -> String {
     format!("(import \"{name}\" (instance))")
