@@ -21,6 +21,7 @@ use futures_util::{FutureExt, StreamExt, stream};
 use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
+use crate::blocking::blocking;
 use crate::digest::Digest;
 use crate::repository::{Repository, StoreError};
 use ledger::{Key, Ledger};
@@ -187,20 +188,6 @@ async fn load(shelf: Arc<Shelf>, source: Source, key: Key) -> Result<Loaded, Cac
     }
     let package = source.repository.get(&source.zone, key.digest).await?;
     blocking(move || shelf.add(&key, &package)).await
-}
-
-/// Runs what waits for the disk where nobody else waits for it.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, CacheError> + Send + 'static,
-) -> Result<T, CacheError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime ends, and with it whoever waits.
-            Err(_) => std::future::pending().await,
-        },
-    }
 }
 
 /// The directory and its accounts. Files come and go while the accounts are locked.

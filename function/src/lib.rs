@@ -17,6 +17,8 @@
 extern crate alloc;
 
 #[cfg(feature = "store")]
+mod blocking;
+#[cfg(feature = "store")]
 pub mod cache;
 #[cfg(feature = "compile")]
 pub mod check;

@@ -16,10 +16,15 @@ use object_store::prefix::PrefixStore;
 use object_store::{ObjectStore, ObjectStoreExt};
 use url::Url;
 
+use crate::blocking::blocking;
 use crate::digest::Digest;
 
-/// How long a zone has to answer before the region is asked instead.
+/// How long a store has to answer, and [`PER_MIB`] more for each MiB that is to come or go. A zone has
+/// no longer before the region is asked instead.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a MiB may take: slower than that no function starts.
+const PER_MIB: Duration = Duration::from_secs(1);
 
 /// How many packages are copied at a time.
 const AT_ONCE: usize = 4;
@@ -52,7 +57,7 @@ pub enum StoreError {
         source: Box<object_store::Error>,
     },
     /// The store does not answer.
-    #[error("{store} does not answer within {PATIENCE:?}: can it be reached?")]
+    #[error("{store} does not answer in time: can it be reached?")]
     Silent {
         /// The store.
         store: String,
@@ -149,10 +154,11 @@ impl Store {
     /// Keeps a package.
     ///
     /// # Errors
-    /// [`StoreError::Unreachable`].
+    /// [`StoreError::Unreachable`] and [`StoreError::Silent`].
     pub async fn put(&self, package: Bytes) -> Result<Digest, StoreError> {
-        let digest = Digest::of(&package);
-        let put = self.objects.put(&path(digest), package.into()).await;
+        let digest = digest_of(package.clone()).await;
+        let (bytes, path) = (package.len() as u64, path(digest));
+        let put = self.in_time(bytes, self.objects.put(&path, package.into())).await?;
         put.map_err(|source| self.error(digest, source))?;
         Ok(digest)
     }
@@ -162,9 +168,10 @@ impl Store {
     /// # Errors
     /// [`StoreError`], but for those of zones.
     pub async fn get(&self, digest: Digest) -> Result<Bytes, StoreError> {
-        let got = async { self.objects.get(&path(digest)).await?.bytes().await };
-        let package = got.await.map_err(|source| self.error(digest, source))?;
-        if Digest::of(&package) != digest {
+        let error = |source| self.error(digest, source);
+        let got = self.in_time(0, self.objects.get(&path(digest))).await?.map_err(error)?;
+        let package = self.in_time(got.meta.size, got.bytes()).await?.map_err(error)?;
+        if digest_of(package.clone()).await != digest {
             return Err(StoreError::Corrupt { store: self.name.clone(), digest });
         }
         Ok(package)
@@ -173,13 +180,15 @@ impl Store {
     /// The digests of all packages that it has, whole or not.
     ///
     /// # Errors
-    /// [`StoreError::Unreachable`].
-    pub async fn list(&self) -> Result<Vec<Digest>, StoreError> {
-        let objects = self.objects.list(None);
-        let digests = objects.try_filter_map(|object| async move {
-            Ok(object.location.filename().and_then(|name| name.parse::<Digest>().ok()))
-        });
-        digests.try_collect().await.map_err(|source| self.unreachable(source))
+    /// [`StoreError::Unreachable`] and [`StoreError::Silent`].
+    pub async fn list(&self) -> Result<BTreeSet<Digest>, StoreError> {
+        let mut objects = self.objects.list(None);
+        let mut digests = BTreeSet::new();
+        while let Some(object) = self.in_time(0, objects.next()).await? {
+            let object = object.map_err(|source| self.unreachable(source))?;
+            digests.extend(object.location.filename().and_then(|name| name.parse::<Digest>().ok()));
+        }
+        Ok(digests)
     }
 
     fn error(&self, digest: Digest, source: object_store::Error) -> StoreError {
@@ -195,14 +204,21 @@ impl Store {
         StoreError::Unreachable { store: self.name.clone(), source: Box::new(source) }
     }
 
-    /// What this store answers, if it does in time.
+    /// What it answers to something that moves so many bytes, if it does in time.
     async fn in_time<T>(
         &self,
-        answer: impl Future<Output = Result<T, StoreError>>,
+        bytes: u64,
+        answer: impl Future<Output = T>,
     ) -> Result<T, StoreError> {
+        let patience = PATIENCE + PER_MIB * (bytes >> 20) as u32;
         let silent = |_| StoreError::Silent { store: self.name.clone() };
-        tokio::time::timeout(PATIENCE, answer).await.map_err(silent)?
+        tokio::time::timeout(patience, answer).await.map_err(silent)
     }
+}
+
+/// Not where others wait: that of a large package takes a tenth of a second.
+async fn digest_of(package: Bytes) -> Digest {
+    blocking(move || Digest::of(&package)).await
 }
 
 /// Directories of 256th parts of all packages, lest one gets too long.
@@ -243,10 +259,7 @@ impl Repository {
         let digest = self.region.put(package.clone()).await?;
         let copies = self.zones.iter().map(|(name, zone)| {
             let package = package.clone();
-            async move {
-                let copied = zone.in_time(zone.put(package)).await;
-                copied.err().map(|error| (name.clone(), error))
-            }
+            async move { zone.put(package).await.err().map(|error| (name.clone(), error)) }
         });
         let left_out = join_all(copies).await.into_iter().flatten().collect();
         Ok(Published { digest, left_out })
@@ -259,7 +272,7 @@ impl Repository {
     /// [`StoreError`] of the zone and of the region.
     pub async fn get(&self, zone: &str, digest: Digest) -> Result<Bytes, StoreError> {
         let zone = self.zone(zone)?;
-        let error = match zone.in_time(zone.get(digest)).await {
+        let error = match zone.get(digest).await {
             Ok(package) => return Ok(package),
             Err(error) => error,
         };
@@ -274,7 +287,7 @@ impl Repository {
             }
         };
         if matches!(error, StoreError::Missing { .. } | StoreError::Corrupt { .. })
-            && let Err(error) = zone.in_time(zone.put(package.clone())).await
+            && let Err(error) = zone.put(package.clone()).await
         {
             tracing::warn!(%digest, %error, "a zone's store does not take its copy of a package");
         }
@@ -288,10 +301,8 @@ impl Repository {
     /// The first [`StoreError`]; the copies until then stay.
     pub async fn catch_up(&self, zone: &str) -> Result<usize, StoreError> {
         let zone = self.zone(zone)?;
-        let there: BTreeSet<_> = zone.list().await?.into_iter().collect();
-        let mut missing = self.region.list().await?;
-        missing.retain(|digest| !there.contains(digest));
-        let copies = missing.iter().map(|&digest| async move {
+        let (here, there) = (self.region.list().await?, zone.list().await?);
+        let copies = here.difference(&there).map(|&digest| async move {
             let package = self.region.get(digest).await?;
             zone.put(package).await
         });

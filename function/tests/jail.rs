@@ -106,10 +106,10 @@ fn the_climber() {
             let error = File::open("/etc/passwd").unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::ENOSYS));
         }
-        call => {
+        other => {
             cell.close().unwrap();
-            forbidden(call);
-            panic!("{call} came back");
+            forbidden(other);
+            panic!("{other} came back");
         }
     }
 }

@@ -62,7 +62,7 @@ async fn a_package_is_fetched_once_and_then_is_there_without_the_zone() {
     let cache = host.cache(4);
     let loaded = cache.get("t", digest).await.unwrap();
     assert_eq!(contents(&loaded), package(1));
-    for line in [&host.region.a, &host.region.region] {
+    for line in [&host.region.a, &host.region.whole] {
         line.set(Answers::WithErrors);
     }
     let again = host.cache(4).get("t", digest).await.unwrap();
@@ -79,9 +79,9 @@ async fn first_calls_at_once_fetch_once_and_share_errors() {
     let cache = host.cache(4);
     let calls = || join_all((0..50).map(|_| cache.get("t", digest)));
     host.region.a.set(Answers::WithErrors);
-    host.region.region.set(Answers::WithErrors);
+    host.region.whole.set(Answers::WithErrors);
     assert!(calls().await.iter().all(Result::is_err));
-    assert_eq!((host.region.a.gets(), host.region.region.gets()), (1, 1));
+    assert_eq!((host.region.a.gets(), host.region.whole.gets()), (1, 1));
 
     host.region.a.set(Answers::Well);
     for loaded in calls().await {
@@ -112,7 +112,7 @@ async fn who_gives_up_leaves_the_others_waiting_for_the_same() {
     assert!(first.await.unwrap_err().is_cancelled());
     // The zone is silent, the region is asked after a while.
     assert_eq!(contents(&second.await.unwrap()), package(1));
-    assert_eq!((host.region.a.gets(), host.region.region.gets()), (1, 1));
+    assert_eq!((host.region.a.gets(), host.region.whole.gets()), (1, 1));
 }
 
 #[tokio::test]

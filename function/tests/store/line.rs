@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::pending;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::stream::{BoxStream, StreamExt, once};
+use futures_util::stream::{BoxStream, StreamExt, TryStreamExt, once};
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
@@ -19,8 +19,7 @@ use warren_function::digest::Digest;
 use warren_function::repository::{Repository, Store};
 
 /// How a store answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
+#[derive(Clone, Copy, Debug)]
 pub enum Answers {
     /// As it should.
     Well,
@@ -34,18 +33,18 @@ pub enum Answers {
 #[derive(Debug)]
 pub struct Line {
     pub objects: InMemory,
-    answers: AtomicU8,
+    answers: Mutex<Answers>,
     gets: AtomicUsize,
 }
 
 impl Line {
     pub fn new() -> Arc<Self> {
-        let answers = AtomicU8::new(Answers::Well as u8);
+        let answers = Mutex::new(Answers::Well);
         Arc::new(Self { objects: InMemory::new(), answers, gets: AtomicUsize::new(0) })
     }
 
     pub fn set(&self, answers: Answers) {
-        self.answers.store(answers as u8, Ordering::SeqCst);
+        *self.answers.lock().unwrap() = answers;
     }
 
     /// How many packages were asked for.
@@ -68,13 +67,16 @@ impl Line {
     }
 
     async fn line(&self) -> Result<()> {
-        match self.answers.load(Ordering::SeqCst) {
-            answers if answers == Answers::Well as u8 => Ok(()),
-            answers if answers == Answers::WithErrors as u8 => {
-                Err(Error::Generic { store: "line", source: "cut".into() })
-            }
-            _ => pending().await,
-        }
+        let answers = *self.answers.lock().unwrap();
+        line(answers).await
+    }
+}
+
+async fn line(answers: Answers) -> Result<()> {
+    match answers {
+        Answers::Well => Ok(()),
+        Answers::WithErrors => Err(Error::Generic { store: "line", source: "cut".into() }),
+        Answers::Never => pending().await,
     }
 }
 
@@ -122,10 +124,9 @@ impl ObjectStore for Line {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        if self.answers.load(Ordering::SeqCst) == Answers::Well as u8 {
-            return self.objects.list(prefix);
-        }
-        once(async { Err(Error::Generic { store: "line", source: "cut".into() }) }).boxed()
+        let answers = *self.answers.lock().unwrap();
+        let list = self.objects.list(prefix);
+        once(async move { line(answers).await.map(|()| list) }).try_flatten().boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
@@ -141,7 +142,7 @@ impl ObjectStore for Line {
 
 /// A region with two zones.
 pub struct Region {
-    pub region: Arc<Line>,
+    pub whole: Arc<Line>,
     pub a: Arc<Line>,
     pub b: Arc<Line>,
     pub repository: Repository,
@@ -149,14 +150,14 @@ pub struct Region {
 
 impl Region {
     pub fn new() -> Self {
-        let [region, a, b] = [Line::new(), Line::new(), Line::new()];
+        let [whole, a, b] = [Line::new(), Line::new(), Line::new()];
         let store = |name: &str, line: &Arc<Line>| {
             Store::new(name, Arc::clone(line) as Arc<dyn ObjectStore>)
         };
         let zones = [("a", &a), ("b", &b)];
         let zones =
             zones.map(|(name, line)| (name.to_owned(), store(&format!("zone {name}"), line)));
-        let repository = Repository::new(store("the region", &region), BTreeMap::from(zones));
-        Self { region, a, b, repository }
+        let repository = Repository::new(store("the region", &whole), BTreeMap::from(zones));
+        Self { whole, a, b, repository }
     }
 }

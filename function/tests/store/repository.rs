@@ -1,6 +1,6 @@
 //! A region with two zones, of which one is cut off or has damaged packages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use bytes::Bytes;
@@ -13,7 +13,7 @@ const PACKAGE: Bytes = Bytes::from_static(b"a package");
 
 #[tokio::test]
 async fn what_is_published_is_in_the_region_and_in_every_zone() {
-    let Region { region, a, b, repository } = Region::new();
+    let Region { whole: region, a, b, repository } = Region::new();
     let published = repository.publish(PACKAGE).await.unwrap();
     assert_eq!(published.digest, Digest::of(&PACKAGE));
     assert!(published.left_out.is_empty());
@@ -30,7 +30,7 @@ async fn what_is_published_is_in_the_region_and_in_every_zone() {
 #[tokio::test(start_paused = true)]
 async fn a_zone_that_is_cut_off_stops_nobody_and_catches_up() {
     for answers in [Answers::WithErrors, Answers::Never] {
-        let Region { region, a, b, repository } = Region::new();
+        let Region { whole: region, a, b, repository } = Region::new();
         b.set(answers);
         let published = repository.publish(PACKAGE).await.unwrap();
         let [(zone, error)] = &published.left_out[..] else { panic!("{published:?}") };
@@ -54,7 +54,7 @@ async fn a_zone_that_is_cut_off_stops_nobody_and_catches_up() {
 
 #[tokio::test]
 async fn a_zone_works_while_the_region_is_cut_off() {
-    let Region { region, repository, .. } = Region::new();
+    let Region { whole: region, repository, .. } = Region::new();
     let digest = repository.publish(PACKAGE).await.unwrap().digest;
     region.set(Answers::WithErrors);
     assert_eq!(repository.get("a", digest).await.unwrap(), PACKAGE);
@@ -62,9 +62,25 @@ async fn a_zone_works_while_the_region_is_cut_off() {
     assert!(matches!(error, StoreError::Unreachable { .. }), "{error}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_store_that_never_answers_is_told_from_one_that_fails() {
+    let Region { whole: region, a, repository, .. } = Region::new();
+    region.set(Answers::Never);
+    a.set(Answers::Never);
+    let errors = [
+        repository.publish(PACKAGE).await.unwrap_err(),
+        repository.catch_up("b").await.unwrap_err(),
+    ];
+    for error in errors {
+        assert!(matches!(&error, StoreError::Silent { store } if store == "the region"), "{error}");
+    }
+    let error = repository.get("a", Digest::of(&PACKAGE)).await.unwrap_err();
+    assert!(matches!(error, StoreError::Neither { .. }), "{error}");
+}
+
 #[tokio::test]
 async fn a_zone_heals_from_the_region() {
-    let Region { region, a, b, repository } = Region::new();
+    let Region { whole: region, a, b, repository } = Region::new();
     let digest = repository.publish(PACKAGE).await.unwrap().digest;
     a.remove(digest).await;
     b.damage(digest, b"a packagf").await;
@@ -78,7 +94,7 @@ async fn a_zone_heals_from_the_region() {
 
 #[tokio::test]
 async fn what_nobody_has_whole_is_not_given() {
-    let Region { region, a, repository, .. } = Region::new();
+    let Region { whole: region, a, repository, .. } = Region::new();
     let digest = repository.publish(PACKAGE).await.unwrap().digest;
     a.damage(digest, b"").await;
     region.damage(digest, b"something else").await;
@@ -113,11 +129,11 @@ async fn stores_are_directories_and_what_a_crash_left_there_does_not_count() {
 
     // A write that a crash cut: before the rename, and, of a disk that lies, after it.
     fs::rename(&file, file.with_file_name(format!("{name}#1"))).unwrap();
-    assert_eq!(open("zone").list().await.unwrap(), []);
+    assert!(open("zone").list().await.unwrap().is_empty());
     fs::write(&file, &PACKAGE[..4]).unwrap();
     assert_eq!(repository.get("z", digest).await.unwrap(), PACKAGE);
     assert_eq!(fs::read(&file).unwrap(), PACKAGE);
-    assert_eq!(open("zone").list().await.unwrap(), [digest]);
+    assert_eq!(open("zone").list().await.unwrap(), BTreeSet::from([digest]));
 }
 
 #[tokio::test]
