@@ -1,0 +1,5 @@
+//! Of a component to its package.
+
+mod check;
+mod compile;
+mod component;
