@@ -15,7 +15,7 @@ use warren_vmm::client::ClientError;
 
 use crate::capture::CaptureError;
 use crate::datapath::{self, DropCount, HostVpc, PortRange, ProxyVpc, ProxyVpcV6};
-use crate::host::{Captured, Host, HostError, Own, Started};
+use crate::host::{Captured, Host, HostError, Order, Own, Started};
 use crate::metrics::flows::Flows;
 use crate::metrics::{self, Snapshot};
 use crate::pool::{Level, PoolError};
@@ -272,7 +272,8 @@ impl From<HostError> for Status {
             | HostError::UnknownGroup { .. }
             | HostError::VpcInUse { .. }
             | HostError::SnapshotVpc { .. }
-            | HostError::SnapshotTemplate { .. } => Self::failed_precondition(text),
+            | HostError::SnapshotTemplate { .. }
+            | HostError::Function(_) => Self::failed_precondition(text),
             HostError::Pool(PoolError::NoSlot) | HostError::Captures(_) => {
                 Self::resource_exhausted(text)
             }
@@ -361,13 +362,11 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::StartInstanceResponse>, Status> {
         let request = request.into_inner();
         let own = own(&request)?;
-        let v1::StartInstanceRequest { vpc, hostname, invocation, snapshot, template, .. } =
-            &request;
-        let snapshot = Some(snapshot.as_str()).filter(|name| !name.is_empty());
-        let Started { instance, timings, reply } = self
-            .host()?
-            .start(vpc, hostname, own, template, snapshot, invocation.as_deref())
-            .await?;
+        let v1::StartInstanceRequest { vpc, hostname, invocation, template, .. } = request;
+        let snapshot = Some(request.snapshot).filter(|name| !name.is_empty());
+        let function = request.function.map(Into::into);
+        let order = Order { vpc, hostname, own, template, snapshot, function, invocation };
+        let Started { instance, timings, reply } = self.host()?.start(order).await?;
         let (instance, timings) = (Some(instance), Some(timings));
         Ok(Response::new(v1::StartInstanceResponse { instance, timings, reply }))
     }

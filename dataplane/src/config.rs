@@ -2,11 +2,13 @@
 
 mod nat;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use warren_function::cache::Source;
+use warren_function::repository::{OpenError, Repository, Store};
 use warren_proto::endpoint::Endpoint;
 use warren_proto::hook::Hook;
 use warren_vmm::jail::FIRST_UID;
@@ -110,6 +112,59 @@ pub struct HostConfig {
     pub snapshots: PathBuf,
     /// The log of flows; without it there is none.
     pub flow_log: Option<FlowLog>,
+    /// How functions are kept; without it the host takes none.
+    pub functions: Option<Functions>,
+}
+
+/// How functions are kept.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Functions {
+    /// Where packages are published: a directory, or the URL of an object store.
+    pub repository: String,
+    /// The zone of this host, and where its copies are; without it there are none, and what the host does
+    /// not have comes from the repository.
+    pub zone: Option<Zone>,
+    /// Directory of packages and images.
+    #[serde(default = "default_functions")]
+    pub directory: PathBuf,
+    /// How much of packages is kept, in bytes.
+    #[serde(default = "default_functions_bytes")]
+    pub packages_bytes: u64,
+    /// How much of images is kept, in bytes.
+    #[serde(default = "default_functions_bytes")]
+    pub images_bytes: u64,
+    /// MicroVMs that are held ready of each function that was called of late.
+    #[serde(default)]
+    pub parked: u32,
+}
+
+/// A zone's copies of packages.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Zone {
+    /// Its name.
+    pub name: String,
+    /// A directory, or the URL of an object store.
+    pub packages: String,
+}
+
+impl Functions {
+    /// Where packages come from.
+    ///
+    /// # Errors
+    /// One of the stores cannot be opened.
+    pub fn source(&self) -> Result<Source, OpenError> {
+        let region = Store::open("region", &self.repository)?;
+        let (zone, copies) = match &self.zone {
+            None => ("region".to_owned(), region.clone()),
+            Some(Zone { name, packages }) => {
+                (name.clone(), Store::open(&format!("zone {name}"), packages)?)
+            }
+        };
+        let zones = BTreeMap::from([(zone.clone(), copies)]);
+        Ok(Source { repository: Repository::new(region, zones), zone })
+    }
 }
 
 /// A template, and how many of its clones wait for an instance. What all templates' together are at
@@ -209,6 +264,12 @@ fn default_parked() -> u32 {
 
 fn default_snapshots() -> PathBuf {
     "/var/lib/warren/snapshots".into()
+}
+fn default_functions() -> PathBuf {
+    "/var/lib/warren/functions".into()
+}
+fn default_functions_bytes() -> u64 {
+    10 << 30
 }
 fn default_flow_log() -> PathBuf {
     "/var/log/warren/flows.jsonl".into()

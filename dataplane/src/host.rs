@@ -4,6 +4,7 @@ mod adopt;
 mod capture;
 mod directory;
 mod flows;
+mod functions;
 mod guards;
 mod ports;
 mod snapshots;
@@ -13,7 +14,7 @@ mod vpcs;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::Ipv6Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -27,7 +28,7 @@ use uuid::Uuid;
 use warren_proto::security::Security;
 use warren_proto::v1;
 use warren_vmm::client::{self, ClientError, MicroVm, ZygoteConfig};
-use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline};
+use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, Timeline, WATCHDOG};
 use warren_vmm::jail::JailConfig;
 use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
@@ -46,6 +47,8 @@ use crate::services::{self, Naming};
 use crate::slots::{Slots, stop};
 use crate::trace;
 
+use functions::Functions;
+pub use functions::{Function, FunctionError, FunctionOptions};
 pub use guards::Own;
 use snapshots::Snapshots;
 use traffic::Accounts;
@@ -109,6 +112,9 @@ pub enum HostError {
     /// A capture cannot begin.
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    /// A function cannot be had.
+    #[error(transparent)]
+    Function(#[from] FunctionError),
     /// A name that cannot be a snapshot's.
     #[error("\"{0}\" is no name of a snapshot: up to 63 letters, digits and hyphens (RFC 1123)")]
     SnapshotName(String),
@@ -162,6 +168,25 @@ pub enum HostError {
 
 pub use self::capture::Captured;
 
+/// What is to be started.
+#[derive(Clone, Debug, Default)]
+pub struct Order {
+    /// Name of its VPC.
+    pub vpc: String,
+    /// Empty: derived from its id.
+    pub hostname: String,
+    /// What it is to have of its own; without that, of a snapshot, what the snapshot's origin had.
+    pub own: Own,
+    /// Name of the template that it is to be a clone of; empty: the default one, or the snapshot's.
+    pub template: String,
+    /// Name of a snapshot to clone.
+    pub snapshot: Option<String>,
+    /// The function that it is to be an instance of.
+    pub function: Option<Function>,
+    /// Call it with this.
+    pub invocation: Option<Vec<u8>>,
+}
+
 /// What a start yielded.
 pub struct Started {
     /// The instance.
@@ -188,6 +213,9 @@ struct Record {
     /// What it is a clone of, if it is not the template.
     #[serde(default)]
     snapshot: Option<String>,
+    /// What it is an instance of, if it is of a function.
+    #[serde(default)]
+    function: Option<Function>,
 }
 
 struct Instance {
@@ -231,6 +259,8 @@ pub struct HostOptions {
     pub templates: Vec<TemplateOptions>,
     /// Directory of snapshots; made when the first is taken.
     pub snapshots: PathBuf,
+    /// How functions are kept; none: it takes none.
+    pub functions: Option<FunctionOptions>,
 }
 
 /// A template of a host.
@@ -256,6 +286,7 @@ impl HostOptions {
             run_dir: sockets::of_template(&self.run_dir, &template.name),
             jail,
             rates: self.rates,
+            watchdog: WATCHDOG,
         }
     }
 }
@@ -267,6 +298,7 @@ pub struct Host {
     slots: Arc<Slots>,
     pools: Arc<Pools>,
     snapshots: Snapshots,
+    functions: Functions,
     state: Mutex<State>,
     starts: Starts,
     log: OnceLock<FlowLog>,
@@ -282,7 +314,10 @@ pub struct Host {
 impl Host {
     /// A host over an open data path. Takes over the microVMs that an earlier daemon left running, ends
     /// those that do not fit ([`crate::recovery`]), and starts to fill the pools.
-    pub async fn new(options: HostOptions, datapath: HostDatapath) -> Result<Arc<Self>, HostError> {
+    pub async fn new(
+        mut options: HostOptions,
+        datapath: HostDatapath,
+    ) -> Result<Arc<Self>, HostError> {
         let datapath = Arc::new(datapath);
         let slots = Arc::new(Slots::new(datapath.clone(), options.jail.clone()));
         let mut pools: Vec<Arc<Pool>> = Vec::new();
@@ -303,6 +338,10 @@ impl Host {
         let pools = Arc::new(Pools::new(slots.clone(), pools));
         let (directory, run_dir) = (options.snapshots.clone(), options.run_dir.clone());
         let snapshots = Snapshots::new(directory, run_dir, pools.clone());
+        let (vmm, run_dir) = (options.vmm.clone(), options.run_dir.clone());
+        let functions = options.functions.take();
+        let functions = Functions::new(functions, vmm, run_dir, slots.clone(), pools.clone());
+        sockets::make(&options.run_dir.join(sockets::BY_ID))?;
         let vpcs = vpcs::load(&options.run_dir)?;
         let known = datapath.vpcs()?;
         let of_v6 = |vni| known.iter().find(|vpc| vpc.vni == vni)?.shared_address_v6;
@@ -319,6 +358,7 @@ impl Host {
             slots,
             pools,
             snapshots,
+            functions,
             state,
             starts,
             log,
@@ -332,6 +372,8 @@ impl Host {
         host.pools.fill();
         let idle = host.clone();
         tokio::spawn(async move { idle.snapshots.end_idle().await });
+        let idle = host.clone();
+        tokio::spawn(async move { idle.functions.end_idle().await });
         Ok(host)
     }
 
@@ -441,38 +483,28 @@ impl Host {
         &self.starts
     }
 
-    /// Starts an instance, and invokes it if there is an invocation. If there is a snapshot it is a
-    /// clone of that; what it has not of its own is then its origin's. Else it is a clone of a template;
-    /// without a name, of the default one.
+    /// Starts an instance, and invokes it if there is an invocation.
     ///
     /// It is carried out to its end even if the caller goes away.
-    pub async fn start(
-        self: &Arc<Self>,
-        vpc: &str,
-        hostname: &str,
-        own: Own,
-        template: &str,
-        snapshot: Option<&str>,
-        invocation: Option<&[u8]>,
-    ) -> Result<Started, HostError> {
+    pub async fn start(self: &Arc<Self>, order: Order) -> Result<Started, HostError> {
+        let Order { vpc, hostname, own, template, snapshot, function, invocation } = order;
         let clock = Clock::start();
         let id = Uuid::new_v4();
-        let hostname = match hostname {
+        let hostname = match hostname.as_str() {
             "" => format!("vm-{}", &id.simple().to_string()[..12]),
-            name if is_hostname(name) => name.to_owned(),
-            name => return Err(HostError::Hostname(name.to_owned())),
+            name if is_hostname(name) => hostname,
+            _ => return Err(HostError::Hostname(hostname)),
         };
-        let (own, template) = match snapshot {
-            None => (own, self.pools.get(template)?.template().to_owned()),
+        let (own, template) = match &snapshot {
+            None => (own, self.pools.get(&template)?.template().to_owned()),
             Some(name) => {
-                let (theirs, template) = self.snapshots.find(name)?.of_clone(vpc, template)?;
+                let (theirs, template) = self.snapshots.find(name)?.of_clone(&vpc, &template)?;
                 (own.or(theirs), template)
             }
         };
-        let vni = self.state().vni_for(vpc, &own, |vni| self.has_ports(vni))?;
-        let snapshot = snapshot.map(str::to_owned);
-        let record = Record { id, vpc: vpc.to_owned(), vni, hostname, own, template, snapshot };
-        let (host, invocation) = (self.clone(), invocation.map(<[u8]>::to_vec));
+        let vni = self.state().vni_for(&vpc, &own, |vni| self.has_ports(vni))?;
+        let record = Record { id, vpc, vni, hostname, own, template, snapshot, function };
+        let host = self.clone();
         let work = tokio::spawn(async move { host.start_to_end(clock, record, invocation).await });
         work.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
     }
@@ -526,9 +558,12 @@ impl Host {
         record: &Record,
     ) -> Result<(MicroVm, Slot, Timeline), HostError> {
         loop {
-            let Taken { microvm, from } = match &record.snapshot {
-                None => self.pools.take(&record.template).await?,
-                Some(snapshot) => self.clone_of(snapshot).await?,
+            let Taken { microvm, from } = match (&record.snapshot, &record.function) {
+                (Some(snapshot), _) => self.clone_of(snapshot).await?,
+                (None, Some(function)) => {
+                    self.of_function(&record.vpc, function, &record.template).await?
+                }
+                (None, None) => self.pools.take(&record.template).await?,
             };
             timings.cold = from.is_none();
             from.map_or("", Tier::name).clone_into(&mut timings.tier);
@@ -662,6 +697,8 @@ impl Host {
             usage,
             shared_address,
             template: record.template.clone(),
+            function: record.function.as_ref().map(|it| it.name.clone()).unwrap_or_default(),
+            function_version: record.function.as_ref().map(|it| it.version).unwrap_or_default(),
         }
     }
 
@@ -678,6 +715,10 @@ impl Host {
         // Rules may have changed since it was attached.
         if let Err(error) = state.restrict(&self.datapath, &record, slot.number) {
             tracing::error!(%id, slot = slot.number, "security groups not in force: {error}");
+        }
+        let link = sockets::by_id(&self.options.run_dir, id);
+        if let Err(error) = link_to(&socket, &link) {
+            tracing::error!(%id, "cannot link {} to its socket: {error}", link.display());
         }
         let instance = Instance { record, slot, pid, socket, failed: None, stop, watcher };
         let described = self.describe(&state, &instance);
@@ -698,6 +739,8 @@ impl Host {
             reason = microvm.ended() => self.failed(id, slot, &reason),
             _ = told => stop(microvm).await,
         }
+        // Nobody finds it any more. If the link is not there it is as it should be.
+        std::fs::remove_file(sockets::by_id(&self.options.run_dir, id)).ok();
         self.settle(slot, vni);
         self.slots.free(slot);
     }
@@ -729,6 +772,17 @@ impl Host {
         if let Some(generation) = self.generation(slot) {
             self.state().owners.detached(slot, generation);
         }
+    }
+}
+
+/// Makes a link, in place of one that is there.
+fn link_to(target: &Path, link: &Path) -> std::io::Result<()> {
+    match std::os::unix::fs::symlink(target, link) {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            std::fs::remove_file(link)?;
+            std::os::unix::fs::symlink(target, link)
+        }
+        linked => linked,
     }
 }
 

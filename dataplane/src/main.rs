@@ -13,19 +13,20 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 use warren_dataplane::agent::Agent;
 use warren_dataplane::boot::BootId;
-use warren_dataplane::config::{Config, LogFormat};
+use warren_dataplane::config::{self, Config, LogFormat};
 use warren_dataplane::datapath::{
     DEFAULT_FLOWS, FlowLogLevel, FlowLogOptions, HostDatapath, HostOptions, ProxyDatapath,
     ProxyOptions,
 };
 use warren_dataplane::eni::{EniProvider, Exec, Linux};
 use warren_dataplane::fragments::Fragments;
-use warren_dataplane::host::{Host, HostOptions as RoleOptions, TemplateOptions};
+use warren_dataplane::host::{FunctionOptions, Host, HostOptions as RoleOptions, TemplateOptions};
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::Policy;
 use warren_dataplane::services::Services as LinkLocal;
 use warren_dataplane::{boot, flowlog, heartbeat};
+use warren_function::cache::Cache;
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::agent_service_server::AgentServiceServer;
 use warren_proto::v1::{HeartbeatRequest, HeartbeatResponse};
@@ -202,6 +203,7 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
         rates: section.limits,
         templates: templates.collect(),
         snapshots: section.snapshots.clone(),
+        functions: section.functions.as_ref().map(functions).transpose()?,
     };
     let host = Host::new(options, datapath).await?;
     if let (Some(log), Some(events)) = (&section.flow_log, events) {
@@ -218,6 +220,16 @@ async fn host(arguments: &Arguments, config: &Config, boot: BootId) -> Result<Op
     tokio::spawn(sweep(host.clone()));
     tokio::spawn(LinkLocal::open(&host.services(boot), host.clone())?.run());
     Ok(Some(Agent::Host(host)))
+}
+
+fn functions(section: &config::Functions) -> Result<FunctionOptions> {
+    let (source, directory) = (section.source()?, &section.directory);
+    Ok(FunctionOptions {
+        cache: Cache::open(&directory.join("packages"), section.packages_bytes, source)?,
+        images: directory.join("images"),
+        images_bytes: section.images_bytes,
+        parked: section.parked,
+    })
 }
 
 fn proxy(arguments: &Arguments, config: &Config) -> Result<Option<Agent>> {

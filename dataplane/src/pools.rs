@@ -1,7 +1,7 @@
 //! The pools of a host, one for each template, side by side on its slots.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use warren_vmm::client::{MicroVm, Zygote};
@@ -20,12 +20,14 @@ pub struct Pools {
     slots: Arc<Slots>,
     /// That of the default template first.
     pools: Vec<Arc<Pool>>,
+    /// Those of functions, which come and go.
+    functions: Mutex<Vec<Arc<Pool>>>,
 }
 
 impl Pools {
     /// These, that of the default template first, on the slots that they share.
     pub fn new(slots: Arc<Slots>, pools: Vec<Arc<Pool>>) -> Self {
-        Self { slots, pools }
+        Self { slots, pools, functions: Mutex::default() }
     }
 
     /// Keeps all of them full from now on.
@@ -33,6 +35,30 @@ impl Pools {
         for pool in &self.pools {
             tokio::spawn(pool.clone().fill());
         }
+    }
+
+    /// Adds the pool of a function, which gives way to starts of others as all do.
+    pub fn add(&self, pool: Arc<Pool>) {
+        self.functions().push(pool);
+    }
+
+    /// Forgets the pool of a function, and ends its microVMs.
+    pub async fn remove(&self, pool: &Arc<Pool>) {
+        self.functions().retain(|known| !Arc::ptr_eq(known, pool));
+        for tier in [Tier::Shell, Tier::Loaded, Tier::Parked] {
+            while let Some(microvm) = pool.give_up(tier) {
+                self.slots.discard(microvm).await;
+            }
+        }
+    }
+
+    fn functions(&self) -> MutexGuard<'_, Vec<Arc<Pool>>> {
+        // No code panics while it holds the lock; if some did, the list is still whole.
+        self.functions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn all(&self) -> Vec<Arc<Pool>> {
+        self.pools.iter().chain(self.functions().iter()).cloned().collect()
     }
 
     /// The pool of a template; without a name, of the default one.
@@ -81,7 +107,11 @@ impl Pools {
 
     /// Takes the microVM of a template that is furthest; if there is none, forks one at once.
     pub async fn take(&self, template: &str) -> Result<Taken, PoolError> {
-        let pool = self.get(template)?;
+        self.take_of(self.get(template)?).await
+    }
+
+    /// The same of a pool.
+    pub async fn take_of(&self, pool: &Pool) -> Result<Taken, PoolError> {
         if let Some(taken) = pool.take() {
             return Ok(taken);
         }
@@ -103,7 +133,7 @@ impl Pools {
     /// whatever pool.
     async fn make_room(&self) -> Result<u32, PoolError> {
         loop {
-            let coming = self.pools.iter().any(|pool| pool.is_preparing());
+            let coming = self.all().iter().any(|pool| pool.is_preparing());
             if let Some(slot) = self.slots.take() {
                 return Ok(slot);
             }
@@ -122,8 +152,8 @@ impl Pools {
     /// The least prepared microVM, of the pool that has the most of that tier.
     fn give_up(&self) -> Option<MicroVm> {
         [Tier::Shell, Tier::Loaded, Tier::Parked].into_iter().find_map(|tier| {
-            let most = self.pools.iter().max_by_key(|pool| pool.level().now.of(tier))?;
-            most.give_up(tier)
+            let all = self.all();
+            all.iter().max_by_key(|pool| pool.level().now.of(tier))?.give_up(tier)
         })
     }
 }

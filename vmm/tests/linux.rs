@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use warren_abi::microvm::HTTP_VSOCK_PORT;
 use warren_vmm::can_run_linux;
 use warren_vmm::client::{ClientError, MicroVm, Zygote, ZygoteConfig};
-use warren_vmm::control::{EndReason, State, Tier};
+use warren_vmm::control::{EndReason, State, Tier, WATCHDOG};
 use warren_vmm::jail::{self, JailConfig};
 use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
@@ -80,6 +80,7 @@ impl Linux {
             run_dir: directory.path().to_owned(),
             jail: JailConfig::named(&format!("test{name}")),
             rates: Rates::default(),
+            watchdog: WATCHDOG,
         };
         let zygote = Zygote::spawn(&config).await.unwrap();
         Self { zygote, directory, config, pids: Vec::new() }

@@ -13,7 +13,7 @@ use warren_netns::fleet::{GUEST, built, template};
 use warren_netns::netns::Namespace;
 use warren_netns::rundir::RunDir;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig};
-use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier, WATCHDOG};
 use warren_vmm::jail::JailConfig;
 use warren_vmm::rates::Rates;
 
@@ -56,6 +56,7 @@ impl Nursery {
             run_dir,
             jail: JailConfig { cgroup: run.cgroup(), ..JailConfig::named("") },
             rates: Rates::default(),
+            watchdog: WATCHDOG,
         };
         let zygote = Zygote::spawn(&config).await?;
         Ok(Self { config, zygote, taps, pids: Mutex::default(), _run: run, _namespace: namespace })

@@ -18,7 +18,7 @@ use warren_netns::rundir::RunDir;
 use warren_netns::servers::{self, Server};
 use warren_netns::topology::SERVER;
 use warren_vmm::client::{MicroVm, Zygote, ZygoteConfig, invoke};
-use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier, WATCHDOG};
 use warren_vmm::jail::JailConfig;
 use warren_vmm::rates::Rates;
 
@@ -61,7 +61,7 @@ pub fn measure(paths: &mut [Path], run: &RunDir, rounds: u32, figures: &mut Figu
             let jail =
                 JailConfig { cgroup: run.cgroup().join(kind.key()), ..JailConfig::named("") };
             let (sources, rates) = (template.clone().into(), Rates::default());
-            let config = ZygoteConfig { binary, sources, run_dir, jail, rates };
+            let config = ZygoteConfig { binary, sources, run_dir, jail, rates, watchdog: WATCHDOG };
             let tap = path.take_microvm_tap()?.into();
             guests.push(Guest::start(&config, tap, path.vpc()).await?);
         }

@@ -5,7 +5,7 @@
 //! use std::path::PathBuf;
 //! use std::time::Duration;
 //! use warren_vmm::client::{self, Zygote, ZygoteConfig};
-//! use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+//! use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier, WATCHDOG};
 //! use warren_vmm::jail::JailConfig;
 //! use warren_vmm::rates::Rates;
 //!
@@ -15,6 +15,7 @@
 //!     run_dir: "/run/warren/vm".into(),
 //!     jail: JailConfig::named("example"),
 //!     rates: Rates::default(),
+//!     watchdog: WATCHDOG,
 //! };
 //! let zygote = Zygote::spawn(&config).await?;
 //! let mut microvm = zygote.fork(1, tap, Tier::Parked).await?;

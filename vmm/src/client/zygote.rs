@@ -17,8 +17,7 @@ use tokio::sync::Mutex;
 
 use super::{ClientError, MicroVm};
 use crate::control::{
-    MESSAGE_MAX, Tier, WATCHDOG, ZygoteReply, ZygoteRequest, decode, encode,
-    receive_with_descriptor,
+    MESSAGE_MAX, Tier, ZygoteReply, ZygoteRequest, decode, encode, receive_with_descriptor,
 };
 use crate::jail::JailConfig;
 use crate::make::Make;
@@ -39,6 +38,9 @@ pub struct ZygoteConfig {
     pub jail: JailConfig,
     /// What their devices may move.
     pub rates: Rates,
+    /// A guest that runs for so long without an exit is ended as one that loops for ever; precise to
+    /// 20 ms. [`WATCHDOG`](crate::control::WATCHDOG), unless there is a reason.
+    pub watchdog: Duration,
 }
 
 /// A template's memory, verified and sealed: [`Zygote::memory`].
@@ -58,13 +60,20 @@ pub struct Zygote {
     memory: TemplateMemory,
 }
 
+impl TemplateMemory {
+    /// The template's checksum.
+    pub fn template(&self) -> [u8; 32] {
+        self.template
+    }
+}
+
 impl Zygote {
     /// Starts a zygote and waits until it has verified and loaded the template.
     ///
     /// # Errors
     /// [`ClientError::Spawn`], or [`ClientError::Zygote`] with what is wrong with the template.
     pub async fn spawn(config: &ZygoteConfig) -> Result<Self, ClientError> {
-        Self::spawn_with_watchdog(config, WATCHDOG).await
+        Self::spawn_with(config, None).await
     }
 
     /// [`Zygote::spawn`], with memory that another zygote has filled: if that is of the same template,
@@ -73,21 +82,11 @@ impl Zygote {
         config: &ZygoteConfig,
         memory: &TemplateMemory,
     ) -> Result<Self, ClientError> {
-        Self::spawn_with(config, WATCHDOG, Some(memory)).await
-    }
-
-    /// [`Zygote::spawn`], with another time that a guest may run without an exit before it is ended
-    /// as one that loops for ever; precise to 20 ms.
-    pub async fn spawn_with_watchdog(
-        config: &ZygoteConfig,
-        watchdog: Duration,
-    ) -> Result<Self, ClientError> {
-        Self::spawn_with(config, watchdog, None).await
+        Self::spawn_with(config, Some(memory)).await
     }
 
     async fn spawn_with(
         config: &ZygoteConfig,
-        watchdog: Duration,
         memory: Option<&TemplateMemory>,
     ) -> Result<Self, ClientError> {
         let spawn_error =
@@ -122,7 +121,7 @@ impl Zygote {
             .arg(&config.run_dir)
             .args(["--control-fd", "0"])
             .arg("--watchdog-ms")
-            .arg(watchdog.as_millis().to_string())
+            .arg(config.watchdog.as_millis().to_string())
             .arg("--first-uid")
             .arg(config.jail.first_uid.to_string())
             .arg("--cgroup")

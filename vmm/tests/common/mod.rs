@@ -17,7 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 use warren_vmm::client::{MicroVm, TemplateMemory, Zygote, ZygoteConfig};
-use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier};
+use warren_vmm::control::{PublicIdentity, ReleaseRequest, Tier, WATCHDOG};
 use warren_vmm::jail::{self, JailConfig};
 use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
@@ -86,8 +86,8 @@ impl Host {
 
     pub async fn with_watchdog(guest: &'static str, watchdog: Duration) -> Self {
         let run_dir = tempfile::tempdir().unwrap();
-        let config = config(guest, run_dir.path());
-        Self::start(config, run_dir, watchdog).await
+        let config = ZygoteConfig { watchdog, ..config(guest, run_dir.path()) };
+        Self::start(config, run_dir).await
     }
 
     /// A zygote of what `choose` makes its sources.
@@ -95,7 +95,7 @@ impl Host {
         let run_dir = tempfile::tempdir().unwrap();
         let mut config = config_of(PathBuf::new().into(), run_dir.path());
         choose(&mut config);
-        Self::start(config, run_dir, Duration::from_secs(5)).await
+        Self::start(config, run_dir).await
     }
 
     /// The same, with the memory of another zygote's template.
@@ -107,8 +107,8 @@ impl Host {
         Self::of(zygote, config, run_dir)
     }
 
-    async fn start(config: ZygoteConfig, run_dir: TempDir, watchdog: Duration) -> Self {
-        let zygote = Zygote::spawn_with_watchdog(&config, watchdog).await.unwrap();
+    async fn start(config: ZygoteConfig, run_dir: TempDir) -> Self {
+        let zygote = Zygote::spawn(&config).await.unwrap();
         Self::of(zygote, config, run_dir)
     }
 
@@ -162,7 +162,7 @@ fn config_of(sources: Sources, run_dir: &Path) -> ZygoteConfig {
     let name = run_dir.file_name().unwrap().to_str().unwrap();
     let jail = JailConfig::named(&format!("test{name}"));
     let (run_dir, rates) = (run_dir.to_owned(), Rates::default());
-    ZygoteConfig { binary: vmm(), sources, run_dir, jail, rates }
+    ZygoteConfig { binary: vmm(), sources, run_dir, jail, rates, watchdog: WATCHDOG }
 }
 
 /// Makes a template of a guest program, encrypted if there is a key.

@@ -16,7 +16,7 @@ use warren_netns::fleet::built;
 use warren_netns::netns::Namespace;
 use warren_netns::topology::SERVER;
 use warren_vmm::client::{Zygote, ZygoteConfig};
-use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier};
+use warren_vmm::control::{EndReason, PublicIdentity, ReleaseRequest, Tier, WATCHDOG};
 use warren_vmm::jail::JailConfig;
 use warren_vmm::rates::Rates;
 use warren_vmm::snapshot::Sources;
@@ -47,6 +47,7 @@ async fn zygote(directory: &Path, cgroup: std::path::PathBuf) -> Zygote {
         run_dir,
         jail: JailConfig { cgroup, ..JailConfig::named("") },
         rates: Rates::default(),
+        watchdog: WATCHDOG,
     };
     Zygote::spawn(&config).await.expect("the template is of this host")
 }
