@@ -32,6 +32,8 @@ pub struct Config {
     pub listen: Vec<Endpoint>,
     /// Where the control plane reaches this agent; by default the first TCP endpoint of `listen`.
     pub advertise: Option<Endpoint>,
+    /// Where gateways reach this host's relay; without it the host takes no functions' calls.
+    pub relay: Option<SocketAddr>,
     /// How the log is written.
     #[serde(default)]
     pub log_format: LogFormat,

@@ -292,7 +292,8 @@ impl Fleet {
         })
     }
 
-    fn namespace(&self, daemon: Daemon) -> &Namespace {
+    /// Where a daemon runs.
+    pub fn namespace(&self, daemon: Daemon) -> &Namespace {
         match daemon {
             Daemon::Control => &self.topology.control,
             Daemon::Host => &self.topology.host,

@@ -7,6 +7,7 @@
 pub mod capture;
 pub mod cluster;
 pub mod fleet;
+pub mod functions;
 pub mod grid;
 pub mod guest;
 pub mod netns;
