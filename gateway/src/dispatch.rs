@@ -197,8 +197,9 @@ impl Drop for Lease {
             self.dispatcher.end(instance);
             self.dispatcher.act(|state, actions| state.instances.gone(now, &self.version, actions));
         } else {
-            self.dispatcher
-                .act(|state, actions| state.instances.release(now, &self.version, instance, actions));
+            self.dispatcher.act(|state, actions| {
+                state.instances.release(now, &self.version, instance, actions)
+            });
         }
     }
 }

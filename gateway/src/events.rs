@@ -71,9 +71,9 @@ impl Events {
         headers.remove(HOST);
         headers.remove(CONTENT_LENGTH);
         // A value that is no text cannot be kept as one; such are not known to be of use.
-        let fields = headers.iter().filter_map(|(name, value)| {
-            Some((name.to_string(), value.to_str().ok()?.to_owned()))
-        });
+        let fields = headers
+            .iter()
+            .filter_map(|(name, value)| Some((name.to_string(), value.to_str().ok()?.to_owned())));
         let event = new_event(trigger, fields.collect(), body.into());
         let id = event.id.clone();
         self.store.add(event).await?;

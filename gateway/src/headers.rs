@@ -105,9 +105,9 @@ mod tests {
     use super::*;
 
     fn headers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
-        let fields = fields.iter().map(|(name, value)| {
-            (HeaderName::from_static(name), HeaderValue::from_static(value))
-        });
+        let fields = fields
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)));
         let mut headers = HeaderMap::new();
         fields.for_each(|(name, value)| {
             headers.append(name, value);
@@ -134,7 +134,8 @@ mod tests {
 
     #[test]
     fn a_websocket_is_an_upgrade_and_h2c_is_not() {
-        let upgrade = |protocol| upgrades(&headers(&[("connection", "Upgrade"), ("upgrade", protocol)]));
+        let upgrade =
+            |protocol| upgrades(&headers(&[("connection", "Upgrade"), ("upgrade", protocol)]));
         assert!(upgrade("websocket"));
         assert!(!upgrade("h2c"));
         assert!(!upgrades(&headers(&[("upgrade", "websocket")])));
@@ -142,12 +143,14 @@ mod tests {
 
     #[test]
     fn callers_are_told_and_not_believed() {
-        let sent = [("x-forwarded-for", "6.6.6.6"), ("forwarded", "for=6.6.6.6"), ("warren-error", "x")];
+        let sent =
+            [("x-forwarded-for", "6.6.6.6"), ("forwarded", "for=6.6.6.6"), ("warren-error", "x")];
         let host = HeaderValue::from_static("shop.example:80");
         let told = |trusted, peer: &str| {
             let mut fields = headers(&sent);
             forwarded(&mut fields, peer.parse().unwrap(), &host, trusted);
-            let text = |name: &str| fields.get(name).map(|value| value.to_str().unwrap().to_owned());
+            let text =
+                |name: &str| fields.get(name).map(|value| value.to_str().unwrap().to_owned());
             assert_eq!(text("host").as_deref(), Some("shop.example:80"));
             assert_eq!(text("x-forwarded-host").as_deref(), Some("shop.example:80"));
             assert_eq!(text("x-forwarded-proto").as_deref(), Some("http"));

@@ -114,7 +114,10 @@ impl<T> Pool<T> {
     }
 
     fn is_unused(&self) -> bool {
-        self.idle.is_empty() && self.running + self.starting == 0 && self.waiting.is_empty() && !self.in_turns
+        self.idle.is_empty()
+            && self.running + self.starting == 0
+            && self.waiting.is_empty()
+            && !self.in_turns
     }
 }
 
@@ -358,8 +361,7 @@ impl<T> Instances<T> {
         let mut without_gain = 0;
         loop {
             let Some(of_tenant) = self.tenants.get_mut(tenant) else { return };
-            if without_gain >= of_tenant.turns.len()
-                || of_tenant.active >= self.limits.tenant_calls
+            if without_gain >= of_tenant.turns.len() || of_tenant.active >= self.limits.tenant_calls
             {
                 return;
             }

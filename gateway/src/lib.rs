@@ -129,24 +129,22 @@ impl Gateway {
         let (fires, told) = cell::channel(known.fires_timers);
         let changed = {
             let routes = routes.clone();
-            move |metadata: &Metadata, effect: Effect| {
-                match effect {
-                    Effect::None => {}
-                    Effect::All => {
-                        lock(&fleet).replace(&metadata.hosts);
-                        routes.set(Routes::new(&metadata.functions, metadata.triggers.values()));
-                        fires.send_replace(metadata.fires_timers);
-                        let starter = starter.clone();
-                        tokio::spawn(async move { starter.prepare().await });
-                    }
-                    Effect::Routes => {
-                        routes.set(Routes::new(&metadata.functions, metadata.triggers.values()));
-                    }
-                    Effect::Host(host) => lock(&fleet).report(host),
-                    Effect::HostRemoved(name) => lock(&fleet).remove(&name),
-                    Effect::Timers => {
-                        fires.send_replace(metadata.fires_timers);
-                    }
+            move |metadata: &Metadata, effect: Effect| match effect {
+                Effect::None => {}
+                Effect::All => {
+                    lock(&fleet).replace(&metadata.hosts);
+                    routes.set(Routes::new(&metadata.functions, metadata.triggers.values()));
+                    fires.send_replace(metadata.fires_timers);
+                    let starter = starter.clone();
+                    tokio::spawn(async move { starter.prepare().await });
+                }
+                Effect::Routes => {
+                    routes.set(Routes::new(&metadata.functions, metadata.triggers.values()));
+                }
+                Effect::Host(host) => lock(&fleet).report(host),
+                Effect::HostRemoved(name) => lock(&fleet).remove(&name),
+                Effect::Timers => {
+                    fires.send_replace(metadata.fires_timers);
                 }
             }
         };

@@ -160,6 +160,7 @@ pub async fn serve(address: SocketAddr, registry: Registry) -> Result<SocketAddr
     let because = |source| BindError { address, source };
     let listener = TcpListener::bind(address).await.map_err(because)?;
     let bound = listener.local_addr().map_err(because)?;
+    tracing::info!(address = %bound, "serving metrics");
     let registry = Arc::new(registry);
     let router = Router::new().route("/metrics", get(move || scrape(registry.clone())));
     tokio::spawn(async move {

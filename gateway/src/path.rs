@@ -53,9 +53,10 @@ impl<'a> NormalPath<'a> {
 fn decode(path: &str) -> Result<String, &'static str> {
     let mut normal = String::with_capacity(path.len());
     for segment in path[1..].split('/') {
-        let well_formed = segment.split('%').skip(1).all(|rest| {
-            rest.len() >= 2 && rest.as_bytes()[..2].iter().all(u8::is_ascii_hexdigit)
-        });
+        let well_formed = segment
+            .split('%')
+            .skip(1)
+            .all(|rest| rest.len() >= 2 && rest.as_bytes()[..2].iter().all(u8::is_ascii_hexdigit));
         if !well_formed {
             return Err("it has a % without two hexadecimal digits");
         }
@@ -99,9 +100,19 @@ mod tests {
 
     #[test]
     fn what_could_climb_out_of_a_prefix_is_refused() {
-        for path in
-            ["/a/../b", "/a/%2e%2E/b", "/a/.%2e", "/./a", "/%", "/%4", "/%zz", "/%ff", "/%00", "a", "*"]
-        {
+        for path in [
+            "/a/../b",
+            "/a/%2e%2E/b",
+            "/a/.%2e",
+            "/./a",
+            "/%",
+            "/%4",
+            "/%zz",
+            "/%ff",
+            "/%00",
+            "a",
+            "*",
+        ] {
             assert!(NormalPath::new(path).is_err(), "{path}");
         }
         assert!(NormalPath::new("/a/..b/...").is_ok());

@@ -48,7 +48,9 @@ pub enum Refusal {
     #[error("the instance ended in the call: look at the function's log")]
     Crashed,
     /// The client wants another protocol than HTTP.
-    #[error("functions are called by plain requests: WebSocket, CONNECT and other upgrades are not")]
+    #[error(
+        "functions are called by plain requests: WebSocket, CONNECT and other upgrades are not"
+    )]
     Upgrade,
     /// The body is longer than an event may be.
     #[error("the body of an event is at most {0} bytes")]

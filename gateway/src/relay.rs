@@ -129,8 +129,9 @@ async fn relay(mut stream: TcpStream, by_id: Arc<Path>, counts: RelayCounts) {
             let (status, text) = (refusal.status(), format!("{refusal}\n"));
             let head = "content-type: text/plain\r\nconnection: close";
             let length = text.len();
-            let answer =
-                format!("HTTP/1.1 {status} Refused\r\n{head}\r\ncontent-length: {length}\r\n\r\n{text}");
+            let answer = format!(
+                "HTTP/1.1 {status} Refused\r\n{head}\r\ncontent-length: {length}\r\n\r\n{text}"
+            );
             (answer.into_bytes(), None)
         }
     };

@@ -215,9 +215,10 @@ fn shares(
         return Shares(last.and_then(version).map(|version| (version, 1)).into_iter().collect());
     }
     if let Some(alias) = function.aliases.iter().find(|known| known.name == alias) {
-        let shares = alias.versions.iter().filter_map(|share| {
-            Some((version(share.number)?, u64::from(share.weight)))
-        });
+        let shares = alias
+            .versions
+            .iter()
+            .filter_map(|share| Some((version(share.number)?, u64::from(share.weight))));
         return Shares(shares.collect());
     }
     let numbered = alias.parse().ok().and_then(version);

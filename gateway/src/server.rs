@@ -192,11 +192,11 @@ impl Service {
         headers::remove_own(&mut head.headers);
         let body = Limited::new(body, self.event_bytes).collect();
         let body = tokio::time::timeout(EVENT_TIMEOUT, body).await;
-        let body = body.map_err(|_| Refusal::BodyBroken)?.map_err(|error| {
-            match error.is::<LengthLimitError>() {
-                true => Refusal::TooLarge(self.event_bytes),
-                false => Refusal::BodyBroken,
-            }
+        let body = body.map_err(|_| Refusal::BodyBroken)?.map_err(|error| match error
+            .is::<LengthLimitError>(
+        ) {
+            true => Refusal::TooLarge(self.event_bytes),
+            false => Refusal::BodyBroken,
         })?;
         let kept = self.events.accept(trigger, head.headers, body.to_bytes()).await;
         let id = kept.map_err(|error| {

@@ -52,7 +52,9 @@ enum StartError {
     Tunnel(#[from] TunnelError),
     #[error("the instance on host {host} speaks no HTTP: {source}")]
     Http { host: String, source: hyper::Error },
-    #[error("the start of an instance cannot be noted: {0}; is there room for the gateway's state?")]
+    #[error(
+        "the start of an instance cannot be noted: {0}; is there room for the gateway's state?"
+    )]
     Ledger(std::io::Error),
 }
 
@@ -225,12 +227,13 @@ impl Starter {
         if let Some(channel) = lock(&self.agents).get(&host.endpoint) {
             return Ok(AgentServiceClient::new(channel.clone()));
         }
-        let endpoint: Endpoint = host.endpoint.parse().map_err(|source| {
-            StartError::Endpoint { host: host.name.clone(), source }
-        })?;
+        let endpoint: Endpoint = host
+            .endpoint
+            .parse()
+            .map_err(|source| StartError::Endpoint { host: host.name.clone(), source })?;
         let channel = connect(&endpoint).await;
-        let channel = channel
-            .map_err(|source| StartError::Connect { host: host.name.clone(), source })?;
+        let channel =
+            channel.map_err(|source| StartError::Connect { host: host.name.clone(), source })?;
         lock(&self.agents).insert(host.endpoint.clone(), channel.clone());
         Ok(AgentServiceClient::new(channel))
     }

@@ -40,11 +40,7 @@ pub async fn dial(relay: &str) -> Result<TcpStream, TunnelError> {
 }
 
 /// Makes a connection to a relay one to the instance's HTTP server.
-pub async fn enter(
-    mut stream: TcpStream,
-    relay: &str,
-    id: &str,
-) -> Result<TcpStream, TunnelError> {
+pub async fn enter(mut stream: TcpStream, relay: &str, id: &str) -> Result<TcpStream, TunnelError> {
     let because = |source| TunnelError::Io { relay: relay.to_owned(), source };
     let request = format!("CONNECT {id}:80 HTTP/1.1\r\nhost: {id}:80\r\n\r\n");
     stream.write_all(request.as_bytes()).await.map_err(because)?;

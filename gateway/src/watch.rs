@@ -50,8 +50,7 @@ impl Watch {
         changed: &impl Fn(&Metadata, Effect),
     ) -> Result<(), String> {
         let channel = connect(&self.control).await.map_err(|error| error.to_string())?;
-        let mut client =
-            DataFlowServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
+        let mut client = DataFlowServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
         let request = WatchDataFlowRequest { gateway: self.gateway.clone() };
         let answer = client.watch_data_flow(request).await;
         let mut changes = answer.map_err(|status| status.message().to_owned())?.into_inner();

@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 
 use crate::start::lock;
 
 const SCHEMA_VERSION: u32 = 1;
+/// A process that is just ending has this long to let go of the file.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 const SCHEMA: &str = "
     CREATE TABLE event (
         id TEXT PRIMARY KEY,
@@ -77,8 +80,8 @@ pub struct EventStore {
 impl EventStore {
     /// Opens the file, and makes it if it is missing. At most `most` events are kept.
     pub fn open(path: &Path, most: usize) -> Result<Self, StoreError> {
-        let connection = open(path)
-            .map_err(|problem| StoreError::Open { path: path.to_owned(), problem })?;
+        let connection =
+            open(path).map_err(|problem| StoreError::Open { path: path.to_owned(), problem })?;
         Ok(Self { connection: Arc::new(Mutex::new(connection)), most })
     }
 
@@ -177,9 +180,14 @@ impl EventStore {
             let update = "UPDATE event SET
                 trigger = ?, failed = ?, due_ms = ?, dead_letter_of = ?, reason = ? WHERE id = ?";
             let Event { id, trigger, failed, due_ms, dead_letter_of, reason, .. } = event;
-            connection
-                .prepare_cached(update)?
-                .execute(params![trigger, failed, due_ms, dead_letter_of, reason, id])?;
+            connection.prepare_cached(update)?.execute(params![
+                trigger,
+                failed,
+                due_ms,
+                dead_letter_of,
+                reason,
+                id
+            ])?;
             Ok(())
         })
         .await
@@ -220,6 +228,7 @@ fn open(path: &Path) -> Result<Connection, String> {
         _ => error.to_string(),
     };
     let connection = Connection::open(path).map_err(explain)?;
+    connection.busy_timeout(BUSY_TIMEOUT).map_err(explain)?;
     // Exclusive: a second gateway on the same file would deliver everything again.
     connection
         .execute_batch(

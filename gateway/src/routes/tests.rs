@@ -1,5 +1,7 @@
 use proptest::prelude::*;
-use warren_proto::v1::{FunctionAlias, FunctionVersion, HttpTrigger, TimerTrigger, WeightedVersion};
+use warren_proto::v1::{
+    FunctionAlias, FunctionVersion, HttpTrigger, TimerTrigger, WeightedVersion,
+};
 
 use super::*;
 
