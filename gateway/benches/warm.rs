@@ -2,12 +2,16 @@
 //! the same call by the relay alone and straight to the guest, which is a task here.
 
 #[path = "../tests/gateway/agent.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod agent;
 #[path = "../tests/gateway/control.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod control;
 #[path = "../tests/gateway/guest.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod guest;
 #[path = "../tests/gateway/world.rs"]
+#[allow(dead_code, reason = "the tests use all of it")]
 mod world;
 
 use std::net::SocketAddr;

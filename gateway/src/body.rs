@@ -1,15 +1,17 @@
 //! Bodies on their way through: a request's to an instance, an answer's back.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
 
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use tokio::task::AbortHandle;
 use tokio::time::Sleep;
 
 use crate::dispatch::Lease;
 use crate::refusal::Refusal;
+use crate::start::lock;
 
 /// The body of a call to an instance.
 pub enum CallBody {
@@ -93,8 +95,10 @@ pub enum AnswerError {
 /// The body of an instance's answer. At its end the instance is free; dropped before, it is ended.
 pub struct AnswerBody {
     incoming: Incoming,
-    lease: Option<Lease>,
+    lease: Arc<Mutex<Option<Lease>>>,
     deadline: Pin<Box<Sleep>>,
+    /// Ends the instance at the deadline also if nobody polls this, because the caller does not read.
+    guard: Option<AbortHandle>,
     limit_ms: u64,
     reuse: Reuse,
 }
@@ -116,21 +120,33 @@ impl AnswerBody {
         limit_ms: u64,
         reuse: Reuse,
     ) -> Self {
-        let mut body = Self { incoming, lease: Some(lease), deadline, limit_ms, reuse };
+        let lease = Arc::new(Mutex::new(Some(lease)));
+        let mut body = Self { incoming, lease, deadline, guard: None, limit_ms, reuse };
         if body.incoming.is_end_stream() {
             body.finish();
+        } else {
+            let (at, lease) = (body.deadline.deadline(), body.lease.clone());
+            let guard = tokio::spawn(async move {
+                tokio::time::sleep_until(at).await;
+                drop(lock(&lease).take());
+            });
+            body.guard = Some(guard.abort_handle());
         }
         body
     }
 
     fn finish(&mut self) {
         let passed = self.reuse.passed.as_ref().is_none_or(|passed| passed.load(Ordering::Acquire));
-        if let Some(lease) = self.lease.take()
+        if let Some(lease) = self.take_lease()
             && passed
             && !self.reuse.closes
         {
             lease.release();
         }
+    }
+
+    fn take_lease(&self) -> Option<Lease> {
+        lock(&self.lease).take()
     }
 }
 
@@ -151,20 +167,19 @@ impl Body for AnswerBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Ready(Some(Err(error))) => {
-                body.lease = None;
+                drop(body.take_lease());
                 Poll::Ready(Some(Err(error.into())))
             }
             Poll::Ready(None) => {
                 body.finish();
                 Poll::Ready(None)
             }
-            Poll::Pending if body.lease.is_some() => {
+            Poll::Pending => {
                 ready!(body.deadline.as_mut().poll(context));
-                body.lease = None;
+                drop(body.take_lease());
                 let refusal = Refusal::Timeout(body.limit_ms);
                 Poll::Ready(Some(Err(AnswerError::Refused(refusal))))
             }
-            Poll::Pending => Poll::Pending,
         }
     }
 
@@ -174,5 +189,15 @@ impl Body for AnswerBody {
 
     fn size_hint(&self) -> SizeHint {
         self.incoming.size_hint()
+    }
+}
+
+impl Drop for AnswerBody {
+    fn drop(&mut self) {
+        // The guard has the lease, too.
+        drop(self.take_lease());
+        if let Some(guard) = &self.guard {
+            guard.abort();
+        }
     }
 }

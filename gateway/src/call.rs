@@ -42,6 +42,10 @@ pub async fn call(
         match sent {
             Ok(answer) => {
                 let (mut head, incoming) = answer.into_parts();
+                // Another protocol, which nobody asked for.
+                if head.status.is_informational() {
+                    return Err(Refusal::Crashed);
+                }
                 let closes = headers::closes(&head.headers) || head.version == HttpVersion::HTTP_10;
                 headers::remove_hop_by_hop(&mut head.headers);
                 head.version = HttpVersion::HTTP_11;
@@ -49,14 +53,15 @@ pub async fn call(
                 let body = AnswerBody::new(incoming, lease, deadline, limit_ms, reuse);
                 return Ok(Response::from_parts(head, body));
             }
-            Err(mut error) => match error.take_message() {
-                Some(unsent) => request = unsent,
-                None => {
-                    let error = error.into_error();
-                    tracing::info!(function = %version.function, "an instance ended in a call: {error}");
-                    return Err(Refusal::Crashed);
+            Err(mut error) => {
+                if let Some(unsent) = error.take_message() {
+                    request = unsent;
+                    continue;
                 }
-            },
+                let error = error.into_error();
+                tracing::info!(function = %version.function, "an instance ended in a call: {error}");
+                return Err(Refusal::Crashed);
+            }
         }
     }
     Err(Refusal::Crashed)

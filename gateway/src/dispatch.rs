@@ -198,7 +198,7 @@ impl Drop for Lease {
             self.dispatcher.act(|state, actions| state.instances.gone(now, &self.version, actions));
         } else {
             self.dispatcher.act(|state, actions| {
-                state.instances.release(now, &self.version, instance, actions)
+                state.instances.release(now, &self.version, instance, actions);
             });
         }
     }

@@ -117,12 +117,6 @@ impl Fleet {
             member.since_report -= 1;
         }
     }
-
-    /// Where all agents listen that are alive.
-    pub fn endpoints(&self) -> Vec<String> {
-        let alive = self.0.values().filter(|member| member.host.alive);
-        alive.map(|member| member.host.endpoint.clone()).collect()
-    }
 }
 
 #[cfg(test)]
@@ -159,7 +153,9 @@ mod tests {
 
     fn fleet(hosts: Vec<FleetHost>) -> Fleet {
         let mut fleet = Fleet::default();
-        hosts.into_iter().for_each(|host| fleet.report(host));
+        for host in hosts {
+            fleet.report(host);
+        }
         fleet
     }
 
@@ -199,7 +195,6 @@ mod tests {
         assert!(fleet.choose(&blue, &none).is_err());
         fleet.replace(&BTreeMap::new());
         assert_eq!(fleet.choose(&blue, &none), Err(NoHost::Vpc("blue".into())));
-        assert_eq!(fleet.endpoints(), Vec::<String>::new());
     }
 
     #[test]

@@ -135,14 +135,23 @@ impl Gateway {
                     lock(&fleet).replace(&metadata.hosts);
                     routes.set(Routes::new(&metadata.functions, metadata.triggers.values()));
                     fires.send_replace(metadata.fires_timers);
-                    let starter = starter.clone();
-                    tokio::spawn(async move { starter.prepare().await });
+                    for host in metadata.hosts.values().filter(|host| host.alive) {
+                        starter.prepare(&host.endpoint);
+                    }
                 }
                 Effect::Routes => {
                     routes.set(Routes::new(&metadata.functions, metadata.triggers.values()));
                 }
-                Effect::Host(host) => lock(&fleet).report(host),
-                Effect::HostRemoved(name) => lock(&fleet).remove(&name),
+                Effect::Host(host) => {
+                    if host.alive {
+                        starter.prepare(&host.endpoint);
+                    }
+                    lock(&fleet).report(host);
+                }
+                Effect::HostRemoved(host) => {
+                    starter.forget(&host.endpoint);
+                    lock(&fleet).remove(&host.name);
+                }
                 Effect::Timers => {
                     fires.send_replace(metadata.fires_timers);
                 }

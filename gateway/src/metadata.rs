@@ -34,8 +34,8 @@ pub enum Effect {
     Routes,
     /// A host.
     Host(FleetHost),
-    /// A host, of this name, is no more.
-    HostRemoved(String),
+    /// A host is no more.
+    HostRemoved(FleetHost),
     /// Who fires the timers.
     Timers,
 }
@@ -64,8 +64,7 @@ impl Metadata {
                 Effect::Host(host)
             }
             Change::HostRemoved(name) => {
-                self.hosts.remove(&name);
-                Effect::HostRemoved(name)
+                self.hosts.remove(&name).map_or(Effect::None, Effect::HostRemoved)
             }
             Change::FiresTimers(fires) => {
                 self.fires_timers = fires;

@@ -100,13 +100,16 @@ pub fn gateway(counts: &Counts, concurrency: Concurrency) -> Registry {
     registry
 }
 
+/// A number of a level.
+type OfLevel = fn(&Level) -> u32;
+
 #[derive(Debug)]
 struct Levels(Concurrency);
 
 impl Collector for Levels {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let levels = self.0.latest();
-        let numbers: [(_, _, fn(&Level) -> u32); 5] = [
+        let numbers: [(_, _, OfLevel); 5] = [
             ("function_running_calls", "Calls that have an instance", |level| level.running),
             ("function_waiting_calls", "Calls that wait for one", |level| level.waiting),
             ("function_peak_calls", "Most calls at one time in a second", |level| level.peak),
@@ -162,7 +165,8 @@ pub async fn serve(address: SocketAddr, registry: Registry) -> Result<SocketAddr
     let bound = listener.local_addr().map_err(because)?;
     tracing::info!(address = %bound, "serving metrics");
     let registry = Arc::new(registry);
-    let router = Router::new().route("/metrics", get(move || scrape(registry.clone())));
+    let router =
+        Router::new().route("/metrics", get(move || std::future::ready(scrape(&registry))));
     tokio::spawn(async move {
         // It goes on after whatever fails on one connection.
         if let Err(error) = axum::serve(listener, router).await {
@@ -172,9 +176,9 @@ pub async fn serve(address: SocketAddr, registry: Registry) -> Result<SocketAddr
     Ok(bound)
 }
 
-async fn scrape(registry: Arc<Registry>) -> Response {
+fn scrape(registry: &Registry) -> Response {
     let mut text = String::new();
-    match encode(&mut text, &registry) {
+    match encode(&mut text, registry) {
         Ok(()) => ([(CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }

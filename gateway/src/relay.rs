@@ -168,18 +168,15 @@ pub fn parse(head: &[u8]) -> Result<Option<(Uuid, usize)>, Refusal> {
     else {
         return Ok(None);
     };
-    let target = match (request.method, request.path) {
-        (Some("CONNECT"), Some(target)) => target,
-        _ => return Err(Refusal::BadRequest),
+    let (Some("CONNECT"), Some(target)) = (request.method, request.path) else {
+        return Err(Refusal::BadRequest);
     };
     let id = target.strip_suffix(":80").ok_or(Refusal::BadRequest)?;
     let uuid = Uuid::try_parse(id).map_err(|_| Refusal::BadRequest)?;
     // An id has one spelling, which is also the name of its link.
     let mut buffer = Uuid::encode_buffer();
-    match uuid.hyphenated().encode_lower(&mut buffer) == id {
-        true => Ok(Some((uuid, length))),
-        false => Err(Refusal::BadRequest),
-    }
+    let is_so_spelt = uuid.hyphenated().encode_lower(&mut buffer) == id;
+    is_so_spelt.then_some(Some((uuid, length))).ok_or(Refusal::BadRequest)
 }
 
 /// A connection to the guest's HTTP server, and what it said already.
@@ -227,7 +224,7 @@ mod tests {
         let head = format!("CONNECT {ID}:80 HTTP/1.1\r\nhost: x\r\n\r\nmore");
         let (id, length) = parse(head.as_bytes()).unwrap().unwrap();
         assert_eq!((id.to_string().as_str(), &head[length..]), (ID, "more"));
-        assert_eq!(parse(head[..30].as_bytes()), Ok(None));
+        assert_eq!(parse(&head.as_bytes()[..30]), Ok(None));
         let upper = ID.to_uppercase();
         let plain = ID.replace('-', "");
         for target in [

@@ -106,10 +106,9 @@ pub async fn serve(
             let ended = tokio::select! {
                 ended = &mut connection => ended,
                 // Which version of HTTP it is has no deadline of its own.
-                () = timeout => match called.load(Ordering::Relaxed) {
-                    true => connection.await,
-                    false => Ok(()),
-                },
+                () = timeout => {
+                    if called.load(Ordering::Relaxed) { connection.await } else { Ok(()) }
+                }
             };
             if let Err(error) = ended {
                 tracing::debug!(%peer, "a connection broke: {error}");
@@ -192,11 +191,9 @@ impl Service {
         headers::remove_own(&mut head.headers);
         let body = Limited::new(body, self.event_bytes).collect();
         let body = tokio::time::timeout(EVENT_TIMEOUT, body).await;
-        let body = body.map_err(|_| Refusal::BodyBroken)?.map_err(|error| match error
-            .is::<LengthLimitError>(
-        ) {
-            true => Refusal::TooLarge(self.event_bytes),
-            false => Refusal::BodyBroken,
+        let body = body.map_err(|_| Refusal::BodyBroken)?.map_err(|error| {
+            let too_large = error.is::<LengthLimitError>();
+            if too_large { Refusal::TooLarge(self.event_bytes) } else { Refusal::BodyBroken }
         })?;
         let kept = self.events.accept(trigger, head.headers, body.to_bytes()).await;
         let id = kept.map_err(|error| {

@@ -213,14 +213,22 @@ impl Starter {
         }
     }
 
-    /// Connects to the agents ahead of the first cold start.
-    pub async fn prepare(&self) {
-        let endpoints = lock(&self.fleet).endpoints();
-        for endpoint in endpoints {
-            if let Err(error) = self.agent_at(&endpoint).await {
-                tracing::info!("{error}");
-            }
+    /// Connects to a host's agent ahead of the first cold start there.
+    pub fn prepare(self: &Arc<Self>, endpoint: &str) {
+        if lock(&self.agents).contains_key(endpoint) {
+            return;
         }
+        let (starter, endpoint) = (self.clone(), endpoint.to_owned());
+        tokio::spawn(async move {
+            if let Err(error) = starter.agent_at(&endpoint).await {
+                tracing::debug!("{error}");
+            }
+        });
+    }
+
+    /// A host is no more, nor is its agent.
+    pub fn forget(&self, endpoint: &str) {
+        lock(&self.agents).remove(endpoint);
     }
 
     async fn agent(&self, host: &Chosen) -> Result<AgentServiceClient<Channel>, StartError> {

@@ -93,13 +93,12 @@ impl Timers {
                     continue;
                 }
             };
-            let since = match fired.get(name) {
-                Some(since) => *since,
-                None => {
-                    let store = self.events.store();
-                    let stored = store.fired(name.to_owned(), now.as_millisecond()).await?;
-                    from(Timestamp::from_millisecond(stored).unwrap_or(now))
-                }
+            let since = if let Some(since) = fired.get(name) {
+                *since
+            } else {
+                let store = self.events.store();
+                let stored = store.fired(name.to_owned(), now.as_millisecond()).await?;
+                from(Timestamp::from_millisecond(stored).unwrap_or(now))
             };
             // A clock that is set forward does not fire what it jumped over.
             let since = since.max(now.saturating_sub(MAKE_UP).unwrap_or(now));

@@ -53,7 +53,7 @@ impl Watch {
         let mut client = DataFlowServiceClient::new(channel).max_decoding_message_size(MESSAGE_MAX);
         let request = WatchDataFlowRequest { gateway: self.gateway.clone() };
         let answer = client.watch_data_flow(request).await;
-        let mut changes = answer.map_err(|status| status.message().to_owned())?.into_inner();
+        let mut messages = answer.map_err(|status| status.message().to_owned())?.into_inner();
         tracing::info!("watching the control plane at {}", self.control);
         replica.begin();
         let mut save_at = None;
@@ -66,7 +66,7 @@ impl Watch {
                     self.save(replica.current().clone()).await;
                     continue;
                 }
-                message = changes.message() => message,
+                message = messages.message() => message,
             };
             let ended = match message {
                 Ok(Some(message)) => {

@@ -73,7 +73,7 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     tokio::select! {
         () = relay::serve(listener, &arguments.run_dir, counts, stop) => {}
-        _ = second => tracing::warn!("told to stop twice: connections are cut"),
+        () = second => tracing::warn!("told to stop twice: connections are cut"),
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use warren_proto::v1::EventTrigger;
 /// The first time until a failed delivery is made again, where the trigger does not say.
 const BACKOFF: Duration = Duration::from_secs(1);
 /// It does not become longer than this.
-const BACKOFF_MAX: Duration = Duration::from_secs(3600);
+const BACKOFF_MAX: Duration = Duration::from_hours(1);
 
 /// What becomes of an event whose delivery failed.
 #[derive(Clone, Debug, PartialEq, Eq)]

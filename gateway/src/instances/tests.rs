@@ -9,7 +9,7 @@ const LIMITS: Limits = Limits {
     tenant_calls: 4,
     queue: 2,
     wait: Duration::from_millis(100),
-    keep_alive: Duration::from_millis(1000),
+    keep_alive: Duration::from_secs(1),
     start_again: Duration::from_millis(10),
 };
 

@@ -107,7 +107,7 @@ fn path() -> impl Strategy<Value = Vec<&'static str>> {
 }
 
 fn text(segments: &[&str]) -> String {
-    segments.iter().map(|segment| format!("/{segment}")).collect()
+    segments.iter().flat_map(|segment| ["/", segment]).collect()
 }
 
 proptest! {
@@ -131,13 +131,12 @@ proptest! {
         });
         let encoded = text(&asked).replace(' ', "%20");
         let found = routes.find(host, if encoded.is_empty() { "/" } else { &encoded });
-        match best {
-            Some((index, (_, prefix))) => {
-                let found = found.unwrap();
-                prop_assert_eq!(&found.target.trigger, &index.to_string());
-                prop_assert_eq!(found.strip, prefix.len());
-            }
-            None => prop_assert_eq!(found, Err(Refusal::NoRoute)),
+        if let Some((index, (_, prefix))) = best {
+            let found = found.unwrap();
+            prop_assert_eq!(&found.target.trigger, &index.to_string());
+            prop_assert_eq!(found.strip, prefix.len());
+        } else {
+            prop_assert_eq!(found, Err(Refusal::NoRoute));
         }
     }
 

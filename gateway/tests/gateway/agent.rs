@@ -11,7 +11,15 @@ use uuid::Uuid;
 use warren_proto::endpoint::Endpoint;
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::agent_service_server::{AgentService, AgentServiceServer};
-use warren_proto::v1::*;
+use warren_proto::v1::{
+    ApplyVpcRequest, ApplyVpcResponse, CapturePacketsRequest, CapturePacketsResponse,
+    EndInstanceRequest, EndInstanceResponse, FindMappingsRequest, FindMappingsResponse, Instance,
+    InvokeInstanceRequest, InvokeInstanceResponse, ListDropsRequest, ListDropsResponse,
+    ListFlowsRequest, ListFlowsResponse, ListRuleHitsRequest, ListRuleHitsResponse,
+    ListSnapshotsRequest, ListSnapshotsResponse, LocalInstancesRequest, LocalInstancesResponse,
+    RemoveSnapshotRequest, RemoveSnapshotResponse, RemoveVpcRequest, RemoveVpcResponse,
+    SnapshotInstanceRequest, SnapshotInstanceResponse, StartInstanceRequest, StartInstanceResponse,
+};
 
 use crate::guest::{Guest, Shared};
 

@@ -285,3 +285,64 @@ async fn changes_are_followed() {
     world.settled().await;
     assert_eq!(world.get("shop", "/id").await.error, "no-route");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_who_does_not_read_holds_no_instance_beyond_the_time_of_a_call() {
+    let world = World::new(&[1], "").await;
+    world.function("shop", 300, 0).await;
+    let request = request("shop", "/flood").body(Full::<Bytes>::default()).unwrap();
+    let unread = send(world.address(), request).await;
+    assert_eq!((unread.status().as_u16(), world.machine(0).instances()), (200, 1));
+    until("the instance ends", || world.machine(0).instances() == 0).await;
+    assert_eq!(world.get("shop", "/id").await.status, 200);
+    assert_eq!(Got::whole(unread).await.body, "CUT");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_given_up_frees_its_place() {
+    let world = World::new(&[2], "").await;
+    world.function("shop", MINUTE, 1).await;
+    let held = world.spawn_get("shop", "/hold");
+    world.held(1).await;
+    held.abort();
+    assert_eq!(world.get("shop", "/id").await.status, 200);
+    assert_eq!(world.machine(0).starts(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn concurrency_is_told_each_second() {
+    let world = World::new(&[4], "").await;
+    world.function("shop", MINUTE, 0).await;
+    // Another gateway, in this process.
+    let mut config =
+        warren_gateway::config::Config::read(&world.directory.path().join("gateway.toml")).unwrap();
+    config.state = world.directory.path().join("state2");
+    let gateway = warren_gateway::Gateway::start(&config).await.unwrap();
+    let address = gateway.addresses().unwrap()[0];
+    let mut concurrency = gateway.concurrency();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(gateway.serve(async {
+        let _ = stopped.await;
+    }));
+    while crate::world::get(address, "shop", "/id").await.status != 200 {}
+    let held = tokio::spawn(crate::world::get(address, "shop", "/hold"));
+    world.held(1).await;
+    let running = loop {
+        let levels = concurrency.next().await.unwrap();
+        if let Some(level) = levels.iter().find(|level| level.running == 1) {
+            break level.clone();
+        }
+    };
+    assert_eq!((&*running.version.function, running.peak, running.waiting), ("shop", 1, 0));
+    world.shared.gate.add_permits(1);
+    assert_eq!(held.await.unwrap().status, 200);
+    stop.send(()).unwrap();
+    serving.await.unwrap();
+    assert!(
+        concurrency
+            .latest()
+            .iter()
+            .all(|level| level.version.function == std::sync::Arc::from("shop"))
+    );
+    assert_eq!(world.machine(0).instances(), 0);
+}

@@ -25,17 +25,14 @@ impl Control {
     /// Tells a change to all who watch, and to those who will.
     pub fn tell(&self, change: Change) {
         let mut state = self.0.lock().unwrap();
-        state.told.push(change.clone());
-        state.watchers.retain(|watcher| watcher.send(message(change.clone())).is_ok());
+        let message = WatchDataFlowResponse { change: Some(change.clone()) };
+        state.watchers.retain(|watcher| watcher.send(Ok(message.clone())).is_ok());
+        state.told.push(change);
     }
 
     pub fn services(&self) -> Services {
         Services::default().with(DataFlowServiceServer::new(self.clone()))
     }
-}
-
-fn message(change: Change) -> Message {
-    Ok(WatchDataFlowResponse { change: Some(change) })
 }
 
 #[tonic::async_trait]
@@ -49,7 +46,7 @@ impl DataFlowService for Control {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut state = self.0.lock().unwrap();
         for change in state.told.iter().cloned().chain([Change::Complete(true)]) {
-            sender.send(message(change)).unwrap();
+            sender.send(Ok(WatchDataFlowResponse { change: Some(change) })).unwrap();
         }
         state.watchers.push(sender);
         Ok(Response::new(UnboundedReceiverStream::new(receiver)))

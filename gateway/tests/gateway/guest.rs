@@ -133,6 +133,12 @@ async fn answer(request: Request<Incoming>, inner: &Inner) -> Result<Answer, std
             >());
             return Ok(Response::new(BodyExt::boxed(body)));
         }
+        // More than anybody reads.
+        "/flood" => {
+            let frame = || Ok(hyper::body::Frame::data(Bytes::from_static(&[b'x'; 1 << 13])));
+            let body = tokio_stream::iter(std::iter::repeat_with(frame));
+            return Ok(Response::new(BodyExt::boxed(http_body_util::StreamBody::new(body))));
+        }
         "/crash" => return Err(std::io::Error::other("crashed")),
         "/close" => {
             answer.headers_mut().insert("connection", "close".parse().unwrap());

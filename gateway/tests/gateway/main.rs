@@ -5,5 +5,6 @@ mod calls;
 mod control;
 mod events;
 mod guest;
+mod relay;
 mod restarts;
 mod world;

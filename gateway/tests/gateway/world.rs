@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use warren_proto::v1::trigger::Kind;
 use warren_proto::v1::watch_data_flow_response::Change;
-use warren_proto::v1::*;
+use warren_proto::v1::{FleetHost, Function, FunctionVersion, HttpTrigger, Trigger};
 
 use crate::agent::{Machine, Server, any_port, services};
 use crate::control::Control;
@@ -44,13 +44,14 @@ impl Program {
             let line = lines.next().expect("it ended before it listened").unwrap();
             eprintln!("{line}");
             let found = line.rsplit_once("address=").and_then(|(_, text)| text.trim().parse().ok());
-            match line.contains("serving metrics") {
-                true => metrics = found,
-                false => address = found.or(address),
+            if line.contains("serving metrics") {
+                metrics = found;
+            } else {
+                address = found.or(address);
             }
         }
         std::thread::spawn(move || {
-            lines.for_each(|line| eprintln!("{}", line.unwrap_or_default()))
+            lines.for_each(|line| eprintln!("{}", line.unwrap_or_default()));
         });
         Self { child, address: address.unwrap(), metrics }
     }
