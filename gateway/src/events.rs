@@ -23,7 +23,7 @@ use crate::events::policy::{Next, after_failure};
 use crate::events::store::{Event, EventStore, StoreError};
 use crate::headers::remove_hop_by_hop;
 use crate::metrics::Counts;
-use crate::refusal::{ERROR_HEADER, Refusal};
+use crate::refusal::ERROR_HEADER;
 use crate::routes::Target;
 use crate::shared::SharedRoutes;
 use crate::start::lock;
@@ -33,6 +33,8 @@ const DELIVERIES: usize = 32;
 /// After the file failed, it is tried again after this time. It is also looked at this often, as
 /// the clock may be set.
 const AGAIN: Duration = Duration::from_secs(1);
+/// An event whose trigger is not known is kept for this long.
+const ORPHAN_MAX: Duration = Duration::from_hours(24);
 const ID: &str = "warren-event-id";
 const FAILED: &str = "warren-event-failed";
 const DEAD_LETTER_OF: &str = "warren-dead-letter-of";
@@ -138,8 +140,13 @@ impl Events {
     }
 
     async fn deliver(&self, event: Event) -> Result<(), StoreError> {
-        let (trigger, outcome) = self.attempt(&event).await;
-        let Err(reason) = outcome else {
+        let routes = self.routes.get();
+        let known = match routes.event(&event.trigger) {
+            Some((target, trigger)) => Some((target, trigger.clone())),
+            None => routes.timer(&event.trigger).map(|target| (target, EventTrigger::default())),
+        };
+        let Some((target, trigger)) = known else { return self.postpone(event).await };
+        let Err(reason) = self.attempt(target, &event).await else {
             self.counts.event("delivered");
             return self.store.remove(event.id).await;
         };
@@ -168,48 +175,51 @@ impl Events {
         }
     }
 
+    /// Its trigger is not known: it was removed, or this gateway crashed before it had kept it.
+    async fn postpone(&self, event: Event) -> Result<(), StoreError> {
+        let now_ms = Timestamp::now().as_millisecond();
+        if now_ms - event.accepted_ms > ORPHAN_MAX.as_millis() as i64 {
+            tracing::warn!(
+                event = event.id,
+                trigger = event.trigger,
+                "its trigger is gone: dropped"
+            );
+            self.counts.event("dropped");
+            return self.store.remove(event.id).await;
+        }
+        let due_ms = now_ms + AGAIN.as_millis() as i64;
+        self.store.update(Event { due_ms, ..event }).await
+    }
+
     /// One delivery, which succeeds with a status of 200 to 299 and a whole body.
-    async fn attempt(&self, event: &Event) -> (EventTrigger, Result<(), String>) {
-        let routes = self.routes.get();
-        let (target, trigger): (Option<&Target>, _) = match routes.event(&event.trigger) {
-            Some((target, trigger)) => (Some(target), trigger.clone()),
-            None => (routes.timer(&event.trigger), EventTrigger::default()),
-        };
-        let Some(target) = target else {
-            return (trigger, Err(format!("there is no trigger {} any more", event.trigger)));
-        };
-        let version = target.version(rand::random());
-        let outcome = async {
-            let answer = call(&self.dispatcher, version?, request(event)).await?;
-            Ok::<_, Refusal>(answer)
-        };
-        let answer = match outcome.await {
-            Ok(answer) => answer,
-            Err(refusal) => return (trigger, Err(format!("{}: {refusal}", refusal.token()))),
-        };
+    async fn attempt(&self, target: &Target, event: &Event) -> Result<(), String> {
+        let outcome =
+            async { call(&self.dispatcher, target.version(rand::random())?, request(event)).await };
+        let answer = outcome.await;
+        let answer = answer.map_err(|refusal| format!("{}: {refusal}", refusal.token()))?;
         let (head, mut body) = answer.into_parts();
         while let Some(frame) = body.frame().await {
-            if let Err(error) = frame {
-                return (trigger, Err(error.to_string()));
-            }
+            frame.map_err(|error| error.to_string())?;
         }
         if head.status.is_success() {
-            return (trigger, Ok(()));
+            return Ok(());
         }
         let token = head.headers.get(ERROR_HEADER).and_then(|token| token.to_str().ok());
         let token = token.map(|token| format!(" ({token})")).unwrap_or_default();
-        (trigger, Err(format!("its function answered {}{token}", head.status.as_u16())))
+        Err(format!("its function answered {}{token}", head.status.as_u16()))
     }
 }
 
 fn new_event(trigger: String, headers: Vec<(String, String)>, body: Vec<u8>) -> Event {
+    let now_ms = Timestamp::now().as_millisecond();
     Event {
         id: Uuid::new_v4().to_string(),
         trigger,
         headers,
         body,
         failed: 0,
-        due_ms: Timestamp::now().as_millisecond(),
+        due_ms: now_ms,
+        accepted_ms: now_ms,
         dead_letter_of: None,
         reason: None,
     }

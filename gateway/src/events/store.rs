@@ -19,6 +19,7 @@ const SCHEMA: &str = "
         body BLOB NOT NULL,
         failed INTEGER NOT NULL,
         due_ms INTEGER NOT NULL,
+        accepted_ms INTEGER NOT NULL,
         dead_letter_of TEXT,
         reason TEXT
     );
@@ -42,6 +43,8 @@ pub struct Event {
     pub failed: u32,
     /// When it is to be delivered, in milliseconds since 1970.
     pub due_ms: i64,
+    /// When it was accepted, in milliseconds since 1970.
+    pub accepted_ms: i64,
     /// The trigger that it was of, if its deliveries failed in the end.
     pub dead_letter_of: Option<String>,
     /// Why the last delivery failed.
@@ -135,8 +138,8 @@ impl EventStore {
     /// The events that are due, the oldest first.
     pub async fn due(&self, now_ms: i64, limit: usize) -> Result<Vec<Event>, StoreError> {
         self.with(move |connection| {
-            let query = "SELECT id, trigger, headers, body, failed, due_ms, dead_letter_of, reason
-                FROM event WHERE due_ms <= ? ORDER BY due_ms LIMIT ?";
+            let query = "SELECT id, trigger, headers, body, failed, due_ms, accepted_ms,
+                dead_letter_of, reason FROM event WHERE due_ms <= ? ORDER BY due_ms LIMIT ?";
             let mut statement = connection.prepare_cached(query)?;
             let events = statement.query_map(params![now_ms, limit], |row| {
                 let headers: String = row.get(2)?;
@@ -148,8 +151,9 @@ impl EventStore {
                     body: row.get(3)?,
                     failed: row.get(4)?,
                     due_ms: row.get(5)?,
-                    dead_letter_of: row.get(6)?,
-                    reason: row.get(7)?,
+                    accepted_ms: row.get(6)?,
+                    dead_letter_of: row.get(7)?,
+                    reason: row.get(8)?,
                 })
             })?;
             Ok(events.collect::<Result<_, _>>()?)
@@ -206,11 +210,19 @@ impl EventStore {
 fn insert(connection: &Connection, event: &Event) -> rusqlite::Result<()> {
     let headers = serde_json::json!(event.headers).to_string();
     let insert = "INSERT INTO event
-        (id, trigger, headers, body, failed, due_ms, dead_letter_of, reason)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?)";
-    let Event { id, trigger, body, failed, due_ms, dead_letter_of, reason, .. } = event;
-    let values = params![id, trigger, headers, body, failed, due_ms, dead_letter_of, reason];
-    connection.prepare_cached(insert)?.execute(values)?;
+        (id, trigger, headers, body, failed, due_ms, accepted_ms, dead_letter_of, reason)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)";
+    connection.prepare_cached(insert)?.execute(params![
+        event.id,
+        event.trigger,
+        headers,
+        event.body,
+        event.failed,
+        event.due_ms,
+        event.accepted_ms,
+        event.dead_letter_of,
+        event.reason,
+    ])?;
     Ok(())
 }
 
@@ -262,6 +274,7 @@ mod tests {
             body: vec![1, 2],
             failed: 0,
             due_ms,
+            accepted_ms: 5,
             dead_letter_of: None,
             reason: None,
         }

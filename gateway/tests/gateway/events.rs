@@ -100,10 +100,18 @@ async fn what_was_accepted_survives_a_kill() {
     // Dropping kills it.
     drop(world.gateway.take());
     assert!(seen(&world).is_empty());
+    // As if it was killed before it had kept what its triggers are.
+    std::fs::remove_file(world.directory.path().join("state/metadata")).unwrap_or_default();
+    let control = world.control_server.take().unwrap();
+    let control_endpoint = control.endpoint.clone();
+    control.stop().await;
     let machine = world.hosts[0].machine.clone();
     let agent = crate::agent::Server::start(&endpoint, crate::agent::services(machine)).await;
     world.hosts[0].agent = Some(agent);
     world.start_gateway();
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    let services = world.control.services();
+    world.control_server = Some(crate::agent::Server::start(&control_endpoint, services).await);
     let pies = || {
         let mut pies: Vec<_> =
             seen(&world).iter().map(|event| event.lines().last().unwrap().to_owned()).collect();
