@@ -1,9 +1,10 @@
 //! What functions need beside a fleet: a template for components, a repository, a relay on the host, and
 //! a gateway beside the control plane.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use warren_proto::endpoint::Endpoint;
@@ -22,9 +23,12 @@ const GUEST: &str = "warren-runtime.elf";
 const RELAY: u16 = 7703;
 
 /// Where the gateway listens, in the control plane's namespace.
-pub const GATEWAY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+pub const GATEWAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A call that is not answered within this time fails.
+const CALL: Duration = Duration::from_secs(60);
 
 /// A relay and a gateway.
 pub struct Functions {
@@ -61,7 +65,7 @@ impl Functions {
         let mut relay = relay(fleet)?;
         let mut gateway = gateway(fleet, more)?;
         let listens = |address: SocketAddr, daemon: Daemon| {
-            fleet.namespace(daemon).run(move || Ok(std::net::TcpStream::connect(address).is_ok()))
+            fleet.namespace(daemon).run(move || Ok(TcpStream::connect(address).is_ok()))
         };
         let at = SocketAddr::from((HOST, RELAY));
         relay.wait_until(PATIENCE, || listens(at, Daemon::Host).unwrap_or(false))?;
@@ -101,4 +105,112 @@ pub fn example(name: &str) -> Result<PathBuf> {
     let path = target.join("examples").join(format!("{name}.wasm"));
     ensure!(path.exists(), "no {}: run `cargo xtask examples`", path.display());
     Ok(path)
+}
+
+/// An answer to a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status code.
+    pub status: u16,
+    /// What Warren says in a function's place, if it does: the field `warren-error`.
+    pub error: Option<String>,
+    /// The body.
+    pub body: String,
+    /// From the request to the first byte of the answer.
+    pub first_byte: Duration,
+}
+
+/// A connection for calls, one after the other; in the namespace of the thread that makes it.
+#[derive(Debug)]
+pub struct Caller {
+    stream: BufReader<TcpStream>,
+}
+
+impl Caller {
+    /// Connects.
+    pub fn connect(address: SocketAddr) -> Result<Self> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(CALL))?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// Calls, with a body if there is one.
+    pub fn call(&mut self, method: &str, path: &str, body: &str) -> Result<Answer> {
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: functions\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        let clock = Instant::now();
+        self.stream.get_mut().write_all(request.as_bytes())?;
+        ensure!(!self.stream.fill_buf()?.is_empty(), "no answer to {method} {path}");
+        let first_byte = clock.elapsed();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            ensure!(self.stream.read_until(b'\n', &mut head)? > 0, "the answer's head is cut");
+        }
+        let head = String::from_utf8(head)?;
+        let field = |name: &str| {
+            let mut fields = head.lines().filter_map(|line| line.split_once(':'));
+            let field = fields.find(|(known, _)| known.eq_ignore_ascii_case(name));
+            field.map(|(_, value)| value.trim().to_owned())
+        };
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let body = match field("content-length") {
+            Some(length) => self.take(length.parse()?)?,
+            None if field("transfer-encoding").is_some() => self.take_chunks()?,
+            None => String::new(),
+        };
+        let status = status.context("no status")?;
+        Ok(Answer { status, error: field("warren-error"), body, first_byte })
+    }
+
+    fn take(&mut self, length: usize) -> Result<String> {
+        let mut body = vec![0; length];
+        self.stream.read_exact(&mut body)?;
+        Ok(String::from_utf8(body)?)
+    }
+
+    fn take_chunks(&mut self) -> Result<String> {
+        let mut body = String::new();
+        loop {
+            let mut line = String::new();
+            self.stream.read_line(&mut line)?;
+            let length = usize::from_str_radix(line.trim(), 16)?;
+            body += self.take(length + 2)?.trim_end_matches("\r\n");
+            if length == 0 {
+                return Ok(body);
+            }
+        }
+    }
+}
+
+impl Fleet {
+    /// Deploys a component under a name, and has it answer calls to paths that begin with the name.
+    pub fn deploy(&self, name: &str, vpc: &str, component: &Path, more: &str) -> Result<()> {
+        let component = component.display();
+        self.warren(&format!("function deploy {name} {component} --vpc {vpc} {more}"))?;
+        let trigger = format!("trigger add http {name} --function {name} --prefix /{name} --strip");
+        self.warren(&trigger).map(drop)
+    }
+
+    /// Calls through the gateway, on a connection of its own.
+    pub fn call(&self, method: &str, path: &str, body: &str) -> Result<Answer> {
+        let (method, path, body) = (method.to_owned(), path.to_owned(), body.to_owned());
+        let call = move || Caller::connect(GATEWAY)?.call(&method, &path, &body);
+        self.namespace(Daemon::Control).run(call)
+    }
+
+    /// Calls until the gateway knows the trigger, which it does a moment after it was made.
+    pub fn call_when_known(&self, method: &str, path: &str, body: &str) -> Result<Answer> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.call(method, path, body)?;
+            let unknown = answer.error.as_deref() == Some("no-route");
+            if !unknown || Instant::now() > deadline {
+                return Ok(answer);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
 }

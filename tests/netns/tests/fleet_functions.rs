@@ -1,24 +1,17 @@
 //! Functions: deployed, called through the gateway, each in its tenant's VPC.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::time::Duration;
-
 use serde_json::Value;
-use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
-use warren_netns::functions::{Functions, GATEWAY, example, take_functions};
+use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
+use warren_netns::functions::{Answer, Functions, example, take_functions};
 use warren_netns::process::Process;
 use warren_netns::servers;
 
 const OPTIONS: FleetOptions = FleetOptions { slots: 16, parked: 1, guest: GUEST };
 
-/// A call is answered within this time, or the test fails.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// A fleet with functions, and a Redis in each VPC.
 struct World {
     fleet: Fleet,
-    functions: Functions,
+    _functions: Functions,
     _redis: Vec<Process>,
 }
 
@@ -27,68 +20,69 @@ impl World {
         let mut fleet = Fleet::start(OPTIONS).await.unwrap();
         take_functions(&mut fleet, 0).await.unwrap();
         let functions = Functions::start(&fleet, gateway).unwrap();
-        let topology = &fleet.topology;
-        let redis = topology.vpcs.iter().map(|vpc| {
-            let dir = fleet.run.path().join(format!("redis-{}", vpc.name()));
-            std::fs::create_dir_all(&dir).unwrap();
-            servers::redis(vpc, &dir).unwrap()
-        });
-        let redis = redis.collect();
-        Self { fleet, functions, _redis: redis }
+        let redis = fleet.topology.vpcs.iter();
+        let redis = redis.map(|vpc| servers::redis(vpc, fleet.run.path()).unwrap()).collect();
+        Self { fleet, _functions: functions, _redis: redis }
     }
 
     fn deploy(&self, name: &str, vpc: &str, component: &str, more: &str) {
-        let component = example(component).unwrap();
-        let line = format!("function deploy {name} {} --vpc {vpc} {more}", component.display());
-        self.fleet.warren(&line).unwrap();
-        self.fleet.warren(&format!("trigger add http {name} --function {name} --prefix /{name} --strip")).unwrap();
+        self.fleet.deploy(name, vpc, &example(component).unwrap(), more).unwrap();
     }
 
-    /// The answer to a call: status and body.
-    fn call(&self, request: &str) -> (u16, String) {
-        let request = format!("{request} HTTP/1.1\r\nhost: functions\r\nconnection: close\r\n\r\n");
-        self.fleet
-            .namespace(Daemon::Control)
-            .run(move || {
-                let mut stream = TcpStream::connect(GATEWAY)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                stream.write_all(request.as_bytes())?;
-                let mut answer = String::new();
-                stream.read_to_string(&mut answer)?;
-                let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
-                let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-                Ok((status.unwrap_or(0), body.to_owned()))
-            })
-            .unwrap()
+    fn call(&self, method: &str, path: &str, body: &str) -> Answer {
+        let answer = self.fleet.call_when_known(method, path, body);
+        answer.unwrap_or_else(|error| panic!("{method} {path}: {error:#}\n{}", self.logs()))
+    }
+
+    /// The call is answered by the function, with this.
+    fn expect(&self, method: &str, path: &str, body: &str, expected: &str) {
+        let answer = self.call(method, path, body);
+        let of_answer = (answer.status, answer.body.as_str());
+        assert_eq!(of_answer, (200, expected), "{method} {path}: {answer:?}\n{}", self.logs());
     }
 
     fn logs(&self) -> String {
-        ["host", "control", "gateway", "relay"]
-            .map(|name| {
-                let path = self.fleet.run.path().join(format!("{name}.log"));
-                std::fs::read_to_string(path).unwrap_or_default()
-            })
-            .join("\n----\n")
+        let log = |name: &str| {
+            let text = std::fs::read_to_string(self.fleet.run.path().join(format!("{name}.log")));
+            format!("---- {name}\n{}", text.unwrap_or_default())
+        };
+        ["host", "control", "gateway", "relay"].map(log).concat()
+    }
+
+    fn instances(&self) -> Vec<Value> {
+        let listed = self.fleet.warren("instance ls --output json").unwrap();
+        serde_json::from_str(&listed).unwrap()
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn examples_answer_each_in_its_tenants_vpc() {
+async fn a_function_answers_in_its_tenants_vpc_and_its_instance_again() {
+    if !kvm_or_skip("functions in their VPCs") {
+        return;
+    }
+    let world = World::new("").await;
+    for (name, vpc) in ["one", "two"].into_iter().zip(VPCS) {
+        world.deploy(name, vpc, "rust", "--env REDIS=10.0.0.10:6379");
+    }
+    for count in 1..=3 {
+        world.expect("GET", "/one/visits", "", &format!("visits {count}\n"));
+    }
+    // The same address in another VPC is another Redis.
+    world.expect("GET", "/two/visits", "", "visits 1\n");
+    assert_eq!(world.instances().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_example_is_deployed_and_called() {
     if !kvm_or_skip("examples") {
         return;
     }
     let world = World::new("").await;
-    for (index, vpc) in VPCS.into_iter().enumerate() {
-        world.deploy(&format!("rust{index}"), vpc, "rust", "--env REDIS=10.0.0.10:6379");
+    for (name, hello) in [("javascript", "JavaScript"), ("python", "Python"), ("c", "C")] {
+        world.deploy(name, VPCS[0], name, "");
+        world.expect("GET", &format!("/{name}/"), "", &format!("hello from {hello}\n"));
+        world.expect("POST", &format!("/{name}/echo"), "said so", "said so");
     }
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    for count in 1..=3 {
-        let answer = world.call("GET /rust0/visits");
-        assert_eq!(answer, (200, format!("visits {count}\n")), "{}", world.logs());
-    }
-    assert_eq!(world.call("GET /rust1/visits"), (200, "visits 1\n".to_owned()));
-    let instances = world.fleet.warren("instance ls --output json").unwrap();
-    let instances: Value = serde_json::from_str(&instances).unwrap();
-    assert_eq!(instances.as_array().map(Vec::len), Some(2), "{instances}");
-    drop(world.functions);
+    world.deploy("rust", VPCS[0], "rust", "");
+    world.expect("GET", "/rust/", "", "hello from Rust\n");
 }
