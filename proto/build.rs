@@ -1,7 +1,7 @@
 //! Generates the `warren.v1` code. `protox` compiles the files: no `protoc` to install.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["agent", "control", "function", "security", "types"]
+    let files = ["agent", "control", "function", "log", "security", "types"]
         .map(|name| format!("warren/v1/{name}.proto"));
     let descriptors = protox::compile(files, ["."])?;
     let out = std::path::PathBuf::from(std::env::var("OUT_DIR")?);

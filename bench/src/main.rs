@@ -2,6 +2,7 @@
 
 mod attach;
 mod clone;
+mod cold_start;
 mod datapath;
 mod failover;
 mod options;
@@ -38,6 +39,8 @@ enum Bench {
     Attach,
     /// Starts of microVMs from each tier, sustained rates, and the memory of thousands
     Clone,
+    /// Calls of functions through the gateway: cold, parked and warm, alone and 50 at once
+    ColdStart,
     /// Kills and upgrades of the daemons under traffic: what is lost
     Restart,
     /// 10,000 hosts and 1,000 VPCs: memory of maps, time to make them known, and one change
@@ -67,6 +70,10 @@ fn main() -> Result<()> {
             // A task, as a start in the agent is: the thread that waits for sockets runs it as well.
             let task = runtime.spawn(clone::run(rounds(clone::ROUNDS)));
             times(runtime.block_on(task)??)
+        }
+        Bench::ColdStart => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+            times(runtime.block_on(cold_start::run(rounds(cold_start::ROUNDS)))?)
         }
         Bench::Restart => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

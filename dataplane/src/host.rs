@@ -6,6 +6,7 @@ mod directory;
 mod flows;
 mod functions;
 mod guards;
+mod logs;
 mod ports;
 mod snapshots;
 pub(crate) mod sockets;
@@ -50,6 +51,7 @@ use crate::trace;
 use functions::Functions;
 pub use functions::{Function, FunctionError, FunctionOptions};
 pub use guards::Own;
+pub use logs::Logs;
 use snapshots::Snapshots;
 use traffic::Accounts;
 
@@ -299,6 +301,7 @@ pub struct Host {
     pools: Arc<Pools>,
     snapshots: Snapshots,
     functions: Functions,
+    logs: Logs,
     state: Mutex<State>,
     starts: Starts,
     log: OnceLock<FlowLog>,
@@ -359,6 +362,7 @@ impl Host {
             pools,
             snapshots,
             functions,
+            logs: Logs::default(),
             state,
             starts,
             log,
@@ -476,6 +480,11 @@ impl Host {
     /// MicroVMs that were ended because nobody knew them.
     pub fn orphans_reaped(&self) -> &Counter {
         self.slots.orphans_reaped()
+    }
+
+    /// What its functions write.
+    pub fn logs(&self) -> &Logs {
+        &self.logs
     }
 
     /// How starts went.
@@ -719,6 +728,10 @@ impl Host {
         let link = sockets::by_id(&self.options.run_dir, id);
         if let Err(error) = link_to(&socket, &link) {
             tracing::error!(%id, "cannot link {} to its socket: {error}", link.display());
+        }
+        if let Some(Function { name, version, .. }) = record.function.clone() {
+            let listening = self.logs.clone().listen(socket.clone(), id.to_string(), name, version);
+            tokio::spawn(listening);
         }
         let instance = Instance { record, slot, pid, socket, failed: None, stop, watcher };
         let described = self.describe(&state, &instance);

@@ -21,6 +21,7 @@ use warren_dataplane::datapath::{
 use warren_dataplane::eni::{EniProvider, Exec, Linux};
 use warren_dataplane::fragments::Fragments;
 use warren_dataplane::host::{FunctionOptions, Host, HostOptions as RoleOptions, TemplateOptions};
+use warren_dataplane::logs::LogServer;
 use warren_dataplane::metrics::http::Exporter;
 use warren_dataplane::proxy::Proxy;
 use warren_dataplane::refill::Policy;
@@ -29,6 +30,7 @@ use warren_dataplane::{boot, flowlog, heartbeat};
 use warren_function::cache::Cache;
 use warren_proto::server::{Listeners, Services};
 use warren_proto::v1::agent_service_server::AgentServiceServer;
+use warren_proto::v1::log_service_server::LogServiceServer;
 use warren_proto::v1::{HeartbeatRequest, HeartbeatResponse};
 use warren_vmm::jail::{self, JailConfig};
 use warren_vmm::snapshot::Sources;
@@ -107,6 +109,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     if let Some(address) = config.metrics {
         tokio::spawn(Exporter::bind(address).await?.serve(agent.metrics()));
     }
+    let served = agent.clone();
     let service = AgentServiceServer::new(agent.clone())
         .max_decoding_message_size(MESSAGE_MAX)
         .max_encoding_message_size(MESSAGE_MAX);
@@ -142,7 +145,11 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
         tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         tracing::info!("stopping; microVMs and their traffic go on");
     };
-    listeners.serve(Services::default().with(service), shutdown).await?;
+    let mut services = Services::default().with(service);
+    if let Agent::Host(host) = &served {
+        services = services.with(LogServiceServer::new(LogServer(host.clone())));
+    }
+    listeners.serve(services, shutdown).await?;
     Ok(())
 }
 

@@ -36,8 +36,18 @@ pub fn all(log_verdicts: bool) -> Result<()> {
     ebpf(log_verdicts)?;
     guest()?;
     agent()?;
-    step("build", "warrend, warren-vmm, warren-control, warren");
-    run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))
+    step("build", "warrend, warren-vmm, warren-control, warren-gateway, warren");
+    run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))?;
+    step("build", "warren-compile");
+    run(function("build").args(["--bin", "warren-compile"]))
+}
+
+/// A cargo command for the package of functions, with its compiler and its stores.
+pub fn function(command: &str) -> Command {
+    let mut cargo = Command::new("cargo");
+    cargo.current_dir(root()).args([command, "--release", "--package", "warren-function"]);
+    cargo.args(["--features", "compile,store"]);
+    cargo
 }
 
 fn ebpf(log_verdicts: bool) -> Result<()> {

@@ -39,6 +39,9 @@ pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
     if name.as_deref() == Some("clone") {
         build::hyperlight();
     }
+    if name.as_deref() == Some("cold-start") {
+        examples::build(&[])?;
+    }
     let mut command = Command::new(results().join("warren-bench"));
     command.args(name);
     run(&mut with_json(command, json))
@@ -48,6 +51,7 @@ pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
 pub fn test(filter: Option<&str>) -> Result<()> {
     setup::all()?;
     build::all(false)?;
+    examples::build(&[])?;
     if !kvm_opens() {
         step("test", "!!! /dev/kvm cannot be opened: MICROVM TESTS ARE SKIPPED !!!");
     }
@@ -59,6 +63,9 @@ pub fn test(filter: Option<&str>) -> Result<()> {
     // What failed says where, and no more than that is read.
     command.env("RUST_BACKTRACE", "0");
     suite::run(&mut command)?;
+    if filter.is_none() {
+        suite::run(build::function("test").arg("--no-fail-fast").env("RUST_BACKTRACE", "0"))?;
+    }
     let new = leftovers::settled(&before)?;
     if !new.is_empty() {
         bail!("the tests left something behind:\n{}", new.join("\n"));

@@ -65,11 +65,11 @@ impl Functions {
         let mut relay = relay(fleet)?;
         let mut gateway = gateway(fleet, more)?;
         let listens = |address: SocketAddr, daemon: Daemon| {
-            fleet.namespace(daemon).run(move || Ok(TcpStream::connect(address).is_ok()))
+            fleet.namespace(daemon).run(move || TcpStream::connect(address).is_ok())
         };
         let at = SocketAddr::from((HOST, RELAY));
-        relay.wait_until(PATIENCE, || listens(at, Daemon::Host).unwrap_or(false))?;
-        gateway.wait_until(PATIENCE, || listens(GATEWAY, Daemon::Control).unwrap_or(false))?;
+        relay.wait_until(PATIENCE, || listens(at, Daemon::Host))?;
+        gateway.wait_until(PATIENCE, || listens(GATEWAY, Daemon::Control))?;
         Ok(Self { relay, gateway })
     }
 }
