@@ -4,7 +4,7 @@
 //! their shared addresses ([`ports`], changed by [`leasing`]), their route tables ([`routes`]) and security groups
 //! ([`security`]), who the hosts and proxies are. [`fleet`] knows from
 //! [`heartbeat`]s who is alive and which instances ([`instances`]) there are. [`deploy`] keeps hosts
-//! and proxies at what is stored, by [`plan`]. [`api`] answers requests; [`placement`] chooses the
+//! and proxies at what is stored, by [`plan`]. [`api`] answers requests; `warren-placement` chooses the
 //! host of an instance, [`pooling`] says how many are parked ahead, [`drops`] collects what was dropped, [`flows`] who talks to whom.
 #![deny(missing_docs)]
 
@@ -19,7 +19,6 @@ pub mod heartbeat;
 pub mod instances;
 pub mod leasing;
 pub mod name;
-pub mod placement;
 pub mod plan;
 pub mod pooling;
 pub mod ports;

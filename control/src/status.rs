@@ -1,12 +1,12 @@
 //! How each error is told to gRPC clients: the code for programs, the text for people.
 
 use tonic::{Code, Status};
+use warren_placement::PlacementError;
 
 use crate::deploy::DeployError;
 use crate::drops::DropsError;
 use crate::fleet::{DrainError, ForgetError, InstanceError, RegisterError};
 use crate::flows::FlowsError;
-use crate::placement::PlacementError;
 use crate::routes::RoutesError;
 use crate::security::SecurityError;
 use crate::snapshots::SnapshotsError;

@@ -1,4 +1,5 @@
 //! Which host a microVM starts on: a choice over a snapshot of the fleet, without any I/O.
+#![deny(missing_docs)]
 
 use std::collections::BTreeSet;
 
