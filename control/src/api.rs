@@ -31,7 +31,7 @@ use crate::drops;
 use crate::fleet::{Fleet, Template};
 use crate::name::{self, InvalidName};
 use crate::snapshots::{self, SnapshotsError};
-use crate::status::of_agent;
+use crate::status::{of_agent, of_placement};
 use crate::store::Store;
 use crate::{flows, routes, security, vpc};
 
@@ -144,7 +144,8 @@ impl ControlService for Api {
                 .map_err(|problem| Status::invalid_argument(format!("limits: {problem}")))?;
         }
         let wanted = (!host.is_empty()).then_some(host.as_str());
-        let mut place = self.fleet.reserve(wanted, wanted_template)?;
+        let mut place =
+            self.fleet.reserve(wanted, wanted_template).map_err(|error| of_placement(&error))?;
         self.deployer.ensure(&vpc, &place.host, place.session).await?;
         let start = StartInstanceRequest {
             vpc,
@@ -154,6 +155,7 @@ impl ControlService for Api {
             limits,
             snapshot,
             template,
+            function: None,
         };
         let started = place
             .agent

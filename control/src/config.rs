@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use warren_proto::endpoint::Endpoint;
 
+use crate::functions::publish;
 use crate::scaling;
 
 /// What warren-control is configured with. Each key may be left out.
@@ -15,6 +16,12 @@ use crate::scaling;
 /// listen = ["unix:/run/warren/control.sock", "http://127.0.0.1:7700"]
 /// state = "/var/lib/warren/control.db"
 /// heartbeat_deadline_ms = 3000
+///
+/// [functions]
+/// repository = "/var/lib/warren/functions"
+/// compiler = "/usr/bin/warren-compile"
+/// [functions.zones]
+/// east = "s3://packages/east"
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -27,6 +34,8 @@ pub struct Config {
     pub heartbeat_deadline_ms: u64,
     /// How proxies are scaled; without it, they are those that were started.
     pub proxies: Option<scaling::Config>,
+    /// Where functions are kept, and what compiles them.
+    pub functions: publish::Config,
 }
 
 impl Default for Config {
@@ -39,6 +48,7 @@ impl Default for Config {
             state: "/var/lib/warren/control.db".into(),
             heartbeat_deadline_ms: 3000,
             proxies: None,
+            functions: publish::Config::default(),
         }
     }
 }

@@ -171,6 +171,18 @@ impl Deployer {
         }
     }
 
+    /// The VPCs that a host may start instances in at once.
+    pub fn ready_on(&self, host: &str, session: Session) -> Vec<String> {
+        let state = self.lock();
+        let ready = state.networks.iter().filter(|(_, network)| network.is_ready(host, session));
+        ready.map(|(vpc, _)| vpc.clone()).collect()
+    }
+
+    /// Changes when what hosts have, or why they do not, may have changed.
+    pub fn progress(&self) -> watch::Receiver<()> {
+        self.progress.subscribe()
+    }
+
     fn definition(&self, vpc: &str) -> Option<Vpc> {
         self.lock().networks.get(vpc)?.vpc.clone()
     }

@@ -5,7 +5,7 @@
 //! an agent before it restarted is not mistaken for what is true of it now.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -84,6 +84,8 @@ struct Member {
     drained: bool,
     /// What a proxy has to do.
     load: Option<v1::ProxyLoad>,
+    /// Where gateways reach a host's relay; empty: it has none.
+    relay: String,
 }
 
 struct OpenSession {
@@ -107,6 +109,7 @@ impl Member {
             owned: 0,
             drained: false,
             load: None,
+            relay: String::new(),
         }
     }
 }
@@ -217,6 +220,15 @@ pub struct Peer {
     pub open: Option<(Session, Agent)>,
     /// Whether it is to own no VPC's addresses.
     pub drained: bool,
+}
+
+/// A host, as gateways see it, but for the VPCs that it has.
+#[derive(Clone, Debug)]
+pub struct FlowHost {
+    /// What they are told.
+    pub host: v1::FleetHost,
+    /// Its session, if it is alive.
+    pub session: Option<Session>,
 }
 
 /// What an alive host uses of VPCs' ports.
@@ -443,6 +455,7 @@ impl Fleet {
             owned: member.owned,
             drained: member.drained,
             load: member.load.filter(|_| member.open.is_some()),
+            relay: member.relay.clone(),
         };
         members.by_name.iter().map(host).collect()
     }
@@ -457,6 +470,27 @@ impl Fleet {
             drained: member.drained,
         };
         members.by_name.iter().map(|(name, member)| (name.clone(), peer(member))).collect()
+    }
+
+    /// All hosts, for gateways.
+    pub fn flow_hosts(&self) -> Vec<FlowHost> {
+        let members = self.lock();
+        let hosts =
+            members.by_name.iter().filter(|(_, member)| member.registration.role == Role::Host);
+        let of_host = |(name, member): (&String, &Member)| FlowHost {
+            host: v1::FleetHost {
+                name: name.clone(),
+                endpoint: member.registration.endpoint.to_string(),
+                relay: member.relay.clone(),
+                alive: member.open.is_some(),
+                slots: member.slots,
+                taken: member.taken(),
+                vpcs: Vec::new(),
+                templates: member.templates.iter().map(|pool| pool.template.clone()).collect(),
+            },
+            session: member.open.as_ref().map(|open| open.number),
+        };
+        hosts.map(of_host).collect()
     }
 
     /// What alive hosts use of VPCs' ports, by their names.
@@ -532,13 +566,19 @@ impl Fleet {
     /// False as long as a proxy of the time before a restart did not register again and may be
     /// about to: its addresses are not to be moved for that.
     pub fn is_settled(&self) -> bool {
+        self.have_been_heard(|member| member.registration.role == Role::Proxy)
+    }
+
+    /// The same for hosts and proxies.
+    pub fn is_complete(&self) -> bool {
+        self.have_been_heard(|_| true)
+    }
+
+    /// Whether all of these registered since the restart, or had their time to.
+    fn have_been_heard(&self, of_these: impl Fn(&Member) -> bool) -> bool {
         let was_heard = |member: &Member| member.last_heartbeat.is_some();
         Instant::now() >= self.settled_at
-            || self
-                .lock()
-                .by_name
-                .values()
-                .all(|member| member.registration.role == Role::Host || was_heard(member))
+            || self.lock().by_name.values().all(|member| !of_these(member) || was_heard(member))
     }
 
     fn lock(&self) -> MutexGuard<'_, Members> {
@@ -565,6 +605,10 @@ fn check(heartbeat: &v1::HeartbeatRequest) -> Result<Registration, RegisterError
         let text = &heartbeat.underlay_address;
         invalid("underlay_address", format!("\"{text}\" is not an IP address"))
     })?;
+    if !heartbeat.relay.is_empty() && heartbeat.relay.parse::<SocketAddr>().is_err() {
+        let problem = format!("\"{}\" is not ADDRESS:PORT", heartbeat.relay);
+        return Err(invalid("relay", problem));
+    }
     Ok(Registration { role, endpoint, underlay_address })
 }
 
@@ -594,6 +638,7 @@ impl Registered {
         let templates = &member.templates;
         member.demand.keep(|name| templates.iter().any(|pool| pool.template == name));
         member.version = heartbeat.version;
+        member.relay = heartbeat.relay;
         member.owned = heartbeat.owned;
         member.load = heartbeat.load;
         member.port_use = heartbeat.port_use.into_iter().map(|used| (used.vni, used)).collect();

@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use warren_control::Control;
 use warren_control::config::Config;
+use warren_control::functions::publish::Publisher;
 use warren_control::store::SqliteStore;
 use warren_proto::endpoint::Endpoint;
 use warren_proto::server::Listeners;
@@ -73,8 +74,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let config = arguments.config()?;
-    let store = SqliteStore::open(&config.state).await?;
-    let control = Control::start(Arc::new(store), config.heartbeat_deadline()).await?;
+    let store = Arc::new(SqliteStore::open(&config.state).await?);
+    let publisher = Publisher::open(&config.functions, &config.state, store.clone())?;
+    let control = Control::start(store, publisher, config.heartbeat_deadline()).await?;
     if let Some(proxies) = config.proxies {
         control.scale(proxies);
     }

@@ -1,12 +1,16 @@
 //! How each error is told to gRPC clients: the code for programs, the text for people.
 
 use tonic::{Code, Status};
+use warren_function::jailed::JailedError;
+use warren_function::repository::StoreError as PackageError;
 use warren_placement::PlacementError;
 
 use crate::deploy::DeployError;
 use crate::drops::DropsError;
 use crate::fleet::{DrainError, ForgetError, InstanceError, RegisterError};
 use crate::flows::FlowsError;
+use crate::functions::FunctionsError;
+use crate::functions::publish::PublishError;
 use crate::routes::RoutesError;
 use crate::security::SecurityError;
 use crate::snapshots::SnapshotsError;
@@ -53,19 +57,16 @@ impl From<CreateVpcError> for Status {
     }
 }
 
-impl From<PlacementError> for Status {
-    fn from(error: PlacementError) -> Self {
-        let code = match error {
-            PlacementError::UnknownHost(_)
-            | PlacementError::NotThere { .. }
-            | PlacementError::NoTemplate { .. } => Code::NotFound,
-            PlacementError::DeadHost(_) | PlacementError::NoHost => Code::Unavailable,
-            PlacementError::FullHost { .. } | PlacementError::Full { .. } => {
-                Code::ResourceExhausted
-            }
-        };
-        status(code, &error)
-    }
+/// Why no host was found. Not by [`From`]: both types are other crates'.
+pub fn of_placement(error: &PlacementError) -> Status {
+    let code = match error {
+        PlacementError::UnknownHost(_)
+        | PlacementError::NotThere { .. }
+        | PlacementError::NoTemplate { .. } => Code::NotFound,
+        PlacementError::DeadHost(_) | PlacementError::NoHost => Code::Unavailable,
+        PlacementError::FullHost { .. } | PlacementError::Full { .. } => Code::ResourceExhausted,
+    };
+    status(code, error)
 }
 
 impl From<DeployError> for Status {
@@ -189,6 +190,60 @@ impl From<SecurityError> for Status {
             | SecurityError::Limits(_)
             | SecurityError::TooManyRules { .. }
             | SecurityError::TooManyGroups(_) => Code::InvalidArgument,
+        };
+        status(code, &error)
+    }
+}
+
+impl From<FunctionsError> for Status {
+    fn from(error: FunctionsError) -> Self {
+        let code = match error {
+            FunctionsError::Store(error) => return error.into(),
+            FunctionsError::Unknown(_)
+            | FunctionsError::UnknownVersion { .. }
+            | FunctionsError::UnknownAlias { .. }
+            | FunctionsError::UnknownVpc(_)
+            | FunctionsError::UnknownTrigger(_)
+            | FunctionsError::UnknownDeadLetter(_) => Code::NotFound,
+            FunctionsError::PublicVpc { .. }
+            | FunctionsError::InOtherVpc { .. }
+            | FunctionsError::NothingBefore { .. }
+            | FunctionsError::InUse { .. }
+            | FunctionsError::GetsDeadLetters { .. } => Code::FailedPrecondition,
+            FunctionsError::Invalid { .. } | FunctionsError::Alias { .. } => Code::InvalidArgument,
+            FunctionsError::TooManyAliases(_) => Code::ResourceExhausted,
+            FunctionsError::TriggerExists(_) | FunctionsError::RouteTaken { .. } => {
+                Code::AlreadyExists
+            }
+        };
+        status(code, &error)
+    }
+}
+
+impl From<PublishError> for Status {
+    fn from(error: PublishError) -> Self {
+        let code = match error {
+            PublishError::Function(error) => return error.into(),
+            PublishError::Store(error) => return error.into(),
+            PublishError::Order
+            | PublishError::Options(_)
+            | PublishError::Compile(JailedError::Refused(_) | JailedError::Forbidden) => {
+                Code::InvalidArgument
+            }
+            PublishError::Upload(ref status) => status.code(),
+            PublishError::Slow | PublishError::Compile(JailedError::TimedOut(_)) => {
+                Code::DeadlineExceeded
+            }
+            PublishError::TooLarge | PublishError::Compile(JailedError::OutOfMemory(_)) => {
+                Code::ResourceExhausted
+            }
+            PublishError::Repository(
+                PackageError::Unreachable { .. } | PackageError::Silent { .. },
+            ) => Code::Unavailable,
+            PublishError::Spool(_)
+            | PublishError::Compiler { .. }
+            | PublishError::Compile(_)
+            | PublishError::Repository(_) => Code::Internal,
         };
         status(code, &error)
     }

@@ -1,9 +1,11 @@
-//! A component's code, compiled ahead of time for the guest.
+//! Compiles a component's code ahead of time, for the guest.
 
-use serde::{Deserialize, Serialize};
+use std::io::{self, Read, Write};
+
 use wasmtime::{Engine, OptLevel};
 
-use crate::check::{CheckError, Checked, check};
+use crate::check::{MAX_BYTES, check};
+use crate::compiled::{CompileError, Compiled};
 use crate::engine;
 
 /// What processors of x86-64-v3 have, in cranelift's names: the baseline of hosts and of the guest.
@@ -20,26 +22,6 @@ const PROCESSOR: [&str; 11] = [
     "has_fma",
     "has_lzcnt",
 ];
-
-/// A component that was compiled.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Compiled {
-    /// The code, as wasmtime's `Component::deserialize_raw` takes it.
-    pub code: Vec<u8>,
-    /// What is known of the component.
-    pub checked: Checked,
-}
-
-/// Why there is no code.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub enum CompileError {
-    /// The component is at fault.
-    #[error(transparent)]
-    Check(#[from] CheckError),
-    /// The compiler is at fault, or has a limit that the component is beyond.
-    #[error("the component cannot be compiled: {0}; try a smaller one, and tell us of this one")]
-    Compiler(String),
-}
 
 /// Compiles a component. The same component gives the same code, whatever the machine: the code
 /// carries the compiler's version.
@@ -62,4 +44,17 @@ pub fn compile(component: &[u8]) -> Result<Compiled, CompileError> {
     let engine = Engine::new(&config).map_err(failed)?;
     let code = engine.precompile_component(component).map_err(failed)?;
     Ok(Compiled { code, checked })
+}
+
+/// The compiler's side of [`jailed`](crate::jailed): reads a component, and answers.
+///
+/// # Errors
+/// The streams'.
+pub fn answer(input: impl Read, mut output: impl Write) -> io::Result<()> {
+    let mut component = Vec::new();
+    // One byte more than is allowed, by which to see that it is too much.
+    input.take(MAX_BYTES as u64 + 1).read_to_end(&mut component)?;
+    let answer = postcard::to_allocvec(&compile(&component)).map_err(io::Error::other)?;
+    output.write_all(&answer)?;
+    output.flush()
 }

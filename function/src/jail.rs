@@ -2,7 +2,6 @@
 //! of a processor up to a limit.
 
 use std::io;
-use std::time::Duration;
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError,
@@ -17,6 +16,8 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+
+use crate::jailed::Limits;
 
 /// The user and group that own nothing.
 const NOBODY: u32 = 65534;
@@ -67,15 +68,6 @@ const ABSENT: &[libc::c_long] = &[
     libc::SYS_readlink,
     libc::SYS_statx,
 ];
-
-/// What the compiler's process may use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Address space, in bytes. Threads take some of it that they do not touch.
-    pub memory_bytes: u64,
-    /// Time of processors, all threads together, in whole seconds.
-    pub cpu_time: Duration,
-}
 
 /// Why a wall cannot be built.
 #[derive(Debug, thiserror::Error)]

@@ -1,10 +1,10 @@
-//! Asks the compiler, a process of its own behind [walls](crate::jail): components are somebody
+//! Asks the compiler, a process of its own behind walls (`jail`): components are somebody
 //! else's, and a compiler is large.
 //!
 //! It gets the component on its standard input, to the end of it, and answers on its standard output
 //! with code or error in postcard's encoding. Options and files of a function it never sees.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
@@ -14,9 +14,7 @@ use nix::sys::signal::Signal;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
-use crate::check::MAX_BYTES;
-use crate::compile::{CompileError, Compiled, compile};
-use crate::jail::Limits;
+use crate::compiled::{CompileError, Compiled};
 
 /// The longest answer, in bytes.
 const MAX_ANSWER: u64 = 1 << 30;
@@ -26,6 +24,15 @@ const MAX_SAID: u64 = 4096;
 
 /// How many pools of memory threads may have: each takes address space.
 const POOLS: &str = "2";
+
+/// What the compiler's process may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Address space, in bytes. Threads take some of it that they do not touch.
+    pub memory_bytes: u64,
+    /// Time of processors, all threads together, in whole seconds.
+    pub cpu_time: Duration,
+}
 
 /// A compiler in a jail.
 #[derive(Clone, Debug)]
@@ -158,17 +165,4 @@ async fn take(stream: Option<impl AsyncRead + Unpin>, most: u64) -> io::Result<V
         stream.take(most).read_to_end(&mut bytes).await?;
     }
     Ok(bytes)
-}
-
-/// The compiler's side: reads a component, and answers.
-///
-/// # Errors
-/// The streams'.
-pub fn answer(input: impl Read, mut output: impl Write) -> io::Result<()> {
-    let mut component = Vec::new();
-    // One byte more than is allowed, by which to see that it is too much.
-    input.take(MAX_BYTES as u64 + 1).read_to_end(&mut component)?;
-    let answer = postcard::to_allocvec(&compile(&component)).map_err(io::Error::other)?;
-    output.write_all(&answer)?;
-    output.flush()
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use crate::compile::Compiled;
+use crate::compiled::Compiled;
 use crate::package::{self, Manifest, PackageError};
 
 /// What a function is to have.

@@ -16,7 +16,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{ForkResult, Uid, fork, getgroups, getppid, getresuid};
-use warren_function::jail::{self, Limits};
+use warren_function::jail;
+use warren_function::jailed::Limits;
 
 const WALL: &str = "WARREN_TEST_WALL";
 

@@ -15,6 +15,7 @@ use tokio_stream::wrappers::IntervalStream;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 use warren_control::Control;
+use warren_control::functions::publish::{self, Publisher};
 use warren_control::store::SqliteStore;
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::server::{Listeners, Services};
@@ -67,6 +68,8 @@ impl Server {
 pub struct World {
     directory: TempDir,
     deadline: Duration,
+    /// What the control plane has of functions, when it is started.
+    pub functions: publish::Config,
     control: Option<(Control, Server)>,
     /// What all agents were told, in the order they were told it.
     pub log: Log,
@@ -79,14 +82,17 @@ impl World {
 
     pub async fn with_deadline(deadline: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let mut world = Self { directory, deadline, control: None, log: Log::default() };
+        let functions = publish::Config::default();
+        let mut world = Self { directory, deadline, functions, control: None, log: Log::default() };
         world.start_control().await;
         world
     }
 
     pub async fn start_control(&mut self) {
-        let store = SqliteStore::open(&self.directory.path().join("control.db")).await.unwrap();
-        let control = Control::start(Arc::new(store), self.deadline).await.unwrap();
+        let state = self.file("control.db");
+        let store = Arc::new(SqliteStore::open(&state).await.unwrap());
+        let publisher = Publisher::open(&self.functions, &state, store.clone()).unwrap();
+        let control = Control::start(store, publisher, self.deadline).await.unwrap();
         let server = Server::start(&self.endpoint(), control.services()).await;
         self.control = Some((control, server));
     }
@@ -344,6 +350,7 @@ impl FakeAgent {
             port_use: vec![],
             owned: 0,
             load: None,
+            relay: String::new(),
             templates: vec![TemplatePool { template: "small".into(), parked: 2, parked_target: 3 }],
         };
         Self { behaviour, report, server, heartbeats: None }

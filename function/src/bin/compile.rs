@@ -4,7 +4,8 @@ use std::io;
 use std::time::Duration;
 
 use clap::Parser;
-use warren_function::{jail, jailed};
+use warren_function::jailed::Limits;
+use warren_function::{compile, jail};
 
 /// Compiles the WebAssembly component on its standard input ahead of time. warren's code manager
 /// starts it: what it answers is for programs.
@@ -22,6 +23,6 @@ struct Arguments {
 fn main() -> anyhow::Result<()> {
     let Arguments { memory_bytes, cpu_seconds } = Arguments::parse();
     let cpu_time = Duration::from_secs(cpu_seconds);
-    jail::enter(jail::Limits { memory_bytes, cpu_time })?.close()?;
-    Ok(jailed::answer(io::stdin().lock(), io::stdout().lock())?)
+    jail::enter(Limits { memory_bytes, cpu_time })?.close()?;
+    Ok(compile::answer(io::stdin().lock(), io::stdout().lock())?)
 }

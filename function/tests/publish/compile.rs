@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use warren_function::check::{CheckError, MAX_BYTES};
-use warren_function::compile::{CompileError, compile};
+use warren_function::compile::compile;
+use warren_function::compiled::CompileError;
 use warren_function::digest::Digest;
-use warren_function::jail::Limits;
-use warren_function::jailed::{JailedCompiler, JailedError};
+use warren_function::jailed::{JailedCompiler, JailedError, Limits};
 use warren_function::options::Options;
 
 use crate::component::component;
