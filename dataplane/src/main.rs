@@ -116,6 +116,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
     if let (Some(control), Some(endpoint)) = (config.control.clone(), config.advertised()) {
         let endpoint = endpoint.to_string();
         let (name, underlay) = (config.name.clone(), config.underlay.address.to_string());
+        let relay = config.relay.map(|relay| relay.to_string()).unwrap_or_default();
         let listener = agent.clone();
         let heard = move |answer: HeartbeatResponse| listener.want_parked(&answer.wanted);
         let report = move || {
@@ -132,6 +133,7 @@ async fn run(arguments: &Arguments, config: Config) -> Result<()> {
                 owned: report.owned,
                 load: report.load,
                 templates: report.templates,
+                relay: relay.clone(),
             }
         };
         tokio::spawn(heartbeat::run(control, report, heard));

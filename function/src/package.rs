@@ -21,6 +21,10 @@ pub const MAGIC: [u8; 8] = *b"WRNFUNC\0";
 /// Version of the format.
 pub const VERSION: u32 = 1;
 
+/// The most that a function's linear memories may have together, in bytes: with a quarter of it for files,
+/// and the heap of its runtime, it is what a microVM can map (`warren_abi::microvm::FUNCTION_BYTES_MAX`).
+pub const MEMORY_MAX: u64 = 384 << 20;
+
 /// Where the manifest begins.
 const MANIFEST: usize = 16;
 

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressIterator;
 use warren_bench::figures::Figures;
+use warren_bench::interrupt;
 use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS};
 use warren_netns::functions::{Answer, Caller, Functions, GATEWAY, example, take_functions};
 use warren_netns::process::Process;
 use warren_netns::servers;
 use warren_proto::v1;
 
-use crate::interrupt;
 use peer::Peer;
 
 /// Samples of each figure, unless something else is said.
@@ -64,8 +64,8 @@ impl World {
         Ok(Self { fleet, _functions: functions, _redis: redis })
     }
 
-    fn deploy(&self, name: &str, component: &str, more: &str) -> Result<()> {
-        self.fleet.deploy(name, VPCS[0], &example(component)?, more)
+    async fn deploy(&self, name: &str, of: &str, environment: &[(&str, &str)]) -> Result<()> {
+        self.fleet.deploy(name, VPCS[0], &example(of)?, environment).await.map(drop)
     }
 
     /// Ends all instances of functions.
@@ -175,7 +175,7 @@ async fn cold(rounds: u32, figures: &mut Figures) -> Result<()> {
     for (name, hello) in EXAMPLES {
         let bytes = std::fs::metadata(example(name)?)?.len();
         figures.count(&format!("{name}_wasm_bytes"), bytes);
-        world.deploy(name, name, "")?;
+        world.deploy(name, name, &[]).await?;
         let (mut colds, mut warms, mut peers) = (Vec::new(), Vec::new(), Vec::new());
         let path = format!("/{name}/");
         expect(&world.call(&path)?, hello)?;
@@ -199,7 +199,7 @@ async fn cold(rounds: u32, figures: &mut Figures) -> Result<()> {
         figures.distribution(&format!("{prefix}warm_us"), warms);
         figures.distribution("wasmtime_serve_us", peers);
     }
-    world.deploy("vpc", "rust", "--env REDIS=10.0.0.10:6379")?;
+    world.deploy("vpc", "rust", &[("REDIS", "10.0.0.10:6379")]).await?;
     world.call("/vpc/visits")?;
     let mut in_vpc = Vec::new();
     for _ in (0..rounds).progress() {
@@ -225,7 +225,7 @@ async fn first_ever(world: &World, figures: &mut Figures) -> Result<()> {
     for number in (0..20).progress() {
         interrupt::check()?;
         let name = format!("first{number}");
-        world.deploy(&name, "rust", &format!("--env N={number}"))?;
+        world.deploy(&name, "rust", &[("N", &number.to_string())]).await?;
         // The gateway knows of it before it is called.
         tokio::time::sleep(Duration::from_millis(500)).await;
         firsts.push(expect(&world.call(&format!("/{name}/"))?, EXAMPLES[0].1)?);
@@ -239,7 +239,7 @@ async fn many(world: &World, rounds: u32, figures: &mut Figures) -> Result<()> {
     let one = vec!["/rust/".to_owned(); IN_FLIGHT];
     let distinct: Vec<String> = (0..IN_FLIGHT).map(|number| format!("/of{number}/")).collect();
     for number in (0..IN_FLIGHT).progress() {
-        world.deploy(&format!("of{number}"), "rust", &format!("--env OF={number}"))?;
+        world.deploy(&format!("of{number}"), "rust", &[("OF", &number.to_string())]).await?;
         world.call(&format!("/of{number}/"))?;
     }
     let (mut colds, mut warms, mut distincts) = (Vec::new(), Vec::new(), Vec::new());
@@ -267,7 +267,7 @@ async fn parked(rounds: u32, figures: &mut Figures) -> Result<()> {
         [(1, "parked_us", rounds), (IN_FLIGHT as u32, "parked_us_50", rounds.div_ceil(50).max(4))]
     {
         let world = World::new(parked).await?;
-        world.deploy("rust", "rust", "")?;
+        world.deploy("rust", "rust", &[]).await?;
         world.call("/rust/")?;
         let mut samples = Vec::new();
         let paths = vec!["/rust/".to_owned(); parked as usize];

@@ -21,7 +21,7 @@ use warren_function::compiled::Compiled;
 use warren_function::digest::Digest;
 use warren_function::jailed::{JailedCompiler, JailedError};
 use warren_function::options::{Options, OptionsError};
-use warren_function::package::Package;
+use warren_function::package::{self, Package};
 use warren_function::repository::{OpenError, Published, Repository, Store as Packages};
 use warren_proto::v1;
 use warren_proto::v1::deploy_function_request::Part;
@@ -35,9 +35,9 @@ use crate::store::{Store, StoreError, Write, decode};
 const COMPILED_PREFIX: &str = "compiled/";
 /// The template of functions that name none.
 const TEMPLATE: &str = "runtime";
-const MEMORY_BYTES: u64 = 128 << 20;
+const MEMORY_BYTES: u64 = 64 << 20;
 /// What 32-bit memories can have.
-const MAX_MEMORY_BYTES: u64 = 4 << 30;
+const MAX_MEMORY_BYTES: u64 = package::MEMORY_MAX;
 const TIMEOUT_MS: u32 = 3000;
 const MAX_TIMEOUT_MS: u32 = 15 * 60 * 1000;
 /// A compilation takes gigabytes.

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use warren_proto::endpoint::Endpoint;
+use warren_proto::endpoint::{Endpoint, connect};
+use warren_proto::v1;
+use warren_proto::v1::function_service_client::FunctionServiceClient;
 
 use crate::fleet::{Daemon, Fleet, built, template_with};
 use crate::process::Process;
@@ -187,11 +189,44 @@ impl Caller {
 
 impl Fleet {
     /// Deploys a component under a name, and has it answer calls to paths that begin with the name.
-    pub fn deploy(&self, name: &str, vpc: &str, component: &Path, more: &str) -> Result<()> {
-        let component = component.display();
-        self.warren(&format!("function deploy {name} {component} --vpc {vpc} {more}"))?;
-        let trigger = format!("trigger add http {name} --function {name} --prefix /{name} --strip");
-        self.warren(&trigger).map(drop)
+    pub async fn deploy(
+        &self,
+        name: &str,
+        vpc: &str,
+        component: &Path,
+        environment: &[(&str, &str)],
+    ) -> Result<v1::DeployFunctionResponse> {
+        use v1::deploy_function_request::Part;
+        let variable = |(name, value): &(&str, &str)| v1::EnvironmentVariable {
+            name: (*name).to_owned(),
+            value: (*value).to_owned(),
+        };
+        let options = v1::FunctionOptions {
+            name: name.to_owned(),
+            vpc: vpc.to_owned(),
+            environment: environment.iter().map(variable).collect(),
+            ..v1::FunctionOptions::default()
+        };
+        let component = std::fs::read(component)?;
+        let pieces = component.chunks(1 << 20).map(|piece| Part::Component(piece.to_vec()));
+        let parts = std::iter::once(Part::Options(options)).chain(pieces);
+        let parts: Vec<_> =
+            parts.map(|part| v1::DeployFunctionRequest { part: Some(part) }).collect();
+        let channel = connect(&self.control_endpoint()).await?;
+        let mut control = FunctionServiceClient::new(channel);
+        let deployed = control.deploy_function(tokio_stream::iter(parts)).await?.into_inner();
+        let trigger = v1::Trigger {
+            name: name.to_owned(),
+            function: name.to_owned(),
+            kind: Some(v1::trigger::Kind::Http(v1::HttpTrigger {
+                prefix: format!("/{name}"),
+                strip: true,
+                ..v1::HttpTrigger::default()
+            })),
+            ..v1::Trigger::default()
+        };
+        control.create_trigger(v1::CreateTriggerRequest { trigger: Some(trigger) }).await?;
+        Ok(deployed)
     }
 
     /// Calls through the gateway, on a connection of its own.

@@ -25,8 +25,10 @@ impl World {
         Self { fleet, _functions: functions, _redis: redis }
     }
 
-    fn deploy(&self, name: &str, vpc: &str, component: &str, more: &str) {
-        self.fleet.deploy(name, vpc, &example(component).unwrap(), more).unwrap();
+    async fn deploy(&self, name: &str, vpc: &str, component: &str, environment: &[(&str, &str)]) {
+        let component = example(component).unwrap();
+        let deployed = self.fleet.deploy(name, vpc, &component, environment).await;
+        deployed.unwrap_or_else(|error| panic!("{name}: {error:#}\n{}", self.logs()));
     }
 
     fn call(&self, method: &str, path: &str, body: &str) -> Answer {
@@ -62,7 +64,7 @@ async fn a_function_answers_in_its_tenants_vpc_and_its_instance_again() {
     }
     let world = World::new("").await;
     for (name, vpc) in ["one", "two"].into_iter().zip(VPCS) {
-        world.deploy(name, vpc, "rust", "--env REDIS=10.0.0.10:6379");
+        world.deploy(name, vpc, "rust", &[("REDIS", "10.0.0.10:6379")]).await;
     }
     for count in 1..=3 {
         world.expect("GET", "/one/visits", "", &format!("visits {count}\n"));
@@ -79,10 +81,10 @@ async fn each_example_is_deployed_and_called() {
     }
     let world = World::new("").await;
     for (name, hello) in [("javascript", "JavaScript"), ("python", "Python"), ("c", "C")] {
-        world.deploy(name, VPCS[0], name, "");
+        world.deploy(name, VPCS[0], name, &[]).await;
         world.expect("GET", &format!("/{name}/"), "", &format!("hello from {hello}\n"));
         world.expect("POST", &format!("/{name}/echo"), "said so", "said so");
     }
-    world.deploy("rust", VPCS[0], "rust", "");
+    world.deploy("rust", VPCS[0], "rust", &[]).await;
     world.expect("GET", "/rust/", "", "hello from Rust\n");
 }
