@@ -3,9 +3,9 @@
 mod fake;
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::time::Duration;
 
+use fake::functions::{compiler, component};
 use fake::{FakeAgent, World, eventually};
 use tonic::{Code, Status, Streaming};
 use warren_proto::endpoint::connect;
@@ -18,41 +18,13 @@ use warren_proto::v1::*;
 
 type Client = FunctionServiceClient<tonic::transport::Channel>;
 
-/// A component that answers HTTP, with these imports.
-fn component(imports: &str) -> Vec<u8> {
-    let text = format!(
-        r#"(component
-            {imports}
-            (core module $m
-                (memory 2)
-                (func (export "handle") (param i32 i32)))
-            (core instance $i (instantiate $m))
-            (func $handle (param "request" u32) (param "response" u32)
-                (canon lift (core func $i "handle")))
-            (instance $handler (export "handle" (func $handle)))
-            (export "wasi:http/incoming-handler@0.2.3" (instance $handler)))"#
-    );
-    wat::parse_str(text).unwrap()
-}
-
 /// A control plane whose compiler counts its runs in a file.
 async fn world() -> World {
-    let compiler = std::env::var_os("WARREN_COMPILE").map_or_else(
-        || {
-            let deps = std::env::current_exe().unwrap();
-            deps.parent().and_then(|deps| deps.parent()).unwrap().join("warren-compile")
-        },
-        PathBuf::from,
-    );
-    let build = "cargo build --release -p warren-function --features compile --bin warren-compile";
-    assert!(compiler.exists(), "{} is not there: `{build}` makes it", compiler.display());
+    let compiler = compiler();
     let mut world = World::new().await;
     let (counting, runs) = (world.file("compile"), world.file("runs"));
-    let script = format!(
-        "#!/bin/sh\necho run >> {}\nexec {} \"$@\"\n",
-        runs.display(),
-        compiler.display()
-    );
+    let script =
+        format!("#!/bin/sh\necho run >> {}\nexec {} \"$@\"\n", runs.display(), compiler.display());
     std::fs::write(&counting, script).unwrap();
     std::fs::set_permissions(&counting, std::fs::Permissions::from_mode(0o755)).unwrap();
     world.functions.compiler = Some(counting);
@@ -108,7 +80,9 @@ async fn set_alias(
 fn http(name: &str, alias: &str, prefix: &str) -> CreateTriggerRequest {
     let kind = HttpTrigger { host: String::new(), prefix: prefix.into(), strip: false };
     let (name, function, alias) = (name.into(), "web".into(), alias.into());
-    CreateTriggerRequest { trigger: Some(Trigger { name, function, alias, kind: Some(Kind::Http(kind)) }) }
+    CreateTriggerRequest {
+        trigger: Some(Trigger { name, function, alias, kind: Some(Kind::Http(kind)) }),
+    }
 }
 
 async fn get(client: &mut Client, name: &str) -> Result<Function, Status> {
@@ -349,7 +323,9 @@ async fn gateways_are_told_everything_and_then_changes() {
     let mut watched = watch(&world, "g1").await;
     let complete = |change: &Change| matches!(change, Change::Complete(true));
     let all = until(&mut watched, "complete", complete).await;
-    assert!(all.iter().any(|it| matches!(it, Change::Function(function) if function.name == "web")));
+    assert!(
+        all.iter().any(|it| matches!(it, Change::Function(function) if function.name == "web"))
+    );
     assert!(all.contains(&Change::FiresTimers(true)));
     let h2 = all.iter().find_map(|change| match change {
         Change::Host(host) if host.name == "h2" => Some(host),
@@ -382,11 +358,13 @@ async fn gateways_are_told_everything_and_then_changes() {
         until(stream, "the trigger", is_site).await;
     }
     world.run("blue", "h1").await.unwrap();
-    let taken = |it: &Change| matches!(it, Change::Host(host) if host.name == "h1" && host.taken == 1);
+    let taken =
+        |it: &Change| matches!(it, Change::Host(host) if host.name == "h1" && host.taken == 1);
     until(&mut watched, "a slot is taken", taken).await;
     client.delete_trigger(DeleteTriggerRequest { name: "site".into() }).await.unwrap();
     client.delete_function(DeleteFunctionRequest { name: "web".into() }).await.unwrap();
-    let told = until(&mut watched, "it is gone", |it| matches!(it, Change::FunctionRemoved(_))).await;
+    let told =
+        until(&mut watched, "it is gone", |it| matches!(it, Change::FunctionRemoved(_))).await;
     assert!(told.contains(&Change::TriggerRemoved("site".into())), "{told:?}");
 
     // Another VPC's first function, and a host that comes later.
