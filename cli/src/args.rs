@@ -9,8 +9,10 @@ use warren_proto::limits::Limits;
 
 use crate::error::EXIT_CODES;
 use crate::flows::Moment;
+use crate::function::FunctionCommand;
 use crate::probe::Operation;
 use crate::security::{GuardArguments, SecurityGroupCommand};
+use crate::trigger::TriggerCommand;
 
 /// Runs microVMs that stand in your VPCs.
 #[derive(Debug, Parser)]
@@ -68,6 +70,12 @@ pub enum Command {
     /// Which flows microVMs may have.
     #[command(subcommand)]
     SecurityGroup(SecurityGroupCommand),
+    /// WebAssembly components that answer calls, each instance a microVM.
+    #[command(subcommand)]
+    Function(FunctionCommand),
+    /// Which calls functions answer.
+    #[command(subcommand)]
+    Trigger(TriggerCommand),
 }
 
 #[derive(Debug, Subcommand)]

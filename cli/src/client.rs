@@ -1,20 +1,25 @@
 //! Calls to the control plane.
 
+use tokio_stream::Stream;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
+use warren_proto::v1::function_service_client::FunctionServiceClient;
 use warren_proto::v1::{
     AddRoutesRequest, AddSharedAddressRequest, CallInstanceRequest, CapturePacketsRequest,
     CapturePacketsResponse, ChangeSecurityRulesRequest, CreateSecurityGroupRequest,
-    CreateVpcRequest, DeleteRoutesRequest, DeleteSecurityGroupRequest, DeleteSnapshotRequest,
-    DrainProxyRequest, FindFleetMappingsRequest, ForgetHostRequest, GetSecurityRequest,
+    CreateTriggerRequest, CreateVpcRequest, DeleteAliasRequest, DeleteFunctionRequest,
+    DeleteRoutesRequest, DeleteSecurityGroupRequest, DeleteSnapshotRequest, DeleteTriggerRequest,
+    DeployFunctionRequest, DeployFunctionResponse, DrainProxyRequest, FindFleetMappingsRequest,
+    ForgetHostRequest, Function, FunctionAlias, GetFunctionRequest, GetSecurityRequest,
     GetSecurityResponse, Host, HostDrops, HostFlows, HostMappings, HostSnapshots, Instance,
-    ListFleetDropsRequest, ListFleetFlowsRequest, ListFleetSnapshotsRequest, ListHostsRequest,
-    ListInstancesRequest, ListRoutesRequest, ListRoutesResponse, ListVpcsRequest,
-    ReplaceRoutesRequest, Route, RunInstanceRequest, RunInstanceResponse, SecurityDefaults,
-    SecurityGroup, SetSecurityDefaultsRequest, SharedAddress, Snapshot, StopInstanceRequest,
-    TakeSnapshotRequest, Vpc,
+    ListFleetDropsRequest, ListFleetFlowsRequest, ListFleetSnapshotsRequest, ListFunctionsRequest,
+    ListHostsRequest, ListInstancesRequest, ListRoutesRequest, ListRoutesResponse,
+    ListTriggersRequest, ListVpcsRequest, ReplaceRoutesRequest, RollBackAliasRequest, Route,
+    RunInstanceRequest, RunInstanceResponse, SecurityDefaults, SecurityGroup, SetAliasRequest,
+    SetSecurityDefaultsRequest, SharedAddress, Snapshot, StopInstanceRequest, TakeSnapshotRequest,
+    Trigger, Vpc,
 };
 
 use crate::error::Error;
@@ -24,12 +29,15 @@ use crate::error::Error;
 pub struct Client {
     endpoint: Endpoint,
     service: ControlServiceClient<Channel>,
+    functions: FunctionServiceClient<Channel>,
 }
 
 impl Client {
     pub async fn connect(endpoint: Endpoint) -> Result<Self, Error> {
-        let service = ControlServiceClient::new(connect(&endpoint).await?);
-        Ok(Self { endpoint, service })
+        let channel = connect(&endpoint).await?;
+        let service = ControlServiceClient::new(channel.clone());
+        let functions = FunctionServiceClient::new(channel);
+        Ok(Self { endpoint, service, functions })
     }
 
     pub async fn create_vpc(&mut self, vpc: Vpc) -> Result<Vpc, Error> {
@@ -188,6 +196,72 @@ impl Client {
     ) -> Result<Streaming<CapturePacketsResponse>, Error> {
         let answer = self.service.capture_packets(request).await;
         self.unwrap(answer)
+    }
+
+    /// The first message has the options, each other one a piece of the component.
+    pub async fn deploy_function(
+        &mut self,
+        messages: impl Stream<Item = DeployFunctionRequest> + Send + 'static,
+    ) -> Result<DeployFunctionResponse, Error> {
+        let answer = self.functions.deploy_function(messages).await;
+        self.unwrap(answer)
+    }
+
+    /// Of a VPC, or all.
+    pub async fn functions(&mut self, vpc: String) -> Result<Vec<Function>, Error> {
+        let answer = self.functions.list_functions(ListFunctionsRequest { vpc }).await;
+        Ok(self.unwrap(answer)?.functions)
+    }
+
+    pub async fn function(&mut self, name: String) -> Result<Function, Error> {
+        let answer = self.functions.get_function(GetFunctionRequest { name }).await;
+        self.unwrap(answer)?.function.ok_or(Error::Incomplete("the function"))
+    }
+
+    pub async fn delete_function(&mut self, name: String) -> Result<(), Error> {
+        let answer = self.functions.delete_function(DeleteFunctionRequest { name }).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn set_alias(
+        &mut self,
+        function: String,
+        alias: FunctionAlias,
+    ) -> Result<FunctionAlias, Error> {
+        let request = SetAliasRequest { function, alias: Some(alias) };
+        let answer = self.functions.set_alias(request).await;
+        self.unwrap(answer)?.alias.ok_or(Error::Incomplete("the alias"))
+    }
+
+    pub async fn roll_back_alias(
+        &mut self,
+        function: String,
+        alias: String,
+    ) -> Result<FunctionAlias, Error> {
+        let answer = self.functions.roll_back_alias(RollBackAliasRequest { function, alias }).await;
+        self.unwrap(answer)?.alias.ok_or(Error::Incomplete("the alias"))
+    }
+
+    pub async fn delete_alias(&mut self, function: String, alias: String) -> Result<(), Error> {
+        let answer = self.functions.delete_alias(DeleteAliasRequest { function, alias }).await;
+        self.unwrap(answer).map(drop)
+    }
+
+    pub async fn create_trigger(&mut self, trigger: Trigger) -> Result<Trigger, Error> {
+        let request = CreateTriggerRequest { trigger: Some(trigger) };
+        let answer = self.functions.create_trigger(request).await;
+        self.unwrap(answer)?.trigger.ok_or(Error::Incomplete("the trigger"))
+    }
+
+    /// Of a function, or all.
+    pub async fn triggers(&mut self, function: String) -> Result<Vec<Trigger>, Error> {
+        let answer = self.functions.list_triggers(ListTriggersRequest { function }).await;
+        Ok(self.unwrap(answer)?.triggers)
+    }
+
+    pub async fn delete_trigger(&mut self, name: String) -> Result<(), Error> {
+        let answer = self.functions.delete_trigger(DeleteTriggerRequest { name }).await;
+        self.unwrap(answer).map(drop)
     }
 
     /// The control plane's error.

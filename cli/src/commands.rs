@@ -17,6 +17,7 @@ use crate::drain;
 use crate::drops;
 use crate::error::Error;
 use crate::flows;
+use crate::function::{self, FunctionCommand};
 use crate::probe::Operation;
 use crate::render::{
     self, ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows, template_rows,
@@ -24,6 +25,7 @@ use crate::render::{
 use crate::route;
 use crate::security;
 use crate::snapshots;
+use crate::trigger;
 
 /// Runs the command and prints its result on standard output.
 pub async fn run(arguments: Arguments) -> Result<(), Error> {
@@ -35,6 +37,9 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
     ) = &command
     {
         return Err(Error::Usage("--hostname names one microVM: leave it out with --count".into()));
+    }
+    if let Command::Function(FunctionCommand::New(arguments)) = command {
+        return function::new(output, arguments);
     }
     let mut client = Client::connect(endpoint).await?;
     match command {
@@ -86,6 +91,8 @@ pub async fn run(arguments: Arguments) -> Result<(), Error> {
         Command::Capture(arguments) => capture::run(client, output, arguments).await,
         Command::Route(command) => route::run(client, output, command).await,
         Command::SecurityGroup(command) => security::run(client, output, command).await,
+        Command::Function(command) => function::run(client, output, command).await,
+        Command::Trigger(command) => trigger::run(client, output, command).await,
         Command::Vm(VmCommand::Ls) => {
             let rows = instance_rows(client.instances().await?);
             print(&render::list(output, &rows))

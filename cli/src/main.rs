@@ -6,13 +6,16 @@ mod client;
 mod commands;
 mod drain;
 mod drops;
+mod duration;
 mod error;
 mod flows;
+mod function;
 mod probe;
 mod render;
 mod route;
 mod security;
 mod snapshots;
+mod trigger;
 
 use std::process::ExitCode;
 

@@ -3,6 +3,7 @@
 mod capture;
 mod drops;
 mod flows;
+mod functions;
 mod probe;
 mod routes;
 mod rows;
@@ -18,6 +19,10 @@ use crate::args::Output;
 pub use capture::CaptureRow;
 pub use drops::{DropRow, Scope, drop_rows};
 pub use flows::{FlowRow, MappingRow};
+pub use functions::{
+    AliasRow, DeletedRow, DeployedRow, FileRow, FunctionRow, TriggerRow, VersionRow, alias_rows,
+    version_rows,
+};
 pub use probe::probe;
 pub use routes::{RouteRow, route_rows};
 pub use rows::{ForgottenRow, HostRow, StoppedRow, VpcRow, instance_rows, started_rows};

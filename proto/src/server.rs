@@ -24,6 +24,8 @@ use crate::v1::DESCRIPTOR_SET;
 
 /// Calls that run when the server is told to stop have this long to end.
 const GRACE: Duration = Duration::from_secs(2);
+/// A peer that is gone without a word is asked this often, and given up when it does not answer.
+const KEEPALIVE: Duration = Duration::from_secs(10);
 const HEALTH: &str = "grpc.health.v1.Health";
 
 /// Why a server could not listen or serve.
@@ -147,7 +149,8 @@ impl Listeners {
                 let _ = stopped.changed().await;
             };
             servers.spawn(async move {
-                let server = Server::builder().add_routes(routes);
+                let server =
+                    Server::builder().http2_keepalive_interval(Some(KEEPALIVE)).add_routes(routes);
                 match socket {
                     Socket::Tcp(listener) => {
                         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));

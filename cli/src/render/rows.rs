@@ -126,6 +126,8 @@ pub struct HostRow {
     load: Option<LoadObject>,
     underlay_address: String,
     endpoint: String,
+    /// Where gateways reach functions on it; null: it takes none.
+    relay: Option<String>,
     version: String,
 }
 
@@ -167,6 +169,7 @@ impl From<v1::Host> for HostRow {
             load: host.load.map(Into::into),
             underlay_address: host.underlay_address,
             endpoint: host.endpoint,
+            relay: some(host.relay),
             version: host.version,
         }
     }
@@ -185,6 +188,7 @@ impl Row for HostRow {
         "LOAD",
         "UNDERLAY",
         "ENDPOINT",
+        "RELAY",
         "VERSION",
     ];
 
@@ -217,6 +221,7 @@ impl Row for HostRow {
             dash(load.as_deref()),
             self.underlay_address.clone(),
             self.endpoint.clone(),
+            dash(self.relay.as_deref()),
             dash(some(self.version.clone()).as_deref()),
         ]
     }
@@ -505,6 +510,7 @@ mod tests {
             drained: false,
             load: None,
             templates: vec![],
+            relay: "192.0.2.1:7800".into(),
         };
         let never_heard_of = v1::Host {
             name: "p1".into(),
@@ -513,6 +519,7 @@ mod tests {
             version: String::new(),
             owned: 3,
             drained: true,
+            relay: String::new(),
             load: Some(v1::ProxyLoad {
                 bits_per_second: 12_345_678,
                 packets_per_second: 1500,
@@ -523,9 +530,9 @@ mod tests {
         let rows = [HostRow::from(host), HostRow::from(never_heard_of)];
         assert_eq!(
             list(Output::Table, &rows),
-            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED   OWNS         LOAD                                   UNDERLAY   ENDPOINT               VERSION\n\
-             h1    host   yes    0.4 s       64     3          8 of 12  -            -                                      192.0.2.1  http://192.0.2.1:7701  0.1.0\n\
-             p1    proxy  no     -           -      -          -        3 (drained)  12.3 Mbit/s, 1500 packets/s, 26 % CPU  192.0.2.1  http://192.0.2.1:7701  -"
+            "NAME  ROLE   ALIVE  LAST HEARD  SLOTS  INSTANCES  PARKED   OWNS         LOAD                                   UNDERLAY   ENDPOINT               RELAY           VERSION\n\
+             h1    host   yes    0.4 s       64     3          8 of 12  -            -                                      192.0.2.1  http://192.0.2.1:7701  192.0.2.1:7800  0.1.0\n\
+             p1    proxy  no     -           -      -          -        3 (drained)  12.3 Mbit/s, 1500 packets/s, 26 % CPU  192.0.2.1  http://192.0.2.1:7701  -               -"
         );
         let json: serde_json::Value = serde_json::from_str(&list(Output::Json, &rows)).unwrap();
         assert_eq!(json[0]["heartbeat_age_ms"], 449);

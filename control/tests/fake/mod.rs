@@ -1,6 +1,8 @@
 //! A control plane in the test's process, and agents that only remember what they are told.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod functions;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
