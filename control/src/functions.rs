@@ -2,10 +2,11 @@
 //!
 //! [`model`] and [`triggers`] say what can be; [`publish`] makes a version's package; [`networks`]
 //! has functions' VPCs on hosts before anything starts there; [`api`] answers requests; [`data_flow`]
-//! tells gateways what they need, and [`timers`] which of them fires the timers.
+//! tells gateways what they need, [`logs`] people what functions write, and [`timers`] which of them fires the timers.
 
 pub mod api;
 pub mod data_flow;
+pub mod logs;
 pub mod model;
 pub mod networks;
 pub mod publish;

@@ -40,12 +40,14 @@ use warren_proto::v1::control_service_server::ControlServiceServer;
 use warren_proto::v1::data_flow_service_server::DataFlowServiceServer;
 use warren_proto::v1::fleet_service_server::FleetServiceServer;
 use warren_proto::v1::function_service_server::FunctionServiceServer;
+use warren_proto::v1::log_service_server::LogServiceServer;
 
 use crate::api::Api;
 use crate::deploy::Deployer;
 use crate::fleet::Fleet;
 use crate::functions::api::{FunctionApi, MAX_MESSAGE};
 use crate::functions::data_flow::DataFlow;
+use crate::functions::logs::LogApi;
 use crate::functions::networks::Networks;
 use crate::functions::publish::Publisher;
 use crate::heartbeat::Heartbeats;
@@ -84,6 +86,7 @@ impl Control {
             .with(FleetServiceServer::new(Heartbeats::new(self.fleet.clone())))
             .with(FunctionServiceServer::new(functions).max_decoding_message_size(MAX_MESSAGE))
             .with(DataFlowServiceServer::new(self.data_flow.clone()))
+            .with(LogServiceServer::new(LogApi::new(self.fleet.clone())))
     }
 
     /// Keeps as many proxies as are needed, from now on.
