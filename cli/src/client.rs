@@ -6,6 +6,7 @@ use tonic::{Response, Status, Streaming};
 use warren_proto::endpoint::{Endpoint, connect};
 use warren_proto::v1::control_service_client::ControlServiceClient;
 use warren_proto::v1::function_service_client::FunctionServiceClient;
+use warren_proto::v1::log_service_client::LogServiceClient;
 use warren_proto::v1::{
     AddRoutesRequest, AddSharedAddressRequest, CallInstanceRequest, CapturePacketsRequest,
     CapturePacketsResponse, ChangeSecurityRulesRequest, CreateSecurityGroupRequest,
@@ -30,14 +31,16 @@ pub struct Client {
     endpoint: Endpoint,
     service: ControlServiceClient<Channel>,
     functions: FunctionServiceClient<Channel>,
+    logs: LogServiceClient<Channel>,
 }
 
 impl Client {
     pub async fn connect(endpoint: Endpoint) -> Result<Self, Error> {
         let channel = connect(&endpoint).await?;
         let service = ControlServiceClient::new(channel.clone());
-        let functions = FunctionServiceClient::new(channel);
-        Ok(Self { endpoint, service, functions })
+        let functions = FunctionServiceClient::new(channel.clone());
+        let logs = LogServiceClient::new(channel);
+        Ok(Self { endpoint, service, functions, logs })
     }
 
     pub async fn create_vpc(&mut self, vpc: Vpc) -> Result<Vpc, Error> {
@@ -204,6 +207,15 @@ impl Client {
         messages: impl Stream<Item = DeployFunctionRequest> + Send + 'static,
     ) -> Result<DeployFunctionResponse, Error> {
         let answer = self.functions.deploy_function(messages).await;
+        self.unwrap(answer)
+    }
+
+    /// What a function's instances wrote.
+    pub async fn tail_logs(
+        &mut self,
+        request: TailLogsRequest,
+    ) -> Result<Streaming<TailLogsResponse>, Error> {
+        let answer = self.logs.tail_logs(request).await;
         self.unwrap(answer)
     }
 

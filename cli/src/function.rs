@@ -1,6 +1,7 @@
 //! `warren function`.
 
 mod deploy;
+mod logs;
 mod scaffold;
 
 use std::path::PathBuf;
@@ -44,6 +45,8 @@ pub enum FunctionCommand {
     /// Names for versions, which triggers lead to.
     #[command(subcommand)]
     Alias(AliasCommand),
+    /// Show what its instances wrote to standard output and error, and what the runtime says of them.
+    Logs(logs::Logs),
     /// Make a new function's folder, from an example.
     New(New),
 }
@@ -58,8 +61,8 @@ pub struct Deploy {
     #[arg(long, value_name = "NAME")]
     pub vpc: String,
     /// Memory of an instance, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 128,
-        value_parser = clap::value_parser!(u64).range(1..=4096))]
+    #[arg(long, value_name = "MIB", default_value_t = 64,
+        value_parser = clap::value_parser!(u64).range(1..=384))]
     pub memory: u64,
     /// The longest that a call may take, such as 500ms, 3s or 2m.
     #[arg(long, value_name = "TIME", default_value = "3s")]
@@ -169,6 +172,7 @@ pub async fn run(
             }
             print(&render::list(output, &rows))
         }
+        FunctionCommand::Logs(arguments) => logs::run(client, output, arguments).await,
         FunctionCommand::Alias(command) => alias(client, output, command).await,
         FunctionCommand::New(arguments) => new(output, arguments),
     }

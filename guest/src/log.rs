@@ -91,6 +91,11 @@ impl Log {
         }
     }
 
+    /// Whether there is something that nobody was sent.
+    pub fn is_waiting(&self) -> bool {
+        !self.lines.is_empty() || !self.rest.is_empty()
+    }
+
     /// Sends to the first who listens, as far as it takes it; returns whether something waits for it.
     pub fn send(&mut self, channel: &mut Channel) -> bool {
         let Some(reader) = channel.connections(LOG_VSOCK_PORT).next() else { return false };

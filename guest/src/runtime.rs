@@ -25,6 +25,9 @@ use crate::wasi::{
     self, Exit, GuestIndices, Handler, IncomingRequest, ResponseOutparam, State, TimeOver,
 };
 
+/// How long a function that came to its end waits for somebody to read why, in nanoseconds.
+const LAST_WORDS_NS: u64 = 250_000_000;
+
 /// What wasmtime keeps for each thread, of which there is one.
 struct ThreadLocal(UnsafeCell<[*mut u8; 2]>);
 
@@ -210,6 +213,11 @@ impl Function {
             let now = machine.wall_clock_ns();
             machine.log.end_lines(now);
             machine.log(Stream::Runtime, format!("{reason}: {text}").as_bytes());
+            // Who reads the log connects a moment after the start.
+            let until_ns = machine.now_ns().saturating_add(LAST_WORDS_NS);
+            while machine.log.is_waiting() && machine.now_ns() < until_ns {
+                machine.wait(until_ns);
+            }
             // Everything is on its way before the machine ends.
             machine.wait(0);
             panic!("{reason}: {text}");
