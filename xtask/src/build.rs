@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::{run, step};
+use crate::examples;
 
 /// Present where Debian's compiler has a core library for eBPF.
 const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none";
@@ -37,7 +38,9 @@ pub fn all(log_verdicts: bool) -> Result<()> {
     guest()?;
     agent()?;
     step("build", "warrend, warren-vmm, warren-control, warren");
-    run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))
+    run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))?;
+    step("build", "the component of tests");
+    examples::test_component()
 }
 
 fn ebpf(log_verdicts: bool) -> Result<()> {

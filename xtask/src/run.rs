@@ -110,7 +110,12 @@ pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
 /// `cargo xtask lint`.
 pub fn lint() -> Result<()> {
     step("lint", "rustfmt");
-    for workspace in [root(), root().join(build::HYPERLIGHT), root().join("examples/rust")] {
+    for workspace in [
+        root(),
+        root().join(build::HYPERLIGHT),
+        root().join("examples/rust"),
+        root().join("tests/component"),
+    ] {
         run(Command::new("cargo").current_dir(workspace).args(["fmt", "--all", "--check"]))?;
     }
     step("lint", "clippy");
