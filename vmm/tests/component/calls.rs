@@ -29,7 +29,7 @@ async fn calls_follow_each_other_on_one_connection_and_on_several() {
     }
     for (index, caller) in connections.iter_mut().enumerate() {
         let answer = caller.answer().await.unwrap();
-        assert_eq!(answer.text(), format!("Get Scheme::Http function {index}"));
+        assert_eq!(answer.text(), format!("get false function {index}"));
     }
     // One behind the other, without waiting for answers; one of them in pieces.
     let caller = &mut connections[0];
@@ -59,10 +59,10 @@ async fn methods_and_fields_are_what_they_are() {
     let host = function.host().await;
     let microvm = host.running(1).await;
     let mut caller = Caller::new(microvm.path()).await;
-    for (method, known) in [("DELETE", "Delete"), ("PURGE", "other PURGE")] {
+    for (method, known) in [("DELETE", "delete"), ("PURGE", "other PURGE")] {
         caller.send(request(method, "/request?a=b", "x-forwarded-proto: https\r\n")).await;
         let answer = caller.answer().await.unwrap();
-        assert_eq!(answer.text(), format!("{known} Scheme::Https function a=b"));
+        assert_eq!(answer.text(), format!("{known} true function a=b"));
     }
     caller.send(request("GET", "/fields", "X-Two: 1\r\nx-two: 2\r\n")).await;
     let answer = caller.answer().await.unwrap();

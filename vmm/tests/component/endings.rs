@@ -66,7 +66,7 @@ async fn traps_are_errors_with_a_stack_and_end_the_microvm() {
 
     let (microvm, mut caller, log) = begun(&host, 6).await;
     caller.get("/resources?20000").await.is_error(500, "trap");
-    ended(microvm, log, "trap", &["hold_many"]).await;
+    ended(microvm, log, "trap", &["resource table", "Fields"]).await;
 }
 
 /// As deep as there is a stack, in which the host's functions find room, and no deeper.
@@ -78,6 +78,7 @@ async fn the_stack_ends_with_an_error() {
     let function = Function::new();
     let host = function.host().await;
     let (microvm, mut caller, log) = begun(&host, 1).await;
+    assert_eq!(caller.get("/endings?deep").await.text(), "3001");
     caller.get("/endings?stack-overflow").await.is_error(500, "stack-overflow");
     ended(microvm, log, "stack-overflow", &["descend"]).await;
 }
