@@ -64,7 +64,7 @@ pub fn run(own: &mut dyn Function) -> ! {
     let function = loaded.as_mut().map_or(own, |loaded| loaded as &mut dyn Function);
     loop {
         while let Some((caller, request)) = calls.next(&mut machine.channel) {
-            machine.orphaned = false;
+            machine.begin_call();
             let reply = function.call(&mut machine, &request);
             machine.answer(caller, &reply);
         }
@@ -160,6 +160,11 @@ impl Machine {
         self.release(identity);
     }
 
+    /// A call begins that is this clone's own.
+    pub(crate) fn begin_call(&mut self) {
+        self.orphaned = false;
+    }
+
     /// Host name of this clone.
     pub fn hostname(&self) -> String {
         identity::hostname(&self.identity)
@@ -182,7 +187,7 @@ impl Machine {
         }
         if until_ns != u64::MAX {
             let left = until_ns.saturating_sub(self.now_ns()).div_ceil(1000);
-            microseconds = microseconds.min(left);
+            microseconds = microseconds.min(left).min(u64::from(WAIT_FOREVER - 1));
         }
         self.log.send(&mut self.channel);
         port::wait(microseconds as u32);

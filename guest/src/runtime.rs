@@ -74,7 +74,7 @@ pub fn run() -> ! {
     let identity = barrier::wait(&mut |place| {
         function = machine.take().map(|machine| {
             Function::load(&place, machine)
-                .unwrap_or_else(|error| panic!("the function cannot be loaded: {error:#}"))
+                .unwrap_or_else(|error| panic!("the function cannot be loaded: {}", text(&error)))
         });
     });
     match function {
@@ -183,6 +183,7 @@ impl Function {
 
     fn answer(&mut self, Call { request, body, connection }: Call, callers: &mut Callers) {
         let state = self.store.data_mut();
+        state.machine.begin_call();
         let now = state.machine.now_ns();
         let is_head = request.method == "HEAD";
         let mut answer = Answer::new(connection, now, is_head);
@@ -197,17 +198,17 @@ impl Function {
         (*current, *deadline_ns) = (None, u64::MAX);
         let mut answer = answer.borrow_mut();
         match &result {
-            Ok(()) if answer.has_finished() => {}
-            Ok(()) if answer.has_begun() => answer.break_off(),
-            Ok(()) => answer.refuse(machine, 500, "no-answer", "it returned without an answer"),
-            Err(_) if answer.has_begun() && !answer.has_finished() => answer.break_off(),
-            Err(_) if answer.has_begun() => {}
-            Err(Ended { status, reason, text }) => {
+            _ if answer.has_finished() => answer.send_all(machine),
+            Ok(()) if !answer.has_begun() => {
+                answer.refuse(machine, 500, "no-answer", "it returned without an answer");
+            }
+            Err(Ended { status, reason, text }) if !answer.is_under_way() => {
                 let first = text.lines().next().unwrap_or_default();
                 answer.refuse(machine, *status, reason, first);
             }
+            // As much as the caller takes: it may be why the time was over.
+            _ => answer.break_off(machine),
         }
-        answer.send_all(machine);
         callers.done(machine, &mut body.borrow_mut(), !answer.is_last);
         if let Err(Ended { reason, text, .. }) = result {
             let now = machine.wall_clock_ns();
@@ -251,7 +252,10 @@ fn ended(error: &wasmtime::Error) -> Ended {
     } else {
         (500, "trap")
     };
-    // The cause first, then where.
-    let text = format!("{}\n{error:?}", error.root_cause());
-    Ended { status, reason, text }
+    Ended { status, reason, text: text(error) }
+}
+
+/// The cause first, then where.
+fn text(error: &wasmtime::Error) -> String {
+    format!("{}\n{error:?}", error.root_cause())
 }

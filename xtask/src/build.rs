@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::{run, step};
+use crate::examples;
 
 /// Present where Debian's compiler has a core library for eBPF.
 const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none";
@@ -38,8 +39,8 @@ pub fn all(log_verdicts: bool) -> Result<()> {
     agent()?;
     step("build", "warrend, warren-vmm, warren-control, warren-gateway, warren");
     run(Command::new("cargo").current_dir(root()).args(["build", "--release"]))?;
-    step("build", "warren-compile");
-    run(function("build").args(["--bin", "warren-compile"]))
+    step("build", "warren-compile, warren-package");
+    run(function("build").arg("--bins"))
 }
 
 /// A cargo command for the package of functions, with its compiler and its stores.

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
-use crate::build::{no_std_cargo, root, target};
+use crate::build::{no_std_cargo, results, root, target};
 use crate::command::{output, run, step};
 use crate::setup;
 
@@ -71,7 +71,9 @@ impl Example {
         }
         let stage = self.stage()?;
         match self {
-            Self::Rust => rust(&self.component()),
+            Self::Rust => {
+                rust(&stage, "examples/build/rust/target", "redis_counter", &self.component())
+            }
             Self::Javascript => javascript(&stage, &self.component()),
             Self::Python => python(&stage, &self.component()),
             Self::C => c(&stage, &self.component()),
@@ -112,6 +114,7 @@ pub fn build(named: &[Example]) -> Result<()> {
         if !current {
             step("examples", &format!("building {}", example.name()));
             example.build()?;
+            package(&component, &component.with_extension("package"), &[])?;
         }
         let size =
             fs::metadata(&component).with_context(|| format!("no {}", component.display()))?.len();
@@ -121,6 +124,26 @@ pub fn build(named: &[Example]) -> Result<()> {
     Ok(())
 }
 
+/// Builds the component of `vmm`'s tests, and its package.
+///
+/// # Errors
+/// A tool is missing, or fails.
+pub fn test_component() -> Result<()> {
+    let component = folder().join("test-component.wasm");
+    fs::create_dir_all(folder())?;
+    let source = root().join("tests/component");
+    rust(&source, "examples/build/test-component", "test_component", &component)?;
+    // The files that the tests read.
+    let arguments = ["--file", "data/manifest=Cargo.toml", "--file", "data/deep/lib=src/lib.rs"];
+    package(&component, &results().join("test-component.package"), &arguments)
+}
+
+/// Makes a package of a component.
+fn package(component: &Path, package: &Path, arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new(results().join("warren-package"));
+    run(command.arg(component).arg("--output").arg(package).args(arguments))
+}
+
 /// The folder of the components.
 fn folder() -> PathBuf {
     target().join("examples")
@@ -128,17 +151,23 @@ fn folder() -> PathBuf {
 
 /// By the compiler of the guest. It has no library of `wasm32-wasip2`, and needs none: the crate
 /// `wasip2` calls WASI itself.
-fn rust(component: &Path) -> Result<()> {
-    let mut command = no_std_cargo("examples/build/rust/target");
-    command.current_dir(folder().join("build/rust"));
+fn rust(source: &Path, target_folder: &str, library: &str, component: &Path) -> Result<()> {
+    let mut command = no_std_cargo(target_folder);
+    command.current_dir(source);
     command.args(["--quiet", "--locked", "--target", "wasm32-unknown-unknown"]);
     command.arg("-Zbuild-std=std,panic_abort");
     let linker = Linker::find()?;
     command.env("PATH", &linker.path);
     command.env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", &linker.program);
     run(&mut command)?;
-    let built = "build/rust/target/wasm32-unknown-unknown/release/redis_counter.wasm";
-    fs::copy(folder().join(built), component)?;
+    let built = target().join(target_folder).join("wasm32-unknown-unknown/release").join(library);
+    copy_if_newer(&built.with_extension("wasm"), component)
+}
+
+fn copy_if_newer(from: &Path, to: &Path) -> Result<()> {
+    if modified(to) < modified(from) {
+        fs::copy(from, to).with_context(|| format!("no {}", from.display()))?;
+    }
     Ok(())
 }
 

@@ -51,6 +51,8 @@ pub fn bench(name: Option<String>, json: Option<PathBuf>) -> Result<()> {
 pub fn test(filter: Option<&str>) -> Result<()> {
     setup::all()?;
     build::all(false)?;
+    step("test", "the component of tests, and examples");
+    examples::test_component()?;
     examples::build(&[])?;
     if !kvm_opens() {
         step("test", "!!! /dev/kvm cannot be opened: MICROVM TESTS ARE SKIPPED !!!");
@@ -117,7 +119,12 @@ pub fn chaos(seed: Option<u64>, minutes: u64) -> Result<()> {
 /// `cargo xtask lint`.
 pub fn lint() -> Result<()> {
     step("lint", "rustfmt");
-    for workspace in [root(), root().join(build::HYPERLIGHT), root().join("examples/rust")] {
+    for workspace in [
+        root(),
+        root().join(build::HYPERLIGHT),
+        root().join("examples/rust"),
+        root().join("tests/component"),
+    ] {
         run(Command::new("cargo").current_dir(workspace).args(["fmt", "--all", "--check"]))?;
     }
     step("lint", "clippy");

@@ -31,7 +31,7 @@ pub async fn run(mut client: Client, output: Output, logs: Logs) -> Result<(), E
     while let Some(message) = tail.message().await.map_err(|status| client.refused(status))? {
         for line in message.lines {
             let text = match output {
-                Output::Text => text(&line),
+                Output::Table => text(&line),
                 Output::Json => json(&line),
             };
             let mut stdout = std::io::stdout().lock();

@@ -90,6 +90,10 @@ impl<W: Wire> Body<W> {
         self.state == State::Ended
     }
 
+    fn is_in_data(&self) -> bool {
+        matches!(self.state, State::Data(1.., _) | State::UntilClosed)
+    }
+
     /// What came after it.
     pub fn take_rest(&mut self) -> Vec<u8> {
         core::mem::take(&mut self.input)
@@ -176,7 +180,12 @@ impl<W: Wire> Source for Body<W> {
     }
 
     fn is_ready(&mut self, machine: &mut Machine) -> bool {
-        !self.input.is_empty() || self.has_ended() || self.wire.has_received(machine)
+        // A part of a chunk's size is nothing to be read, and more of it comes only to who waits.
+        let is_decoded = match self.decode(0) {
+            Ok(_) => !self.input.is_empty() && self.is_in_data(),
+            Err(_) => true,
+        };
+        is_decoded || self.wire.has_received(machine)
     }
 
     fn look_again_ns(&self) -> u64 {

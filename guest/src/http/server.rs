@@ -65,6 +65,9 @@ impl Callers {
                 Ok(None) => {}
                 Ok(Some((request, length, framing))) => {
                     received.drain(..length);
+                    if received.is_empty() && expects_continue(&request, framing) {
+                        machine.send(connection, b"HTTP/1.1 100 Continue\r\n\r\n");
+                    }
                     let body = Body::new(connection, framing, core::mem::take(received));
                     // Whoever called is the last to be asked for the next one.
                     self.known.rotate_left(index + 1);
@@ -106,6 +109,13 @@ fn parse(received: &[u8]) -> Result<Option<(Request, usize, Framing)>, Malformed
     }
     let framing = head::framing(&request.fields)?.unwrap_or(Framing::Length(0));
     Ok(Some((request, length, framing)))
+}
+
+/// Whether the caller waits with the body until it is told to send it (RFC 9110, 10.1.1).
+fn expects_continue(request: &Request, framing: Framing) -> bool {
+    let mut expected = values(&request.fields, "expect");
+    framing != Framing::Length(0)
+        && expected.any(|value| value.eq_ignore_ascii_case(b"100-continue"))
 }
 
 impl Body<Connection> {
@@ -175,6 +185,11 @@ impl Answer {
         self.state != State::Awaited
     }
 
+    /// Whether the caller was sent something of it.
+    pub fn is_under_way(&self) -> bool {
+        self.has_begun() && self.head.is_none()
+    }
+
     /// Whether all of the answer is known.
     pub fn has_finished(&self) -> bool {
         self.state == State::Finished
@@ -191,16 +206,17 @@ impl Answer {
         if self.state != State::Begun {
             return Err(Malformed("the answer has ended"));
         }
-        self.state = State::Finished;
+        // Until all of it is encoded: the caller must not wait for the rest.
+        self.state = State::Broken;
         if self.head.is_some() {
             let length = trailers.is_empty().then_some(self.whole.len() as u64);
             self.encode_head(length)?;
         }
-        match self.encoder.take() {
-            Some(encoder) => encoder.finish(trailers, &mut self.out),
-            None => Ok(()),
+        if let Some(encoder) = self.encoder.take() {
+            encoder.finish(trailers, &mut self.out)?;
         }
-        .inspect_err(|_| self.state = State::Broken)
+        self.state = State::Finished;
+        Ok(())
     }
 
     /// The answer is an error of the runtime's: a reason for programs and one for people.
@@ -216,8 +232,10 @@ impl Answer {
         self.send_all(machine);
     }
 
-    /// What can be known of the answer is broken off: the caller sees that it is not whole.
-    pub fn break_off(&mut self) {
+    /// No more of the answer comes: the caller is sent as much of it as it takes now, and sees that it is
+    /// not whole.
+    pub fn break_off(&mut self, machine: &mut Machine) {
+        let _ = self.push(machine);
         self.state = State::Broken;
         self.is_last = true;
     }

@@ -29,7 +29,7 @@ pub fn end(out: ResponseOutparam, how: &str) {
             trap();
         }
         "stack-overflow" => text(out, 200, &descend(u64::MAX).to_string()),
-        "deep" => text(out, 200, &descend(20_000).to_string()),
+        "deep" => text(out, 200, &descend(3_000).to_string()),
         "loop" => loop {
             black_box(());
         },

@@ -11,7 +11,7 @@ pub fn perform(what: &str, with: &str) -> Result<String, String> {
     let mut directories = get_directories();
     let (root, name) = directories.pop().ok_or("no directory")?;
     assert_eq!(name, "/");
-    let said = |error: ErrorCode| format!("{error:?}");
+    let said = |error: ErrorCode| error.name().to_owned();
     let (first, second) = with.split_once('=').unwrap_or((with, ""));
     match what {
         "/read" => read(&root, first),
@@ -23,7 +23,9 @@ pub fn perform(what: &str, with: &str) -> Result<String, String> {
         "/rmdir" => root.remove_directory_at(first).map(|()| "removed".into()),
         "/fill" => fill(&root, first),
         "/stat" => {
-            root.stat_at(PathFlags::empty(), first).map(|it| format!("{:?} {}", it.type_, it.size))
+            let is_directory = |it| it == DescriptorType::Directory;
+            let stat = root.stat_at(PathFlags::empty(), first);
+            stat.map(|it| format!("{} {}", is_directory(it.type_), it.size))
         }
         _ => return Err(format!("{what} is nothing to do with files")),
     }
@@ -49,8 +51,13 @@ fn read(root: &Descriptor, path: &str) -> Result<String, ErrorCode> {
 fn write(root: &Descriptor, path: &str, text: &str) -> Result<String, ErrorCode> {
     let flags = OpenFlags::CREATE | OpenFlags::TRUNCATE;
     let file = root.open_at(PathFlags::empty(), path, flags, WRITABLE)?;
-    file.write_via_stream(0)?.blocking_write_and_flush(text.as_bytes()).unwrap();
-    file.append_via_stream()?.blocking_write_and_flush(b"!").unwrap();
+    for (stream, bytes) in
+        [(file.write_via_stream(0)?, text.as_bytes()), (file.append_via_stream()?, b"!")]
+    {
+        if stream.blocking_write_and_flush(bytes).is_err() {
+            return Ok("the stream broke".into());
+        }
+    }
     Ok(format!("{} bytes", file.stat()?.size))
 }
 
@@ -73,7 +80,7 @@ fn fill(root: &Descriptor, path: &str) -> Result<String, ErrorCode> {
     loop {
         match file.write(&piece, written) {
             Ok(length) => written += length,
-            Err(error) => return Ok(format!("{} {error:?}", written / 1024)),
+            Err(error) => return Ok(format!("{} {}", written / 1024, error.name())),
         }
     }
 }

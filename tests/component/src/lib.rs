@@ -13,7 +13,7 @@ use wasip2::cli::environment::{get_arguments, get_environment};
 use wasip2::cli::{stderr, stdout};
 use wasip2::clocks::{monotonic_clock, wall_clock};
 use wasip2::exports::http::incoming_handler::Guest;
-use wasip2::http::types::{IncomingRequest, Method, ResponseOutparam};
+use wasip2::http::types::{IncomingRequest, Method, ResponseOutparam, Scheme};
 use wasip2::random::random::get_random_bytes;
 
 use answer::text;
@@ -88,10 +88,13 @@ fn said(request: &IncomingRequest, path: &str, with: &str) -> Result<String, Str
         "/request" => {
             let method = match request.method() {
                 Method::Other(name) => format!("other {name}"),
-                method => format!("{method:?}"),
+                Method::Get => "get".into(),
+                Method::Delete => "delete".into(),
+                _ => "another".into(),
             };
             let authority = request.authority().unwrap_or_default();
-            format!("{method} {:?} {authority} {with}", request.scheme().unwrap())
+            let is_https = matches!(request.scheme(), Some(Scheme::Https));
+            format!("{method} {is_https} {authority} {with}")
         }
         "/environment" => {
             let mut said = get_arguments().join(" ");

@@ -22,7 +22,7 @@ pub fn perform(what: &str, with: &str) -> Result<String, String> {
     match what {
         "/tcp" => tcp(address, rest),
         "/udp" => udp(address, rest.parse().unwrap()),
-        "/lookup" => lookup(address).map(|addresses| addresses.join(" ")).map_err(said),
+        "/lookup" => lookup(address).map(|addresses| addresses.join(" ")).map_err(named),
         "/get" => http(&Method::Get, address, 0),
         "/post" => http(&Method::Post, address, rest.parse().unwrap()),
         "/https" => https(address),
@@ -32,6 +32,10 @@ pub fn perform(what: &str, with: &str) -> Result<String, String> {
 
 fn said(error: impl Debug) -> String {
     format!("{error:?}")
+}
+
+fn named(error: ErrorCode) -> String {
+    error.name().into()
 }
 
 fn of_wasi(address: &str) -> IpSocketAddress {
@@ -54,11 +58,11 @@ fn connect(address: &str) -> Result<(TcpSocket, InputStream, OutputStream), Erro
 
 /// Sends so many bytes, says that there are no more, and counts what comes until the end.
 fn tcp(address: &str, bytes: &str) -> Result<String, String> {
-    let (socket, mut input, mut output) = connect(address).map_err(said)?;
+    let (socket, mut input, mut output) = connect(address).map_err(named)?;
     let bytes: usize = bytes.parse().unwrap();
     output.write_all(&vec![7; bytes]).map_err(said)?;
     output.flush().map_err(said)?;
-    socket.shutdown(ShutdownType::Send).map_err(said)?;
+    socket.shutdown(ShutdownType::Send).map_err(named)?;
     let mut came = Vec::new();
     input.read_to_end(&mut came).map_err(said)?;
     Ok(format!("{} of {}", came.iter().filter(|&&byte| byte == 7).count(), came.len()))
@@ -66,19 +70,19 @@ fn tcp(address: &str, bytes: &str) -> Result<String, String> {
 
 /// Sends datagrams one after the other, and counts those that come back as they were.
 fn udp(address: &str, count: u8) -> Result<String, String> {
-    let socket = create_udp_socket(IpAddressFamily::Ipv4).map_err(said)?;
+    let socket = create_udp_socket(IpAddressFamily::Ipv4).map_err(named)?;
     let any = of_wasi("0.0.0.0:0");
-    socket.start_bind(&instance_network(), any).map_err(said)?;
-    socket.finish_bind().map_err(said)?;
-    let (incoming, outgoing) = socket.stream(Some(of_wasi(address))).map_err(said)?;
+    socket.start_bind(&instance_network(), any).map_err(named)?;
+    socket.finish_bind().map_err(named)?;
+    let (incoming, outgoing) = socket.stream(Some(of_wasi(address))).map_err(named)?;
     let mut same = 0;
     for number in 0..count {
         outgoing.subscribe().block();
-        assert!(outgoing.check_send().map_err(said)? > 0);
+        assert!(outgoing.check_send().map_err(named)? > 0);
         let datagram = OutgoingDatagram { data: vec![number; 1000], remote_address: None };
-        assert_eq!(outgoing.send(&[datagram]).map_err(said)?, 1);
+        assert_eq!(outgoing.send(&[datagram]).map_err(named)?, 1);
         incoming.subscribe().block();
-        let came = incoming.receive(1).map_err(said)?;
+        let came = incoming.receive(1).map_err(named)?;
         same += came.iter().filter(|datagram| datagram.data == [number; 1000]).count();
     }
     Ok(format!("{same} of {count}"))

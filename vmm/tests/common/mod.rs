@@ -179,9 +179,19 @@ pub fn make_template(name: &str, sources: &Sources) {
 
 /// Makes the image of a function in a template that is there; fails with what `warren-vmm` says.
 pub fn make_image(sources: &Sources, function: &Path, image: &Path) -> Result<(), String> {
+    make_image_with(sources, function, image, &["--memory", "4"])
+}
+
+/// The same, with more arguments.
+pub fn make_image_with(
+    sources: &Sources,
+    function: &Path,
+    image: &Path,
+    arguments: &[&str],
+) -> Result<(), String> {
     let mut command = Command::new(vmm());
     command.arg("image").arg("--template").arg(&sources.template);
-    command.arg("--function").arg(function).arg("--output").arg(image).args(["--memory", "4"]);
+    command.arg("--function").arg(function).arg("--output").arg(image).args(arguments);
     if let Some(key) = &sources.key {
         command.arg("--key").arg(key);
     }

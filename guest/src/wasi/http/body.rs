@@ -111,7 +111,13 @@ impl Target {
                 Ok(())
             }
             Self::Waiting(..) | Self::Broken => Err(Malformed("the body has ended")),
-            Self::Answer(answer) => answer.borrow_mut().finish(&trailers),
+            Self::Answer(answer) => {
+                let mut answer = answer.borrow_mut();
+                answer.finish(&trailers)?;
+                // Whatever the function does from now on; who is gone shows elsewhere.
+                let _ = answer.push(machine);
+                Ok(())
+            }
             Self::Request(body) => {
                 body.0.borrow_mut().finish(&trailers)?;
                 // On its way, whether or not somebody waits for the response.
@@ -134,6 +140,7 @@ impl Target {
             if let Some(trailers) = end {
                 let finished = answer.finish(&trailers);
                 finished.map_err(|Malformed(what)| End::Failed(Broken::Http(what)))?;
+                answer.push(machine)?;
             }
         }
         Ok(())
@@ -276,7 +283,7 @@ impl types::HostOutgoingBody for State {
         let target = self.table.delete(body)?.target.0;
         let target = core::mem::replace(&mut *target.borrow_mut(), Target::Broken);
         match target {
-            Target::Answer(answer) => answer.borrow_mut().break_off(),
+            Target::Answer(answer) => answer.borrow_mut().break_off(&mut self.machine),
             Target::Request(body) => body.0.borrow_mut().break_off(),
             Target::Waiting(..) | Target::Broken => {}
         }

@@ -99,7 +99,7 @@ impl types::HostResponseOutparam for State {
                 }
                 // What is wrong with the answer the caller is told by its being cut.
                 if target.attach_to_answer(&mut self.machine, &answer).is_err() {
-                    answer.borrow_mut().break_off();
+                    answer.borrow_mut().break_off(&mut self.machine);
                 }
             }
             Err(error) => {
