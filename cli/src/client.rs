@@ -24,6 +24,9 @@ use warren_proto::v1::{
 
 use crate::error::Error;
 
+/// A fleet of functions has many versions.
+const LONGEST_ANSWER: usize = 64 << 20;
+
 /// A connection to the control plane.
 #[derive(Clone)]
 pub struct Client {
@@ -36,7 +39,8 @@ impl Client {
     pub async fn connect(endpoint: Endpoint) -> Result<Self, Error> {
         let channel = connect(&endpoint).await?;
         let service = ControlServiceClient::new(channel.clone());
-        let functions = FunctionServiceClient::new(channel);
+        let functions =
+            FunctionServiceClient::new(channel).max_decoding_message_size(LONGEST_ANSWER);
         Ok(Self { endpoint, service, functions })
     }
 
