@@ -19,11 +19,14 @@ use warren_proto::v1::{
     ListHostsRequest, ListInstancesRequest, ListRoutesRequest, ListRoutesResponse,
     ListTriggersRequest, ListVpcsRequest, ReplaceRoutesRequest, RollBackAliasRequest, Route,
     RunInstanceRequest, RunInstanceResponse, SecurityDefaults, SecurityGroup, SetAliasRequest,
-    SetSecurityDefaultsRequest, SharedAddress, Snapshot, StopInstanceRequest, TakeSnapshotRequest,
-    Trigger, Vpc,
+    SetSecurityDefaultsRequest, SharedAddress, Snapshot, StopInstanceRequest, TailLogsRequest,
+    TailLogsResponse, TakeSnapshotRequest, Trigger, Vpc,
 };
 
 use crate::error::Error;
+
+/// A fleet of functions has many versions.
+const LONGEST_ANSWER: usize = 64 << 20;
 
 /// A connection to the control plane.
 #[derive(Clone)]
@@ -39,6 +42,7 @@ impl Client {
         let channel = connect(&endpoint).await?;
         let service = ControlServiceClient::new(channel.clone());
         let functions = FunctionServiceClient::new(channel.clone());
+        let functions = functions.max_decoding_message_size(LONGEST_ANSWER);
         let logs = LogServiceClient::new(channel);
         Ok(Self { endpoint, service, functions, logs })
     }

@@ -132,16 +132,21 @@ mod tests {
         assert_eq!(config.listen, ["http://0.0.0.0:1".parse().unwrap()]);
         assert_eq!(config.state, Config::default().state);
         assert_eq!(config.heartbeat_deadline(), Duration::from_millis(100));
+        let text = "[functions]\nrepository = \"s3://b/r\"\n[functions.zones]\neast = \"/e\"";
+        let functions = read(text).unwrap().functions;
+        assert_eq!(functions.repository.as_deref(), Some("s3://b/r"));
+        assert_eq!((&functions.zones["east"][..], functions.compiler), ("/e", None));
     }
 
     #[test]
     fn errors_name_file_key_and_remedy() {
-        let cases: [(&str, &[&str]); 8] = [
+        let cases: [(&str, &[&str]); 9] = [
             ("statte = \"x\"", &["control.toml", "statte", "expected one of", "`state`"]),
             ("state = 3", &["control.toml", "state = 3", "expected path string"]),
             ("listen = [\"tcp:1\"]", &["control.toml", "listen", "\"tcp:1\"", "unix:/PATH"]),
             ("listen = [", &["control.toml", "line 1"]),
             ("listen = []", &["listen", "name one endpoint"]),
+            ("[functions]\nregion = \"/r\"", &["region", "expected one of", "`repository`"]),
             (
                 "[proxies]\ncommand = [\"/pool\"]\nleast = 2\nmost = 1",
                 &["proxies.most", "less than"],
