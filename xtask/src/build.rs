@@ -9,7 +9,6 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::{run, step};
-use crate::examples;
 
 /// Present where Debian's compiler has a core library for eBPF.
 const DEBIAN_BPF: &str = "/usr/lib/rustlib/bpfel-unknown-none";

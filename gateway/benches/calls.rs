@@ -1,5 +1,6 @@
 //! `cargo bench -p warren-gateway`: how long a warm call takes by way of gateway and relay, beside
-//! the same call by the relay alone and straight to the guest, which is a task here.
+//! the same call by the relay alone and straight to the guest; and what gateway, relay and gRPC add to
+//! a cold start. Guest and agent are tasks here, which take next to no time.
 
 #[path = "../tests/gateway/agent.rs"]
 #[allow(dead_code, reason = "the tests use all of it")]
@@ -28,6 +29,8 @@ use crate::world::{World, request};
 
 /// Calls one after the other, of which the first tenth is not counted.
 const CALLS: usize = 20_000;
+/// Functions that are called once each.
+const COLD: usize = 300;
 /// Callers at one time, and how long.
 const CALLERS: usize = 50;
 const TIME: Duration = Duration::from_secs(5);
@@ -36,7 +39,7 @@ type Sender = SendRequest<Full<Bytes>>;
 
 #[tokio::main]
 async fn main() {
-    let world = World::new(&[CALLERS + 1], "").await;
+    let world = World::new(&[COLD + CALLERS + 1], "tenant_calls = 10000").await;
     world.function("shop", 60_000, 0).await;
     world.get("shop", "/id").await;
     let id = world.machine(0).running.lock().unwrap().keys().next().unwrap().clone();
@@ -58,6 +61,17 @@ async fn main() {
 
     one_by_one("gateway, relay, guest", connect(world.address()).await).await;
 
+    let mut sender = connect(world.address()).await;
+    let names: Vec<_> = (0..COLD).map(|number| format!("cold{number}")).collect();
+    for name in &names {
+        world.function(name, 60_000, 0).await;
+    }
+    let mut times = Vec::new();
+    for name in &names {
+        times.push(call(&mut sender, name).await);
+    }
+    tell("cold", times);
+
     let begun = Instant::now();
     let callers = (0..CALLERS).map(|_| {
         let address = world.address();
@@ -65,7 +79,7 @@ async fn main() {
             let mut sender = connect(address).await;
             let mut times = Vec::new();
             while begun.elapsed() < TIME {
-                times.push(call(&mut sender).await);
+                times.push(call(&mut sender, "shop").await);
             }
             times
         })
@@ -86,10 +100,10 @@ async fn connect(address: SocketAddr) -> Sender {
     sender
 }
 
-async fn call(sender: &mut Sender) -> Duration {
+async fn call(sender: &mut Sender, function: &str) -> Duration {
     sender.ready().await.unwrap();
     let begun = Instant::now();
-    let answer = sender.send_request(request("shop", "/id").body(Full::default()).unwrap()).await;
+    let answer = sender.send_request(request(function, "/id").body(Full::default()).unwrap()).await;
     let answer = answer.unwrap();
     assert_eq!(answer.status(), 200);
     answer.into_body().collect().await.unwrap();
@@ -99,7 +113,7 @@ async fn call(sender: &mut Sender) -> Duration {
 async fn one_by_one(what: &str, mut sender: Sender) {
     let mut times = Vec::with_capacity(CALLS);
     for _ in 0..CALLS {
-        times.push(call(&mut sender).await);
+        times.push(call(&mut sender, "shop").await);
     }
     tell(what, times.split_off(CALLS / 10));
 }
