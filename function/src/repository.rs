@@ -159,7 +159,8 @@ impl Store {
         let digest = digest_of(package.clone()).await;
         let (bytes, path) = (package.len() as u64, path(digest));
         let put = self.in_time(bytes, self.objects.put(&path, package.into())).await?;
-        put.map_err(|source| self.error(digest, source))?;
+        // What is not found there is the store itself.
+        put.map_err(|source| self.unreachable(source))?;
         Ok(digest)
     }
 

@@ -149,6 +149,14 @@ async fn stores_are_urls_too() {
         assert!(matches!(error, OpenError::Url { .. }), "{error}");
         assert!(error.to_string().contains("s3://BUCKET/PREFIX"), "{error}");
     }
+    let gone = tempfile::tempdir().unwrap();
+    let store = Store::open("gone", gone.path().to_str().unwrap()).unwrap();
+    let path = gone.path().to_owned();
+    drop(gone);
+    fs::write(&path, b"").unwrap();
+    let error = store.put(PACKAGE).await.unwrap_err();
+    fs::remove_file(&path).unwrap();
+    assert!(matches!(error, StoreError::Unreachable { .. }), "{error}");
     let file = directory.path().join("file");
     fs::write(&file, b"").unwrap();
     let error = Store::open("x", file.to_str().unwrap()).unwrap_err();
