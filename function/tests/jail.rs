@@ -15,15 +15,10 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
-<<<<<<< HEAD
-use nix::unistd::{ForkResult, Uid, fork, getgroups, getppid, getresuid};
-use warren_function::jail;
-use warren_function::jailed::Limits;
-=======
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::{ForkResult, Pid, Uid, execv, fork, getgroups, getppid, getresuid};
-use warren_function::jail::{self, Limits};
->>>>>>> function
+use warren_function::jail;
+use warren_function::jailed::Limits;
 
 const WALL: &str = "WARREN_TEST_WALL";
 
