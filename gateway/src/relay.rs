@@ -196,18 +196,24 @@ async fn enter(by_id: &Path, id: Uuid, first: &[u8]) -> Result<(UnixStream, Vec<
     })
 }
 
-/// Reads `OK 80`, and answers what came after that line.
+/// Reads `OK PORT`, where the port is the VMM's own end, and answers what came after that line.
 async fn read_ok(guest: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
-    const OK: &[u8] = b"OK 80\n";
+    const LONGEST: usize = "OK 4294967295\n".len();
     let mut line = Vec::with_capacity(64);
-    while line.len() < OK.len() {
+    loop {
+        if let Some(end) = line.iter().position(|byte| *byte == b'\n') {
+            let port = line[..end].strip_prefix(b"OK ").and_then(|port| str::from_utf8(port).ok());
+            return match port.map(str::parse::<u32>) {
+                Some(Ok(_)) => Ok(line.split_off(end + 1)),
+                _ => Err(io::ErrorKind::InvalidData.into()),
+            };
+        }
+        if line.len() >= LONGEST {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         if guest.read_buf(&mut line).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-    }
-    match line.strip_prefix(OK) {
-        Some(rest) => Ok(rest.to_vec()),
-        None => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 
@@ -246,8 +252,10 @@ mod tests {
 
     #[tokio::test]
     async fn the_guest_must_take_the_port() {
-        assert_eq!(read_ok(&mut &b"OK 80\nHTTP"[..]).await.unwrap(), b"HTTP");
-        for answer in [&b"OK 81\n"[..], b"OK 8", b"", b"NO"] {
+        for accepted in [&b"OK 1024\nHTTP"[..], b"OK 4294967295\nHTTP"] {
+            assert_eq!(read_ok(&mut { accepted }).await.unwrap(), b"HTTP");
+        }
+        for answer in [&b"OK x\n"[..], b"OK \n", b"OK 8", b"", b"NO\n", b"OK 42949672951\nHTTP"] {
             assert!(read_ok(&mut { answer }).await.is_err(), "{answer:?}");
         }
     }

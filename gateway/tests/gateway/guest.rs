@@ -97,7 +97,7 @@ async fn serve(mut stream: UnixStream, inner: Arc<Inner>) {
     let mut line = [0; 11];
     stream.read_exact(&mut line).await.unwrap();
     assert_eq!(&line, b"CONNECT 80\n");
-    stream.write_all(b"OK 80\n").await.unwrap();
+    stream.write_all(b"OK 1024\n").await.unwrap();
     let service = service_fn(move |request| {
         let inner = inner.clone();
         async move {

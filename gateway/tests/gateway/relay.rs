@@ -80,7 +80,7 @@ async fn bytes_go_both_ways_and_each_way_ends_alone() {
     let mut gateway = relay.send(&[connect(), b"first".to_vec()].concat()).await;
     let (mut guest, _) = guest.accept().await.unwrap();
     read(&mut guest, b"CONNECT 80\n").await;
-    guest.write_all(b"OK 80\n").await.unwrap();
+    guest.write_all(b"OK 1024\n").await.unwrap();
     read(&mut gateway, b"HTTP/1.1 200 OK\r\n\r\n").await;
     read(&mut guest, b"first").await;
     gateway.write_all(b"last").await.unwrap();
@@ -126,7 +126,7 @@ async fn told_to_stop_it_takes_who_knocked_already_and_ends_with_the_last() {
     relay.stop.take().unwrap().send(()).unwrap();
     let (mut guest, _) = listener.accept().await.unwrap();
     read(&mut guest, b"CONNECT 80\n").await;
-    guest.write_all(b"OK 80\nhello").await.unwrap();
+    guest.write_all(b"OK 1024\nhello").await.unwrap();
     read(&mut gateway, b"HTTP/1.1 200 OK\r\n\r\nhello").await;
     assert!(!relay.serving.is_finished());
     // Its successor can have the address already.

@@ -1,10 +1,10 @@
 //! Functions: deployed, called through the gateway, each in its tenant's VPC.
 
-use serde_json::Value;
-use warren_netns::fleet::{Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
+use warren_netns::fleet::{Daemon, Fleet, FleetOptions, GUEST, VPCS, kvm_or_skip};
 use warren_netns::functions::{Answer, Functions, example, take_functions};
 use warren_netns::process::Process;
 use warren_netns::servers;
+use warren_proto::v1;
 
 const OPTIONS: FleetOptions = FleetOptions { slots: 16, parked: 1, guest: GUEST };
 
@@ -40,7 +40,12 @@ impl World {
     fn expect(&self, method: &str, path: &str, body: &str, expected: &str) {
         let answer = self.call(method, path, body);
         let of_answer = (answer.status, answer.body.as_str());
-        assert_eq!(of_answer, (200, expected), "{method} {path}: {answer:?}\n{}", self.logs());
+        if of_answer == (200, expected) {
+            return;
+        }
+        let name = path.split('/').nth(1).unwrap_or_default();
+        let said = self.fleet.warren(&format!("function logs {name}"));
+        panic!("{method} {path}: {answer:?} in place of {expected:?}\n{said:?}\n{}", self.logs());
     }
 
     fn logs(&self) -> String {
@@ -49,11 +54,6 @@ impl World {
             format!("---- {name}\n{}", text.unwrap_or_default())
         };
         ["host", "control", "gateway", "relay"].map(log).concat()
-    }
-
-    fn instances(&self) -> Vec<Value> {
-        let listed = self.fleet.warren("instance ls --output json").unwrap();
-        serde_json::from_str(&listed).unwrap()
     }
 }
 
@@ -71,7 +71,12 @@ async fn a_function_answers_in_its_tenants_vpc_and_its_instance_again() {
     }
     // The same address in another VPC is another Redis.
     world.expect("GET", "/two/visits", "", "visits 1\n");
-    assert_eq!(world.instances().len(), 2);
+    let mut host = world.fleet.agent(Daemon::Host).await.unwrap();
+    let instances = host.local_instances(v1::LocalInstancesRequest {}).await.unwrap();
+    let instances = instances.into_inner().instances;
+    let mut of: Vec<_> = instances.iter().map(|it| (&*it.function, &*it.vpc)).collect();
+    of.sort_unstable();
+    assert_eq!(of, [("one", VPCS[0]), ("two", VPCS[1])]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -82,8 +87,8 @@ async fn each_example_is_deployed_and_called() {
     let world = World::new("").await;
     for (name, hello) in [("javascript", "JavaScript"), ("python", "Python"), ("c", "C")] {
         world.deploy(name, VPCS[0], name, &[]).await;
-        world.expect("GET", &format!("/{name}/"), "", &format!("hello from {hello}\n"));
         world.expect("POST", &format!("/{name}/echo"), "said so", "said so");
+        world.expect("GET", &format!("/{name}/"), "", &format!("hello from {hello}\n"));
     }
     world.deploy("rust", VPCS[0], "rust", &[]).await;
     world.expect("GET", "/rust/", "", "hello from Rust\n");
