@@ -86,12 +86,10 @@ async fn files_have_no_more_room_than_there_is() {
         let (kib, error) = said.text().split_once(' ').unwrap();
         assert_eq!(error, "insufficient-space");
         assert!((1024..=8192).contains(&kib.parse::<u32>().unwrap()), "{kib} KiB");
-        assert_eq!(
-            caller.get("/files/write?tmp/more=").await.text(),
-            "the stream broke"
-        );
+        assert_eq!(caller.get("/files/write?tmp/more=").await.text(), "the stream broke");
         assert_eq!(caller.get("/files/unlink?tmp/all").await.text(), "unlinked");
         assert_eq!(caller.get("/files/write?tmp/more=").await.text(), "1 bytes");
+        assert_eq!(caller.get("/files/unlink?tmp/more").await.text(), "unlinked");
     }
     stop(microvm).await;
 }
