@@ -52,7 +52,7 @@ pub enum Failure {
     /// The other side ended the connection before its response was there.
     Cut,
     /// The other side does not speak HTTP/1.1.
-    Malformed(&'static str),
+    Malformed,
 }
 
 /// A request on its way, and its response.
@@ -219,7 +219,7 @@ impl Exchange {
         machine: &mut Machine,
         tcp: &RefCell<Tcp>,
     ) -> Result<Option<(Response, Framing)>, Failure> {
-        let malformed = |Malformed(what)| Failure::Malformed(what);
+        let malformed = |Malformed(_)| Failure::Malformed;
         loop {
             match head::response(&self.received).map_err(malformed)? {
                 // Only what is said in between (RFC 9110, 15.2).

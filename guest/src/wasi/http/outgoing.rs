@@ -149,7 +149,7 @@ fn error_code(failure: Failure) -> ErrorCode {
         Failure::ConnectTimeout => ErrorCode::ConnectionTimeout,
         Failure::ResponseTimeout => ErrorCode::HttpResponseTimeout,
         Failure::Cut => ErrorCode::ConnectionTerminated,
-        Failure::Malformed(_) => ErrorCode::HttpProtocolError,
+        Failure::Malformed => ErrorCode::HttpProtocolError,
     }
 }
 
