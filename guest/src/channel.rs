@@ -55,7 +55,8 @@ impl Channel {
         Self { manager, open: Vec::new(), next: 0 }
     }
 
-    /// Takes what the device has received.
+    /// Takes what the device has received. Who only stops sending counts as gone: the driver does not tell
+    /// the one from the other.
     pub fn poll(&mut self) {
         while let Some(event) = self.manager.poll().expect("packets of the VMM") {
             let (peer, port) = (event.source, event.destination.port);

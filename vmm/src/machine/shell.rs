@@ -24,10 +24,20 @@ pub struct Shell {
     vm: VmFd,
 }
 
+/// A signal may interrupt it, such as the kick of a machine that this process had before.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made,
+        }
+    }
+}
+
 impl Shell {
     /// Makes KVM's objects for a kind of guest, with the processor that `cpuid` describes.
     pub fn new(kvm_fd: &Kvm, cpuid: &CpuId, kind: GuestKind) -> Result<Self, MachineError> {
-        let vm = kvm_fd.create_vm().map_err(kvm("create a VM"))?;
+        let vm = create_vm(kvm_fd).map_err(kvm("create a VM"))?;
         if kind == GuestKind::Linux {
             linux::cpu::prepare(&vm).map_err(kvm("create interrupt controllers"))?;
         }

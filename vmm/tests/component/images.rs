@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::caller::Caller;
-use super::common::{identity, kvm, tap};
+use super::caller::{Caller, request};
+use super::common::{Host, identity, kvm, tap};
 use super::{Function, stop};
 use warren_vmm::control::Tier;
+use warren_vmm::snapshot::Sources;
 
 /// No two calls, of one clone or of two, are ever given the same random bytes, however far the clones
 /// were before they were released.
@@ -65,7 +66,42 @@ async fn clones_see_nothing_of_each_other() {
     }
 }
 
-/// A clone taken of one that has answered is where that one was, and answers on its own.
+/// A clone of one that was saved in the middle of a call answers calls of its own, by its own clock.
+#[tokio::test]
+async fn clones_of_one_that_was_in_a_call_answer_their_own() {
+    if !kvm() {
+        return;
+    }
+    let function = Function::new();
+    let host = function.host().await;
+    let mut microvm = host.running(1).await;
+    let mut caller = Caller::new(microvm.path()).await;
+    assert_eq!(caller.get("/calls").await.text(), "1 1");
+    caller.send(request("GET", "/slowly?8", "")).await;
+    caller.head().await.unwrap();
+    assert_eq!(caller.chunk().await.unwrap(), b"piece 0\n");
+    let diff = host.run_dir.path().join("diff");
+    microvm.snapshot(&diff, None).await.unwrap();
+    let branch = Host::with(|config| {
+        config.sources = Sources { diff: Some(diff.clone()), ..function.sources.clone() };
+    })
+    .await;
+    for slot in 2..=3 {
+        let clone = branch.running(slot).await;
+        let mut caller = Caller::new(clone.path()).await;
+        assert_eq!(caller.get("/calls").await.text(), "2 1");
+        let answer = caller.get("/clocks?30").await;
+        let slept_ns: u64 = answer.text().split_once(' ').unwrap().1.parse().unwrap();
+        assert!((30_000_000..60_000_000_000).contains(&slept_ns), "{slept_ns}");
+        stop(clone).await;
+    }
+    for number in 1..8 {
+        assert_eq!(caller.chunk().await.unwrap(), format!("piece {number}\n").as_bytes());
+    }
+    stop(microvm).await;
+}
+
+/// A microVM that is recycled has forgotten its calls, and is given other random numbers.
 #[tokio::test]
 async fn recycled_microvms_are_as_new() {
     if !kvm() {

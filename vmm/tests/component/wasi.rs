@@ -89,6 +89,7 @@ async fn files_have_no_more_room_than_there_is() {
         assert_eq!(caller.get("/files/write?tmp/more=").await.text(), "the stream broke");
         assert_eq!(caller.get("/files/unlink?tmp/all").await.text(), "unlinked");
         assert_eq!(caller.get("/files/write?tmp/more=").await.text(), "1 bytes");
+        assert_eq!(caller.get("/files/unlink?tmp/more").await.text(), "unlinked");
     }
     stop(microvm).await;
 }
