@@ -124,7 +124,7 @@ impl World {
                 relay: relay.address.to_string(),
                 alive: true,
                 // More than there are: the agents refuse.
-                slots: 100 - index as u32,
+                slots: 10_000 - index as u32,
                 taken: 0,
                 vpcs: vec!["blue".into(), "red".into()],
                 templates: vec!["small".into()],
