@@ -82,6 +82,10 @@ pub struct Deploy {
     /// Make its instantiation, start functions included, part of its image.
     #[arg(long)]
     pub init_snapshot: bool,
+    /// Let an instance answer any number of calls, one after the other: without it each call has a microVM
+    /// of its own.
+    #[arg(long)]
+    pub reuse: bool,
 }
 
 #[derive(Debug, Subcommand)]

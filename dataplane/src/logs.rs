@@ -30,7 +30,10 @@ impl LogService for LogServer {
             if !last.is_empty() {
                 yield Ok(TailLogsResponse { lines: last });
             }
-            while follow {
+            if !follow {
+                return;
+            }
+            loop {
                 match written.recv().await {
                     Ok((of, line)) if of == function => {
                         yield Ok(TailLogsResponse { lines: vec![line] });

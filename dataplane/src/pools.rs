@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(1);
 pub struct Pools {
     slots: Arc<Slots>,
     /// That of the default template first.
-    pools: Vec<Arc<Pool>>,
+    templates: Vec<Arc<Pool>>,
     /// Those of functions, which come and go.
     functions: Mutex<Vec<Arc<Pool>>>,
 }
@@ -27,12 +27,12 @@ pub struct Pools {
 impl Pools {
     /// These, that of the default template first, on the slots that they share.
     pub fn new(slots: Arc<Slots>, pools: Vec<Arc<Pool>>) -> Self {
-        Self { slots, pools, functions: Mutex::default() }
+        Self { slots, templates: pools, functions: Mutex::default() }
     }
 
     /// Keeps all of them full from now on.
     pub fn fill(&self) {
-        for pool in &self.pools {
+        for pool in &self.templates {
             tokio::spawn(pool.clone().fill());
         }
     }
@@ -58,22 +58,22 @@ impl Pools {
     }
 
     fn all(&self) -> Vec<Arc<Pool>> {
-        self.pools.iter().chain(self.functions().iter()).cloned().collect()
+        self.templates.iter().chain(self.functions().iter()).cloned().collect()
     }
 
     /// The pool of a template; without a name, of the default one.
     pub fn get(&self, template: &str) -> Result<&Pool, PoolError> {
         let is_it = |pool: &&Arc<Pool>| template.is_empty() || pool.template() == template;
-        let found = self.pools.iter().find(is_it).map(Arc::as_ref);
+        let found = self.templates.iter().find(is_it).map(Arc::as_ref);
         found.ok_or_else(|| PoolError::UnknownTemplate {
             name: template.to_owned(),
-            known: self.pools.iter().map(|pool| pool.template().to_owned()).collect(),
+            known: self.templates.iter().map(|pool| pool.template().to_owned()).collect(),
         })
     }
 
     /// A template's name, where that of the default one stands in for none: in what former versions kept.
     pub fn named(&self, template: String) -> String {
-        match self.pools.first() {
+        match self.templates.first() {
             Some(default) if template.is_empty() => default.template().to_owned(),
             _ => template,
         }
@@ -81,7 +81,7 @@ impl Pools {
 
     /// The pool whose microVMs are of this make.
     pub async fn of(&self, make: Make) -> Option<&Pool> {
-        for pool in &self.pools {
+        for pool in &self.templates {
             if pool.make().await == make {
                 return Some(pool);
             }
@@ -91,7 +91,7 @@ impl Pools {
 
     /// How each stands.
     pub fn levels(&self) -> Vec<Level> {
-        self.pools.iter().map(|pool| pool.level()).collect()
+        self.templates.iter().map(|pool| pool.level()).collect()
     }
 
     /// The control plane wants so many parked, by template.
@@ -99,8 +99,9 @@ impl Pools {
         let of = |pool: &Arc<Pool>| {
             (pool.policy(), wanted.get(pool.template()).copied().unwrap_or_default())
         };
-        let wanted: Vec<_> = self.pools.iter().map(of).collect();
-        for (pool, parked) in self.pools.iter().zip(refill::bound(self.slots.count(), &wanted)) {
+        let wanted: Vec<_> = self.templates.iter().map(of).collect();
+        for (pool, parked) in self.templates.iter().zip(refill::bound(self.slots.count(), &wanted))
+        {
             pool.want_parked(parked);
         }
     }

@@ -20,6 +20,8 @@ pub struct Options {
     pub files: Vec<(String, Vec<u8>)>,
     /// Its instantiation, start functions included, is to be part of the image.
     pub initialise: bool,
+    /// It answers any number of calls, one after the other.
+    pub reuse: bool,
 }
 
 /// Why code and options make no package.
@@ -70,6 +72,7 @@ impl Options {
             timeout_ms: self.timeout_ms,
             starts_nothing: compiled.checked.starts_nothing,
             initialise: self.initialise,
+            reuse: self.reuse,
             ..Manifest::default()
         };
         Ok(package::write(manifest, &compiled.code, self.files)?)
@@ -133,6 +136,7 @@ mod tests {
             timeout_ms: 1000,
             files: vec![(text("etc/a"), b"a".to_vec()), (text("etc/b"), vec![])],
             initialise: false,
+            reuse: false,
         }
     }
 
@@ -159,6 +163,7 @@ mod tests {
             Options { memory_bytes: 2 << 20, ..options() },
             Options { timeout_ms: 1001, ..options() },
             Options { initialise: true, ..options() },
+            Options { reuse: true, ..options() },
             Options { files: vec![], ..options() },
             Options { environment: vec![], ..options() },
         ];

@@ -63,6 +63,9 @@ pub struct Manifest {
     pub starts_nothing: bool,
     /// Its instantiation, start functions included, is to be part of the image.
     pub initialise: bool,
+    /// It answers any number of calls, one after the other. If not, as with components of most
+    /// toolchains, a microVM answers one.
+    pub reuse: bool,
     /// The code.
     pub code: Part,
     /// Its files, by path.

@@ -101,6 +101,8 @@ struct Function {
     store: Store<State>,
     ready: Ready,
     timeout_ns: u64,
+    /// It answers more than one call.
+    reuse: bool,
 }
 
 /// How far it is.
@@ -124,7 +126,7 @@ impl Function {
         let bytes: &'static [u8] =
             unsafe { core::slice::from_raw_parts(CODE_ADDRESS as *const u8, length) };
         let package = Package::parse(bytes)?;
-        let Manifest { starts_nothing, initialise, timeout_ms, .. } = package.manifest;
+        let Manifest { starts_nothing, initialise, timeout_ms, reuse, .. } = package.manifest;
         // SAFETY: the VMM set it aside for this, in a region that was zeroes, and told nobody else.
         let arena = Arc::new(unsafe { Arena::new(place.heap_end, place.memory_end) });
         let mut config = engine::config();
@@ -150,7 +152,7 @@ impl Function {
         store.limiter(|state| &mut state.limits);
         let ready = Ready::Loaded(instance, indices);
         let timeout_ns = u64::from(timeout_ms) * 1_000_000;
-        let mut this = Self { store, ready, timeout_ns };
+        let mut this = Self { store, ready, timeout_ns, reuse };
         if starts_nothing || initialise {
             this.handler()?;
         }
@@ -187,7 +189,8 @@ impl Function {
         let now = state.machine.now_ns();
         let is_head = request.method == "HEAD";
         let mut answer = Answer::new(connection, now, is_head);
-        answer.is_last = values(&request.fields, "connection").any(|value| value == b"close");
+        let closes = values(&request.fields, "connection").any(|value| value == b"close");
+        answer.is_last = closes || !self.reuse;
         let answer = Rc::new(RefCell::new(answer));
         let body = Rc::new(RefCell::new(body));
         state.deadline_ns = now.saturating_add(self.timeout_ns);

@@ -134,7 +134,8 @@ pub fn test_component() -> Result<()> {
     let source = root().join("tests/component");
     rust(&source, "examples/build/test-component", "test_component", &component)?;
     // The files that the tests read.
-    let arguments = ["--file", "data/manifest=Cargo.toml", "--file", "data/deep/lib=src/lib.rs"];
+    let arguments =
+        ["--reuse", "--file", "data/manifest=Cargo.toml", "--file", "data/deep/lib=src/lib.rs"];
     package(&component, &results().join("test-component.package"), &arguments)
 }
 

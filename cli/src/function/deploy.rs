@@ -70,6 +70,7 @@ fn options(deploy: Deploy) -> Result<FunctionOptions, Error> {
         environment: environment.map(|(name, value)| EnvironmentVariable { name, value }).collect(),
         files: files.map(file).collect::<Result<_, Error>>()?,
         initialise: deploy.init_snapshot,
+        reuse: deploy.reuse,
     })
 }
 

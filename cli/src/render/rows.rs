@@ -452,6 +452,7 @@ mod tests {
             limits: Some(v1::Limits { flows: 50, ..v1::Limits::default() }),
             usage: Some(v1::Usage { flows: 7, ports: 3 }),
             template: "small".into(),
+            ..v1::Instance::default()
         }
     }
 

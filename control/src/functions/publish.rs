@@ -195,12 +195,11 @@ impl Publisher {
             tracing::warn!(function = name, problem, "a zone did not get a package");
         }
         let package = digest.to_string();
-        let also = match compiled_before {
-            true => Vec::new(),
-            false => {
-                let package = package.clone();
-                vec![Write::put(key, &CompiledBefore { package, checked })?]
-            }
+        let also = if compiled_before {
+            Vec::new()
+        } else {
+            let package = package.clone();
+            vec![Write::put(key, &CompiledBefore { package, checked })?]
         };
         let version = Version {
             package,
@@ -267,6 +266,7 @@ impl Wanted {
             environment,
             files,
             initialise,
+            reuse,
         } = options;
         label("name", &name)?;
         let template = if template.is_empty() { TEMPLATE.to_owned() } else { template };
@@ -289,6 +289,7 @@ impl Wanted {
             timeout_ms,
             files: files.into_iter().map(file).collect(),
             initialise,
+            reuse,
         };
         Ok(Self { name, vpc, template, concurrency, options })
     }

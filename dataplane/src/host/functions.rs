@@ -165,8 +165,8 @@ impl Functions {
         }
         let base = self.pools.get(template)?;
         let memory = base.memory().await;
-        let of: String = memory.template()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-        let image = options.images.join(format!("{digest}-{of}.image"));
+        let of = u64::from_be_bytes(*memory.template().first_chunk().unwrap_or(&[0; 8]));
+        let image = options.images.join(format!("{digest}-{of:016x}.image"));
         let mut config = base.config().clone();
         config.sources.diff = Some(image.clone());
         let short = &package[..package.len().min(16)];

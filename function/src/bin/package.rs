@@ -33,6 +33,9 @@ struct Arguments {
     /// Let it initialise itself before its image is made
     #[arg(long)]
     initialise: bool,
+    /// Let a microVM answer any number of calls, one after the other
+    #[arg(long)]
+    reuse: bool,
 }
 
 fn pair(argument: &str) -> Result<(String, String), String> {
@@ -53,6 +56,7 @@ fn main() -> anyhow::Result<()> {
         timeout_ms: arguments.timeout,
         files: files.collect::<anyhow::Result<_>>()?,
         initialise: arguments.initialise,
+        reuse: arguments.reuse,
     };
     let package = options.package(&compile(&read(&arguments.component)?)?)?;
     let output = &arguments.output;

@@ -20,7 +20,6 @@ fn version(function: &str, vpc: &str, concurrency: u32) -> Arc<Version> {
         vpc: vpc.into(),
         package: String::new(),
         template: String::new(),
-        memory_bytes: 0,
         timeout: Duration::from_secs(1),
         concurrency,
     })

@@ -30,7 +30,7 @@ pub const GATEWAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST),
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A call that is not answered within this time fails.
-const CALL: Duration = Duration::from_secs(60);
+const CALL: Duration = Duration::from_mins(1);
 
 /// A relay and a gateway.
 pub struct Functions {
@@ -188,13 +188,15 @@ impl Caller {
 }
 
 impl Fleet {
-    /// Deploys a component under a name, and has it answer calls to paths that begin with the name.
+    /// Deploys a component under a name, and has it answer calls to paths that begin with the name: each
+    /// instance one, or any number.
     pub async fn deploy(
         &self,
         name: &str,
         vpc: &str,
         component: &Path,
         environment: &[(&str, &str)],
+        reuse: bool,
     ) -> Result<v1::DeployFunctionResponse> {
         use v1::deploy_function_request::Part;
         let variable = |(name, value): &(&str, &str)| v1::EnvironmentVariable {
@@ -205,6 +207,7 @@ impl Fleet {
             name: name.to_owned(),
             vpc: vpc.to_owned(),
             environment: environment.iter().map(variable).collect(),
+            reuse,
             ..v1::FunctionOptions::default()
         };
         let component = std::fs::read(component)?;

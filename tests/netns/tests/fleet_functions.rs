@@ -25,9 +25,16 @@ impl World {
         Self { fleet, _functions: functions, _redis: redis }
     }
 
-    async fn deploy(&self, name: &str, vpc: &str, component: &str, environment: &[(&str, &str)]) {
+    async fn deploy(
+        &self,
+        name: &str,
+        vpc: &str,
+        component: &str,
+        environment: &[(&str, &str)],
+        reuse: bool,
+    ) {
         let component = example(component).unwrap();
-        let deployed = self.fleet.deploy(name, vpc, &component, environment).await;
+        let deployed = self.fleet.deploy(name, vpc, &component, environment, reuse).await;
         deployed.unwrap_or_else(|error| panic!("{name}: {error:#}\n{}", self.logs()));
     }
 
@@ -64,7 +71,7 @@ async fn a_function_answers_in_its_tenants_vpc_and_its_instance_again() {
     }
     let world = World::new("").await;
     for (name, vpc) in ["one", "two"].into_iter().zip(VPCS) {
-        world.deploy(name, vpc, "rust", &[("REDIS", "10.0.0.10:6379")]).await;
+        world.deploy(name, vpc, "rust", &[("REDIS", "10.0.0.10:6379")], true).await;
     }
     for count in 1..=3 {
         world.expect("GET", "/one/visits", "", &format!("visits {count}\n"));
@@ -86,10 +93,10 @@ async fn each_example_is_deployed_and_called() {
     }
     let world = World::new("").await;
     for (name, hello) in [("javascript", "JavaScript"), ("python", "Python"), ("c", "C")] {
-        world.deploy(name, VPCS[0], name, &[]).await;
+        world.deploy(name, VPCS[0], name, &[], false).await;
         world.expect("POST", &format!("/{name}/echo"), "said so", "said so");
         world.expect("GET", &format!("/{name}/"), "", &format!("hello from {hello}\n"));
     }
-    world.deploy("rust", VPCS[0], "rust", &[]).await;
+    world.deploy("rust", VPCS[0], "rust", &[], false).await;
     world.expect("GET", "/rust/", "", "hello from Rust\n");
 }
