@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 /// No answer takes so long, on whatever machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 async fn patiently<T>(what: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     timeout(PATIENCE, what).await.expect("nothing came")
@@ -147,7 +147,7 @@ impl Caller {
     }
 
     /// Fails unless the other side has closed the connection, or does so now.
-    pub async fn is_closed(mut self) {
+    pub async fn ends(mut self) {
         let mut rest = Vec::new();
         // A connection that is closed before all of a request was read is reset.
         let _ = patiently(self.stream.read_to_end(&mut rest)).await;

@@ -46,7 +46,7 @@ async fn calls_follow_each_other_on_one_connection_and_on_several() {
     // The last one.
     caller.send(request("GET", "/calls", "connection: close\r\n")).await;
     assert_eq!(caller.answer().await.unwrap().field("connection"), Some("close"));
-    connections.remove(0).is_closed().await;
+    connections.remove(0).ends().await;
     stop(microvm).await;
 }
 
@@ -86,7 +86,7 @@ async fn methods_and_fields_are_what_they_are() {
     assert_eq!(answer.text(), "before trailers");
     assert_eq!(answer.trailers, [("x-sum".to_owned(), "7".to_owned())]);
     caller.get("/error").await.is_error(500, "function");
-    caller.is_closed().await;
+    caller.ends().await;
     stop(microvm).await;
 }
 
@@ -216,7 +216,7 @@ async fn malformed_requests_are_refused_and_concern_nobody_else() {
         caller.send(&case).await;
         let answer = caller.answer().await;
         answer.unwrap_or_else(|error| panic!("{error} to {case:.60?}")).is_error(400, "malformed");
-        caller.is_closed().await;
+        caller.ends().await;
         assert_eq!(neighbour.get("/ignore").await.text(), "ignored");
     }
     // Bodies that are none: the function sees that, whatever it answers.
@@ -225,7 +225,7 @@ async fn malformed_requests_are_refused_and_concern_nobody_else() {
         let head = request("POST", "/echo-body-first", "transfer-encoding: chunked\r\n");
         caller.send(head + chunks).await;
         assert_eq!(caller.answer().await.unwrap().status, 400, "{chunks:?}");
-        caller.is_closed().await;
+        caller.ends().await;
         assert_eq!(neighbour.get("/ignore").await.text(), "ignored");
     }
     stop(microvm).await;
@@ -273,7 +273,7 @@ async fn bodies_that_nobody_reads_are_no_requests() {
     // Its body comes too late, or never.
     caller.send(request("POST", "/ignore", "content-length: 100000000\r\n")).await;
     assert_eq!(caller.answer().await.unwrap().text(), "ignored");
-    caller.is_closed().await;
+    caller.ends().await;
     // Who waits to be told to send it is told.
     let mut caller = Caller::new(microvm.path()).await;
     let expect = "expect: 100-continue\r\ncontent-length: 5\r\n";
@@ -300,7 +300,7 @@ async fn answers_that_are_not_whole_are_seen_to_be_cut() {
     }
     let mut caller = Caller::new(microvm.path()).await;
     caller.get("/no-answer").await.is_error(500, "no-answer");
-    caller.is_closed().await;
+    caller.ends().await;
     // The answer does not wait for what the function does afterwards.
     let mut log = Caller::to(microvm.path(), 514).await;
     let mut caller = Caller::new(microvm.path()).await;

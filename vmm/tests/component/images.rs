@@ -8,6 +8,9 @@ use super::{Function, stop};
 use warren_vmm::control::Tier;
 use warren_vmm::snapshot::Sources;
 
+/// How many clones draw random numbers.
+const CLONES: u32 = 200;
+
 /// No two calls, of one clone or of two, are ever given the same random bytes, however far the clones
 /// were before they were released.
 #[tokio::test]
@@ -15,7 +18,6 @@ async fn no_two_clones_share_a_random_number() {
     if !kvm() {
         return;
     }
-    const CLONES: u32 = 200;
     let mut seen = BTreeSet::new();
     let lazy = Function::new();
     let initialised = Function::with(|manifest| manifest.initialise = true);
