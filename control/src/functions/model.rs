@@ -281,8 +281,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_an_alias_is_refused_with_its_reason() {
+        type Case<'a> = (&'a str, &'a [(u64, u32)], &'a str);
         let mut function = function(2);
-        let cases: [(&str, &[(u64, u32)], &str); 7] = [
+        let cases: [Case; 7] = [
             (LATEST, &[(1, 1)], "is the last version"),
             ("17", &[(1, 1)], "a name with a letter"),
             ("Live", &[(1, 1)], "lower-case"),

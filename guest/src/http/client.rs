@@ -256,8 +256,8 @@ impl Exchange {
     /// Puts bytes into the request's body.
     pub fn encode(&mut self, bytes: &[u8]) -> Result<(), End> {
         let encoder = self.encoder.as_mut().ok_or(End::Closed)?;
-        let encoded = encoder.encode(bytes, &mut self.out);
-        encoded.map_err(|Malformed(what)| End::Failed(Broken::Http(what)))
+        let done = encoder.encode(bytes, &mut self.out);
+        done.map_err(|Malformed(what)| End::Failed(Broken::Http(what)))
     }
 
     /// Ends the request's body.
