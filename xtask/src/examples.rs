@@ -114,7 +114,6 @@ pub fn build(named: &[Example]) -> Result<()> {
         if !current {
             step("examples", &format!("building {}", example.name()));
             example.build()?;
-            package(&component, &component.with_extension("package"), &[])?;
         }
         let size =
             fs::metadata(&component).with_context(|| format!("no {}", component.display()))?.len();
@@ -136,12 +135,13 @@ pub fn test_component() -> Result<()> {
     // The files that the tests read.
     let arguments =
         ["--reuse", "--file", "data/manifest=Cargo.toml", "--file", "data/deep/lib=src/lib.rs"];
-    package(&component, &results().join("test-component.package"), &arguments)
+    package(&source, &component, &results().join("test-component.package"), &arguments)
 }
 
-/// Makes a package of a component.
-fn package(component: &Path, package: &Path, arguments: &[&str]) -> Result<()> {
+/// Makes a package of a component, of whose files the paths are from a folder on.
+fn package(folder: &Path, component: &Path, package: &Path, arguments: &[&str]) -> Result<()> {
     let mut command = Command::new(results().join("warren-package"));
+    command.current_dir(folder);
     run(command.arg(component).arg("--output").arg(package).args(arguments))
 }
 
