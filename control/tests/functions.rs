@@ -99,14 +99,14 @@ async fn a_component_becomes_a_version_in_region_and_zones() {
     let function = deployed.function.unwrap();
     let [version] = &function.versions[..] else { panic!("{function:?}") };
     assert_eq!((&function.vpc[..], &version.template[..]), ("blue", "runtime"));
-    assert_eq!((version.memory_bytes, version.timeout_ms), (128 << 20, 3000));
+    assert_eq!((version.memory_bytes, version.timeout_ms), (64 << 20, 3000));
     let package = |store: &str, digest: &str| {
         std::fs::read(world.file(store).join(&digest[..2]).join(digest))
     };
     for store in ["functions", "east", "west"] {
         let bytes = package(store, &version.package).unwrap();
         let package = warren_function::package::Package::parse(&bytes).unwrap();
-        assert_eq!(package.manifest.memory_bytes, 128 << 20);
+        assert_eq!(package.manifest.memory_bytes, 64 << 20);
         assert!(!package.code().is_empty());
     }
 
