@@ -213,12 +213,12 @@ async fn what_is_no_function_is_refused_with_the_reason() {
         assert!(!output.exists());
     };
     refused(&guest("warren-guest"), "is out of place");
-    refused(&template.template, "not a static x86-64 ELF executable");
+    refused(&template.template, "nor a static x86-64 ELF executable");
     refused(Path::new("/nowhere"), "No such file");
     let mut cut = std::fs::read(guest(FUNCTION)).unwrap();
     cut.truncate(cut.len() / 8);
     let file = image.directory.path().join("cut");
     std::fs::write(&file, cut).unwrap();
-    refused(&file, "not a static x86-64 ELF executable");
+    refused(&file, "nor a static x86-64 ELF executable");
     assert!(image.path().exists());
 }

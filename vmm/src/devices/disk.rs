@@ -213,6 +213,9 @@ impl Disk {
     /// So many bytes from there on were written to the place that [`Disk::prepare`] said.
     pub fn mark(&mut self, at: u64, length: usize) {
         let Some(layer) = &mut self.layer else { return };
+        if length == 0 {
+            return;
+        }
         let blocks = at / BLOCK..(at + length as u64).div_ceil(BLOCK);
         blocks.for_each(|block| layer.blocks[block as usize / 64] |= 1 << (block % 64));
     }

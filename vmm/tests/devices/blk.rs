@@ -318,6 +318,15 @@ fn a_saved_disk_goes_on_with_a_copy_of_its_layer() {
 }
 
 #[test]
+fn a_write_of_nothing_changes_nothing() {
+    let mut disk = Disk::with_layer_in_memory(base(64)).unwrap();
+    disk.write(512, &[]).unwrap();
+    let mut read = [0; 4096];
+    disk.read(0, &mut read).unwrap();
+    assert_eq!(read[..], request_all(64)[..4096]);
+}
+
+#[test]
 fn a_base_of_half_a_sector_is_refused() {
     let mut file = base(1);
     file.write_all(&[1]).unwrap();
