@@ -242,17 +242,6 @@ impl Functions {
         trim(&options.images, options.images_bytes).map_err(failed(&options.images))
     }
 
-    /// A zygote ended: another one is started for the next.
-    async fn microvm(
-        &self,
-        vpc: &str,
-        function: &Function,
-        template: &str,
-    ) -> Result<Taken, HostError> {
-        let pool = self.pool(vpc, function, template).await?;
-        Ok(self.pools.take_of(&pool).await?)
-    }
-
     /// Ends the zygotes of functions that are idle, for ever. Their instances live on.
     pub(super) async fn end_idle(&self) {
         loop {
@@ -325,7 +314,8 @@ impl Host {
         function: &Function,
         template: &str,
     ) -> Result<Taken, HostError> {
-        self.functions.microvm(vpc, function, template).await
+        let pool = self.functions.pool(vpc, function, template).await?;
+        Ok(self.pools.take_of(&pool).await?)
     }
 }
 

@@ -2,23 +2,15 @@
 
 use alloc::vec::Vec;
 
-use rand_chacha::rand_core::Rng;
 use smoltcp::socket::tcp::{self, RecvError, State};
 use warren_abi::probe::{Endpoint, Outcome, Timings};
 
 use super::{Failure, endpoint};
 use crate::machine::Machine;
-
-/// Ephemeral ports (RFC 6335).
-const FIRST_PORT: u16 = 49152;
+use crate::tcp::ephemeral_port;
 
 /// How long a peer may take to close after us, in nanoseconds.
 const LINGER_NS: u64 = 1_000_000_000;
-
-/// A port from the clone's own random generator.
-pub fn ephemeral_port(machine: &mut Machine) -> u16 {
-    FIRST_PORT + (machine.random.next_u32() % u32::from(u16::MAX - FIRST_PORT)) as u16
-}
 
 /// A TCP connection, aborted when it is dropped before it is closed.
 pub struct Connection<'a> {

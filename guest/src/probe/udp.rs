@@ -6,9 +6,9 @@ use smoltcp::socket::udp;
 use smoltcp::wire::IpEndpoint;
 use warren_abi::probe::{Endpoint, Outcome, Timings};
 
-use super::tcp::ephemeral_port;
 use super::{Failure, endpoint};
 use crate::machine::Machine;
+use crate::tcp::ephemeral_port;
 
 /// What is sent, and how often.
 pub struct Plan {

@@ -5,7 +5,6 @@ mod fields;
 mod incoming;
 mod outgoing;
 
-use alloc::format;
 use alloc::rc::Rc;
 use alloc::string::{String, ToString};
 use core::cell::RefCell;
@@ -82,5 +81,5 @@ fn method_name(method: &Method) -> String {
 }
 
 fn internal(text: &str) -> ErrorCode {
-    ErrorCode::InternalError(Some(format!("{text}")))
+    ErrorCode::InternalError(Some(text.to_string()))
 }

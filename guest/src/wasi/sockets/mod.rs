@@ -54,6 +54,16 @@ impl State {
     fn own_address(&mut self) -> Result<WireAddress> {
         Ok(Ipv4Address::from(self.released("the network")?.identity.ipv4).into())
     }
+
+    /// Where a socket is to be bound to.
+    fn local(&mut self, address: IpSocketAddress) -> Result<IpEndpoint, SocketError> {
+        let local = endpoint(address)?;
+        let own = self.own_address()?;
+        if !local.addr.is_unspecified() && local.addr != own {
+            return Err(ErrorCode::AddressNotBindable.into());
+        }
+        Ok(local)
+    }
 }
 
 /// Guests have IPv4 addresses.

@@ -13,7 +13,7 @@ use super::super::bindings::wasi::sockets::network::{ErrorCode, IpAddressFamily,
 use super::super::bindings::wasi::sockets::{tcp, tcp_create_socket};
 use super::super::io::{InputStream, OutputStream, Pollable};
 use super::super::{Shared, State, shared};
-use super::{Network, SocketError, endpoint, only_v4, remote, socket_address};
+use super::{Network, SocketError, only_v4, remote, socket_address};
 use crate::machine::Machine;
 use crate::stream::{End, Sink, Source};
 use crate::tcp::Tcp;
@@ -127,11 +127,7 @@ impl tcp::HostTcpSocket for State {
         _: Resource<Network>,
         local: IpSocketAddress,
     ) -> Result<(), SocketError> {
-        let local = endpoint(local)?;
-        let own = self.own_address()?;
-        if !local.addr.is_unspecified() && local.addr != own {
-            return Err(ErrorCode::AddressNotBindable.into());
-        }
+        let local = self.local(local)?;
         let socket = self.table.get_mut(&socket)?;
         let Stage::New = socket.stage else { return Err(ErrorCode::InvalidState.into()) };
         socket.port = (local.port != 0).then_some(local.port);

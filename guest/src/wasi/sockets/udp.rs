@@ -14,7 +14,7 @@ use super::super::State;
 use super::super::bindings::wasi::sockets::network::{ErrorCode, IpAddressFamily, IpSocketAddress};
 use super::super::bindings::wasi::sockets::{udp, udp_create_socket};
 use super::super::io::Pollable;
-use super::{Network, SocketError, endpoint, only_v4, remote, socket_address};
+use super::{Network, SocketError, only_v4, remote, socket_address};
 use crate::machine::Machine;
 use crate::net::Owned;
 use crate::single::Single;
@@ -114,11 +114,7 @@ impl udp::HostUdpSocket for State {
         _: Resource<Network>,
         local: IpSocketAddress,
     ) -> Result<(), SocketError> {
-        let local = endpoint(local)?;
-        let own = self.own_address()?;
-        if !local.addr.is_unspecified() && local.addr != own {
-            return Err(ErrorCode::AddressNotBindable.into());
-        }
+        let local = self.local(local)?;
         let socket = self.table.get_mut(&socket)?;
         let Stage::New = socket.stage else { return Err(ErrorCode::InvalidState.into()) };
         let bound = Bound::new(&mut self.machine, local)?;
